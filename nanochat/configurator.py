@@ -1,0 +1,339 @@
+"""Command line -> frozen dataclass. The only reader of sys.argv.
+
+A command declares its flags as the fields of a dataclass; tyro builds the object and the
+help text. Before that, this module forgives what the documented commands mix:
+
+- `--max_seq_len=512`, `--max-seq-len 512`, a stray leading `--` left by torchrun;
+- whole floats for integers (`--num_iterations=1e3`) and integers for floats;
+- `--flag`, `--flag=1`, `--flag=True`, `--no-flag`;
+- a positional file of `key = literal` lines, read (never executed) before the flags.
+
+What cannot be forgiven ends with one line and exit code 2.
+"""
+
+import ast
+import dataclasses
+import difflib
+import errno
+import sys
+import types
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NoReturn,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+import tyro
+
+from nanochat.common import UserError, setup_logging
+
+C = TypeVar("C")
+
+_TRUE = {"true", "1", "yes", "on"}
+_FALSE = {"false", "0", "no", "off"}
+# What a full disk or a folder of somebody else's raises; the message already names the file.
+_USER_OS_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}
+
+
+class UsageError(UserError):
+    """The command line is wrong; exit code 2."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flag:
+    """One field of the config: its flag, other spellings, and the plain type inside it."""
+
+    name: str  # with dashes, without the leading ones
+    aliases: tuple[str, ...]
+    kind: Any  # the type without Annotated and None
+    takes_none: bool
+    positional: bool
+
+    @property
+    def takes_many(self) -> bool:
+        return get_origin(self.kind) in (list, tuple, set)
+
+
+def parse(config_type: type[C], argv: Sequence[str] | None = None) -> C:
+    """Build a `config_type` from command line arguments (default: sys.argv[1:]).
+
+    Raises UsageError (a UserError) naming the flag, the value and what is possible.
+    `--help` prints the help and raises SystemExit(0).
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    flags = _flags_of(config_type)
+    return tyro.cli(
+        config_type,
+        args=_normalised(arguments, flags),
+        prog=_program_name(),
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+def run(main: Callable[[C], int | None], config_type: type[C]) -> NoReturn:
+    """Parse, set up logging, call `main(config)`, exit.
+
+    Exit codes: what `main` returns (None = 0), 2 for a wrong command line, 1 for a UserError,
+    which is printed as one line, 130 for Ctrl-C. Anything else is a defect and keeps its traceback.
+    """
+    try:
+        config = parse(config_type)
+    except UsageError as error:
+        print(f"error: {error} (see {_program_name()} --help)", file=sys.stderr)
+        sys.exit(2)
+    setup_logging()
+    try:
+        sys.exit(main(config) or 0)
+    except UserError as error:
+        _fail(str(error))
+    except OSError as error:
+        if error.errno not in _USER_OS_ERRORS:
+            raise
+        place = f" while writing {error.filename}" if error.filename else ""
+        _fail(f"{error.strerror}{place}; free space or choose another NANOCHAT_BASE_DIR")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(1)
+
+
+def _program_name() -> str:
+    """The command as one types it: `python -m scripts.base_train`."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    if spec is None:
+        return Path(sys.argv[0]).name
+    return f"python -m {spec.name.removesuffix('.__main__')}"
+
+
+# ---- what flags there are ---------------------------------------------------------------------
+
+
+def _flags_of(config_type: type[Any]) -> list[_Flag]:
+    """The flags of a dataclass; those of nested dataclasses are flat beside the others."""
+    hints = get_type_hints(config_type, include_extras=True)
+    flags: list[_Flag] = []
+    for field in dataclasses.fields(config_type):
+        hint, markers = _without_annotations(hints[field.name])
+        kind, takes_none = _without_none(hint)
+        if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            flags.extend(_flags_of(kind))
+            continue
+        renamed = next((m.name for m in markers if getattr(m, "name", None)), field.name)
+        flags.append(
+            _Flag(
+                name=_dashed(renamed),
+                aliases=tuple(
+                    alias for m in markers for alias in (getattr(m, "aliases", None) or ())
+                ),
+                kind=kind,
+                takes_none=takes_none,
+                positional=any(m is tyro.conf.Positional for m in markers),
+            )
+        )
+    return flags
+
+
+def _without_annotations(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    if get_origin(hint) is Annotated:
+        return hint.__origin__, hint.__metadata__
+    return hint, ()
+
+
+def _without_none(hint: Any) -> tuple[Any, bool]:
+    if get_origin(hint) not in (Union, types.UnionType):
+        return hint, False
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)]
+    takes_none = len(kinds) < len(get_args(hint))
+    return (kinds[0] if len(kinds) == 1 else hint), takes_none
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+# ---- from what was typed to what tyro reads ---------------------------------------------------
+
+
+def _normalised(arguments: list[str], flags: list[_Flag]) -> list[str]:
+    """One canonical argument per flag; the last of several wins, the file's come first."""
+    by_spelling = {f"--{flag.name}": flag for flag in flags}
+    for flag in flags:
+        by_spelling.update({_spelling(alias): flag for alias in flag.aliases})
+    if "-h" in arguments or "--help" in arguments:
+        return ["--help"]
+    has_positionals = any(flag.positional for flag in flags)
+    chosen: dict[str, list[str]] = {}
+    overrides: list[tuple[_Flag, list[str]]] = []
+    positionals: list[str] = []
+    tokens = _Tokens(arguments[1:] if arguments[:1] == ["--"] else arguments)
+    for token in tokens:
+        if not token.startswith("-"):
+            if has_positionals:
+                positionals.append(token)
+            else:
+                for flag, value in _read_config_file(token, by_spelling):
+                    chosen[flag.name] = _canonical(flag, [value])
+            continue
+        overrides.append(_read_flag(token, tokens, by_spelling))
+    for flag, values in overrides:
+        chosen[flag.name] = _canonical(flag, values)
+    return [argument for canonical in chosen.values() for argument in canonical] + positionals
+
+
+class _Tokens(Iterator[str]):
+    """Arguments with a look at the next one."""
+
+    def __init__(self, arguments: Iterable[str]) -> None:
+        self._rest = list(arguments)
+
+    def __next__(self) -> str:
+        if not self._rest:
+            raise StopIteration
+        return self._rest.pop(0)
+
+    def peek(self) -> str | None:
+        return self._rest[0] if self._rest else None
+
+
+def _spelling(flag_text: str) -> str:
+    """`--max_seq_len` and `--max-seq-len` are the same flag."""
+    return "--" + _dashed(flag_text[2:]) if flag_text.startswith("--") else flag_text
+
+
+def _read_flag(
+    token: str, tokens: _Tokens, by_spelling: dict[str, _Flag]
+) -> tuple[_Flag, list[str]]:
+    """The flag that `token` names and its values, taken from `token` or from what follows."""
+    text, equals, value = token.partition("=")
+    spelling = _spelling(text)
+    flag = by_spelling.get(spelling)
+    if flag is None:
+        negated = by_spelling.get("--" + spelling.removeprefix("--no-"))
+        if negated is not None and negated.kind is bool and not equals:
+            return negated, ["False"]
+        raise UsageError(_unknown(text, by_spelling))
+    if equals:
+        return flag, value.split() if flag.takes_many else [value]
+    if flag.kind is bool:
+        following = tokens.peek()
+        if following is not None and following.lower() in _TRUE | _FALSE:
+            return flag, [next(tokens)]
+        return flag, ["True"]
+    if flag.takes_many:
+        values = []
+        while (following := tokens.peek()) is not None and not _is_flag(following, by_spelling):
+            values.append(next(tokens))
+        return flag, values
+    following = tokens.peek()
+    if following is None or _is_flag(following, by_spelling):
+        raise UsageError(f"{text} needs a value")
+    return flag, [next(tokens)]
+
+
+def _is_flag(token: str, by_spelling: dict[str, _Flag]) -> bool:
+    """Whether a token is a flag, known or not; `-1` and `-some text` can be values."""
+    return token.startswith("--") or _spelling(token.partition("=")[0]) in by_spelling
+
+
+def _unknown(text: str, by_spelling: dict[str, _Flag]) -> str:
+    nearest = difflib.get_close_matches(_spelling(text), by_spelling, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]}?" if nearest else "there is none with a similar name"
+    return f"unknown flag {text}; {hint}"
+
+
+def _canonical(flag: _Flag, values: list[str]) -> list[str]:
+    """The arguments tyro is given for one flag."""
+    if flag.takes_many:
+        return [f"--{flag.name}", *values]
+    value = values[0]
+    if flag.takes_none and value == "None":
+        return [f"--{flag.name}=None"]
+    if flag.kind is bool:
+        on = _boolean(flag, value)
+        if flag.takes_none:
+            return [f"--{flag.name}={on}"]
+        return [f"--{flag.name}" if on else f"--no-{flag.name}"]
+    return [f"--{flag.name}={_checked(flag, value)}"]
+
+
+def _boolean(flag: _Flag, value: str) -> bool:
+    if value.lower() in _TRUE:
+        return True
+    if value.lower() in _FALSE:
+        return False
+    raise UsageError(f"--{flag.name} is on or off, got {value!r}; use --{flag.name}=True or =False")
+
+
+def _checked(flag: _Flag, value: str) -> str:
+    """The value in the spelling of the flag's type, or a sentence about what is wrong."""
+    if flag.kind is int:
+        return str(_whole_number(flag, value))
+    if flag.kind is float:
+        try:
+            float(value)
+        except ValueError:
+            raise UsageError(f"--{flag.name} needs a number, got {value!r}") from None
+    if get_origin(flag.kind) is Literal:
+        choices = [str(choice) for choice in get_args(flag.kind)]
+        if value not in choices:
+            raise UsageError(f"--{flag.name} is one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def _whole_number(flag: _Flag, value: str) -> int:
+    try:
+        return int(value)
+    except ValueError:
+        pass
+    try:
+        number = float(value)
+        if number == int(number):
+            return int(number)
+    except (ValueError, OverflowError):
+        pass
+    raise UsageError(f"--{flag.name} needs a whole number, got {value!r}")
+
+
+# ---- config files -----------------------------------------------------------------------------
+
+
+def _read_config_file(path: str, by_spelling: dict[str, _Flag]) -> list[tuple[_Flag, str]]:
+    """The `key = literal` lines of a file. Nothing in it is executed."""
+    try:
+        tree = ast.parse(Path(path).read_text(encoding="utf-8"), filename=path)
+    except OSError:
+        raise UsageError(f"{path!r} is neither a flag nor a config file that can be read") from None
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise UsageError(f"config file {path} cannot be read ({error})") from None
+    settings = []
+    for statement in tree.body:
+        place = f"{path}, line {statement.lineno}"
+        if not (
+            isinstance(statement, ast.Assign)
+            and len(statement.targets) == 1
+            and isinstance(statement.targets[0], ast.Name)
+        ):
+            raise UsageError(f"{place}: only `key = literal` lines are allowed")
+        key = statement.targets[0].id
+        flag = by_spelling.get(f"--{_dashed(key)}")
+        if flag is None:
+            raise UsageError(f"{place}: {_unknown('--' + key, by_spelling)}")
+        try:
+            settings.append((flag, str(ast.literal_eval(statement.value))))
+        except ValueError:
+            raise UsageError(
+                f"{place}: the value of {key} is not a literal (number, string, True, None)"
+            ) from None
+    return settings
