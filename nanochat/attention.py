@@ -1,0 +1,147 @@
+"""Causal attention with one contract and several backends, and the key-value cache for decoding.
+
+Legend: B = sequences, T = new positions, S = all positions attended to, H = query heads, K =
+key/value heads
+(H is a multiple of K), D = head size. Tensors are (B, T, heads, D) between functions, (B, heads,
+T, D) inside.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# CPU flash attention runs its backward pass at fp32 speed; plain matmuls over blocks of queries run
+# in bf16 and skip the keys of the future. 128 rows keep a block of scores inside the L2 cache.
+CPU_QUERY_BLOCK = 128
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attend from every position to itself and all earlier ones (arXiv:1706.03762, eq. 1).
+
+    q: (B, T, H, D); k, v: (B, T, K, D). Returns (B, T, H, D) in q's dtype.
+    """
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if q.device.type == "cpu" and q.requires_grad:
+        out = _blockwise(q, k, v)
+    else:
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)
+        )
+    return out.transpose(1, 2)
+
+
+def _blockwise(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention as matmuls over blocks of queries. Shapes as in `causal_attention`, heads
+    first."""
+    groups = q.size(1) // k.size(1)
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    length = q.size(2)
+    q = q * q.size(-1) ** -0.5
+    outputs = []
+    for start in range(0, length, CPU_QUERY_BLOCK):
+        stop = min(start + CPU_QUERY_BLOCK, length)
+        scores = (q[:, :, start:stop] @ k[:, :, :stop].transpose(-1, -2)).float()
+        query_positions = torch.arange(start, stop, device=q.device)[:, None]
+        future = torch.arange(stop, device=q.device)[None, :] > query_positions
+        weights = scores.masked_fill(future, float("-inf")).softmax(dim=-1)
+        outputs.append(weights.to(v.dtype) @ v[:, :, :stop])
+    return torch.cat(outputs, dim=2)
+
+
+def cached_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+    """Attend from new positions to a cache that already holds them.
+
+    q: (B, T, H, D); k, v: (B, K, S, D); positions: (B, T) index of each query in its own sequence.
+    Returns (B, T, H, D) in q's dtype.
+    """
+    visible = (
+        torch.arange(k.size(2), device=k.device)[None, None, None, :] <= positions[:, None, :, None]
+    )
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k, v, attn_mask=visible, enable_gqa=q.size(2) != k.size(1)
+    )
+    return out.transpose(1, 2)
+
+
+class KVCache:
+    """Keys and values of B sequences, each with its own length, in memory reserved once.
+
+    Rows grow independently: `forward(idx, kv_cache=cache)` appends idx's T tokens to every row at
+    that row's own
+    length. A caller that padded short rows on the right takes the padding back with `set_lengths`.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        batch_size: int,
+        capacity: int,
+        num_kv_heads: int,
+        head_dim: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        """Reserve (layers, 2, B, K, capacity, D) of `dtype`, all rows empty."""
+        shape = (num_layers, 2, batch_size, num_kv_heads, capacity, head_dim)
+        self.storage = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.longest = (
+            0  # upper bound of lengths kept on the host, so that no step waits for the device
+        )
+
+    @property
+    def batch_size(self) -> int:
+        """Number of rows."""
+        return self.storage.size(2)
+
+    @property
+    def capacity(self) -> int:
+        """Positions each row can hold."""
+        return self.storage.size(4)
+
+    def positions(self, num_new: int) -> Tensor:
+        """Index of each of `num_new` appended tokens in its own row: (B, num_new) int64."""
+        steps = torch.arange(num_new, device=self.lengths.device)
+        return self.lengths[:, None] + steps[None, :]
+
+    def append(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, T, K, D) of one layer; return views (B, K, S, D) up to the longest row.
+
+        `advance` moves the lengths once all layers are stored.
+        """
+        rows = torch.arange(self.batch_size, device=k.device)[:, None]
+        keys, values = self.storage[layer]
+        keys[rows, :, positions] = k
+        values[rows, :, positions] = v
+        span = self.longest + k.size(1)
+        return keys[:, :, :span], values[:, :, :span]
+
+    def advance(self, num_new: int) -> None:
+        """Count `num_new` appended tokens in every row."""
+        self.lengths += num_new
+        self.longest += num_new
+
+    def check_room(self, num_new: int) -> None:
+        """Refuse an append past the reserved memory instead of writing over earlier entries."""
+        if self.longest + num_new > self.capacity:
+            raise ValueError(
+                f"key-value cache of {self.capacity} positions is full: "
+                f"{self.longest} used, {num_new} more asked for"
+            )
+
+    def set_lengths(self, lengths: Tensor) -> None:
+        """Declare each row's true length (B,): what lies beyond is overwritten by later appends."""
+        self.lengths.copy_(lengths)
+        self.longest = int(lengths.max())
+
+    def select(self, rows: Tensor) -> KVCache:
+        """A copy with the given rows (R,) int64, repeated or dropped as the indices say."""
+        chosen = KVCache.__new__(KVCache)
+        chosen.storage = self.storage.index_select(2, rows)
+        chosen.lengths = self.lengths.index_select(0, rows)
+        chosen.longest = self.longest
+        return chosen

@@ -1,0 +1,122 @@
+"""Losses as sums over target tokens, without ever holding the logits of a whole batch.
+
+Legend: N = target positions (B * T), C = model width, V = vocabulary. A target of -1 is ignored.
+Sums, not means: the trainer divides once by the number of targets of the whole step, so that
+micro-batches,
+ranks and padding never show in the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanochat.gpt import GPT, LOGIT_SOFTCAP, softcap
+
+IGNORED = -1
+CHUNK_ROWS = 512  # rows of logits alive at once: 512 x 8,192 in bf16 is 8 MiB, which stays in cache
+
+
+def next_token_loss_sum(
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, *, compiled: bool = False
+) -> Tensor:
+    """Sum over targets of the cross-entropy of softcapped logits, in nats; differentiable, fp32
+    scalar.
+
+    hidden: (B, T, C) or (N, C) final states; head_weight: (V, C); targets: (B, T) or (N,) int64,
+    -1 = ignored.
+    The gradient is made during the forward pass, chunk by chunk, from the logits at hand. Rows
+    whose target is
+    ignored never meet the head.
+    """
+    rows, flat = hidden.flatten(0, -2), targets.flatten()
+    if bool((flat == IGNORED).any()):
+        kept = (flat != IGNORED).nonzero().squeeze(1)
+        rows, flat = rows.index_select(0, kept), flat.index_select(0, kept)
+    function = _compiled_chunk() if compiled else _chunk_loss_and_gradient
+    total: Tensor = _HeadLoss.apply(rows, head_weight, flat, function)  # type:
+    ignore[no - untyped - call]
+    return total
+
+
+def token_losses(model: GPT, idx: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each target in nats, 0 where ignored: (B, T) fp32. For evaluation; holds
+    one chunk of logits."""
+    rows, flat = model.hidden(idx).flatten(0, 1), targets.flatten()
+    losses = torch.zeros(flat.shape, dtype=torch.float32, device=flat.device)
+    for start in range(0, flat.numel(), CHUNK_ROWS):
+        part = slice(start, start + CHUNK_ROWS)
+        logits = softcap(rows[part] @ model.lm_head.weight.t())
+        losses[part] = torch.nn.functional.cross_entropy(
+            logits, flat[part], ignore_index=IGNORED, reduction="none"
+        )
+    return losses.view_as(targets)
+
+
+def _chunk_loss_and_gradient(raw: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss sum of one chunk and its gradient with respect to the raw logits.
+
+    raw: (n, V) logits before the softcap; targets: (n,), -1 adds nothing. Returns fp32 scalar and
+    (n, V) in raw's dtype.
+    """
+    squashed = torch.tanh(raw.float() / LOGIT_SOFTCAP)
+    logits = LOGIT_SOFTCAP * squashed
+    normalizer = logits.logsumexp(dim=-1, keepdim=True)
+    counted = targets != IGNORED
+    index = targets.clamp_min(0).unsqueeze(-1)
+    losses = (normalizer - logits.gather(-1, index)).squeeze(-1)
+    is_target = torch.arange(raw.size(-1), device=raw.device)[None, :] == index
+    gradient = (torch.exp(logits - normalizer) - is_target.float()) * (1.0 - squashed.square())
+    gradient = gradient * counted.unsqueeze(-1)
+    return (losses * counted).sum(), gradient.to(raw.dtype)
+
+
+_COMPILED: list[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = []
+
+
+def _compiled_chunk() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The chunk function compiled for one fixed shape, made at first use."""
+    if not _COMPILED:
+        _COMPILED.append(torch.compile(_chunk_loss_and_gradient, dynamic=False))
+    return _COMPILED[0]
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Head, softcap and cross-entropy with the backward pass folded into the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_function: Any
+    ) -> Tensor:
+        """hidden: (N, C); weight: (V, C); targets: (N,). Returns the loss sum."""
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        hidden_gradient = torch.empty_like(hidden)
+        weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        for start in range(0, hidden.size(0), CHUNK_ROWS):
+            rows, chunk = (
+                hidden[start : start + CHUNK_ROWS],
+                targets[start : start + CHUNK_ROWS],
+            )
+            count = rows.size(0)
+            if count < CHUNK_ROWS:  # one shape only: the compiled chunk function is made once
+                rows = torch.nn.functional.pad(rows, (0, 0, 0, CHUNK_ROWS - count))
+                chunk = torch.nn.functional.pad(chunk, (0, CHUNK_ROWS - count), value=IGNORED)
+            loss, logits_gradient = chunk_function(rows @ weight.t(), chunk)
+            total += loss
+            hidden_gradient[start : start + CHUNK_ROWS] = (logits_gradient @ weight)[:count]
+            if weight.dtype == torch.float32:
+                weight_gradient.addmm_(logits_gradient.t(), rows)
+            else:
+                weight_gradient += logits_gradient.t() @ rows
+        ctx.save_for_backward(hidden_gradient, weight_gradient.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale the gradients made in the forward pass."""
+        hidden_gradient, weight_gradient = ctx.saved_tensors
+        (scale,) = gradients
+        return hidden_gradient * scale, weight_gradient * scale, None, None

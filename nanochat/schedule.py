@@ -1,0 +1,43 @@
+"""Schedules: pure functions from an optimizer step to a multiplier or a value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning-rate multiplier over a run: linear warmup, constant, linear warmdown.
+
+    A trapezoid (arXiv:2405.18392) needs no horizon until its warmdown begins, so a run can be
+    prolonged.
+    """
+
+    num_iterations: int
+    """Optimizer steps of the whole run."""
+    warmup_steps: int = 0
+    """Steps of the rise from 0 to the peak."""
+    warmdown_ratio: float = 0.2
+    """Share of the run that the fall takes at its end."""
+    peak: float = 1.0
+    """Multiplier of the constant part."""
+    final_fraction: float = 0.0
+    """Share of the peak that is left at the end."""
+
+    def multiplier(self, step: int) -> float:
+        """Multiplier for the update that makes step `step` (counted from 0) into `step + 1`."""
+        if step < self.warmup_steps:
+            return self.peak * (step + 1) / self.warmup_steps
+        warmdown = round(self.warmdown_ratio * self.num_iterations)
+        left = self.num_iterations - step
+        if warmdown == 0 or left > warmdown:
+            return self.peak
+        progress = left / warmdown
+        return self.peak * (progress + (1.0 - progress) * self.final_fraction)
+
+
+def muon_momentum(step: int, *, start: float = 0.85, end: float = 0.95, steps: int = 300) -> float:
+    """Momentum of Muon at a step: a linear rise over the first `steps` (300 in the 2025
+    nanochat)."""
+    progress = min(step / steps, 1.0)
+    return start + (end - start) * progress
