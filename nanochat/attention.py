@@ -33,8 +33,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _blockwise(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention as matmuls over blocks of queries. Shapes as in `causal_attention`, heads
-    first."""
+    """Causal attention as matmuls over blocks of queries; heads come before positions."""
     groups = q.size(1) // k.size(1)
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
@@ -114,9 +113,9 @@ class KVCache:
         `advance` moves the lengths once all layers are stored.
         """
         rows = torch.arange(self.batch_size, device=k.device)[:, None]
-        keys, values = self.storage[layer]
-        keys[rows, :, positions] = k
-        values[rows, :, positions] = v
+        keys, values = self.storage[layer, 0], self.storage[layer, 1]
+        keys[rows, :, positions] = k.detach()
+        values[rows, :, positions] = v.detach()
         span = self.longest + k.size(1)
         return keys[:, :, :span], values[:, :, :span]
 

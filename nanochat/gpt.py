@@ -128,8 +128,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class CausalSelfAttention(nn.Module):
-    """Grouped-query attention with rotary positions and normed queries and keys (QK norm,
-    arXiv:2010.04245)."""
+    """Grouped-query attention with rotary positions and QK norm (arXiv:2010.04245)."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         """Four bias-free matrices; `layer` is this block's place in the cache."""
@@ -250,9 +249,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw initial values; the head and every output projection start at zero, so that all
-        blocks start silent.
+        """Draw initial values.
 
+        The head and every output projection start at zero, so that all blocks start silent.
         Matrices: normal with std min(1, sqrt(fan_out / fan_in)) / sqrt(fan_in) (arXiv:2310.17813).
         Embedding: std 1.
         """
@@ -305,10 +304,9 @@ class GPT(nn.Module):
         kv_cache: KVCache | None = None,
         loss_reduction: str = "mean",
     ) -> Tensor:
-        """Logits (B, T, V) fp32 of tokens idx (B, T), or their cross-entropy against targets (B,
-        T), -1 = ignored.
+        """Logits of tokens idx (B, T), fp32 (B, T, V), or their cross-entropy if targets are given.
 
-        loss_reduction: "mean", "sum", or "none" for (B * T,) losses. The plain path: training and
+        targets: (B, T) int64, -1 = ignored.         loss_reduction: "mean", "sum", or "none" for (B * T,) losses. The plain path: training and
         evaluation use
         `nanochat.objectives`, which gives the same values without holding all logits.
         """
@@ -335,8 +333,7 @@ class GPT(nn.Module):
         )
 
     def cast_matrices(self, dtype: torch.dtype) -> GPT:
-        """Store every matrix in `dtype`, once; the embedding, which is only looked up, stays
-        fp32."""
+        """Store every matrix in `dtype`, once; the embedding is only looked up and stays fp32."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 module.to(dtype)
@@ -352,8 +349,10 @@ class GPT(nn.Module):
         return groups | {"total": sum(groups.values())}
 
     def estimate_flops(self) -> float:
-        """Training FLOPs per token: 6 per matrix parameter, and 12 L H D T for attention
-        (arXiv:2204.02311, app. B)."""
+        """Training FLOPs per token (arXiv:2204.02311, appendix B).
+
+        6 per matrix parameter, and 12 L C T for attention.
+        """
         counts, config = self.count_parameters(), self.config
         attention = 12 * config.n_layer * config.n_embd * config.sequence_len
         return float(6 * (counts["total"] - counts["wte"]) + attention)

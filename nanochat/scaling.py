@@ -79,8 +79,8 @@ def training_horizon(
         steps = int(target_param_data_ratio * num_parameters) // total_batch_size
     else:
         raise UserError(
-            "no training horizon: give --num-iterations, --target-flops or
-            --target-param-data-ratio"
+            "no training horizon: give --num-iterations, --target-flops or "
+            "--target-param-data-ratio"
         )
     if steps < 1:
         raise UserError(

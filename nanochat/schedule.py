@@ -37,7 +37,6 @@ class Schedule:
 
 
 def muon_momentum(step: int, *, start: float = 0.85, end: float = 0.95, steps: int = 300) -> float:
-    """Momentum of Muon at a step: a linear rise over the first `steps` (300 in the 2025
-    nanochat)."""
+    """Momentum of Muon at a step: a linear rise over the first `steps`, as in the 2025 nanochat."""
     progress = min(step / steps, 1.0)
     return start + (end - start) * progress
