@@ -306,9 +306,9 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Logits of tokens idx (B, T), fp32 (B, T, V), or their cross-entropy if targets are given.
 
-        targets: (B, T) int64, -1 = ignored.         loss_reduction: "mean", "sum", or "none" for (B * T,) losses. The plain path: training and
-        evaluation use
-        `nanochat.objectives`, which gives the same values without holding all logits.
+        targets: (B, T) int64, -1 = ignored. loss_reduction: "mean", "sum", or "none" for
+        (B * T,) losses. The plain path: training and evaluation use `nanochat.objectives`,
+        which gives the same values without holding all logits.
         """
         logits = softcap(self.lm_head(self.hidden(idx, kv_cache)))
         if targets is None:

@@ -37,8 +37,7 @@ def model_config(
 def gradient_accumulation(
     total_batch_size: int, device_batch_size: int, sequence_len: int, world_size: int
 ) -> int:
-    """Micro-batches of one optimizer step on each rank; UserError naming a valid batch when it is
-    not whole."""
+    """Micro-batches of one step on each rank; UserError naming a valid batch if not whole."""
     per_pass = device_batch_size * sequence_len * world_size
     if device_batch_size < 1 or total_batch_size < 1:
         raise UserError(
