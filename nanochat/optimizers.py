@@ -1,0 +1,194 @@
+"""Parameters -> groups -> AdamW and Muon; every parameter in exactly one group."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nanochat.adamw import AdamW, AdamWSettings
+from nanochat.common import UserError
+from nanochat.muon import Muon, MuonSettings
+from nanochat.runtime import World, has_fast_bf16
+
+_REFERENCE_DIM = 768  # the width at which the AdamW learning rates were tuned
+_STEP = "step"  # 0-d entry of the state: equal on every rank, all else is sharded
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Learning rates and decay of every group."""
+
+    embedding_lr: float = 0.2
+    """AdamW learning rate of the token embedding, at width 768 (scaled by width^-0.5)."""
+    unembedding_lr: float = 0.004
+    """AdamW learning rate of the output head, at width 768 (scaled by width^-0.5)."""
+    matrix_lr: float = 0.02
+    """Muon learning rate of every matrix in the blocks."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of the embedding and the head."""
+    matrix_weight_decay: float = 0.0
+    """Decoupled weight decay of the matrices."""
+    adam_beta1: float = 0.8
+    """AdamW: share of the running mean that is kept at each step."""
+    adam_beta2: float = 0.95
+    """AdamW: share of the running mean square that is kept at each step."""
+
+
+class Optimizer:
+    """AdamW and Muon behind one step; gradients are summed over ranks inside."""
+
+    def __init__(
+        self,
+        named_parameters: Sequence[tuple[str, nn.Parameter]],
+        adamw: Sequence[AdamW],
+        muon: Sequence[Muon],
+        *,
+        world: World,
+    ) -> None:
+        self._named_parameters = list(named_parameters)
+        self._adamw = list(adamw)
+        self._muon = list(muon)
+        self._world = world
+        self._step = 0
+
+    @torch.no_grad()
+    def step(
+        self,
+        *,
+        grad_scale: float,
+        lr_multiplier: float,
+        muon_momentum: float,
+        grad_clip: float = 0.0,
+    ) -> Tensor:
+        """Update all parameters from their `.grad`, this rank's sum over targets; uses it up.
+
+        grad_scale: 1 / number of targets over all ranks. grad_clip: bound on the norm of the
+        scaled gradient over all parameters and ranks, 0 for none. Returns that norm before
+        clipping, 0-d on the device: reading it is the caller's choice.
+        """
+        for name, parameter in self._named_parameters:
+            if parameter.grad is None:
+                raise ValueError(f"parameter {name} has no gradient; was backward called?")
+        parts: list[AdamW | Muon] = [*self._adamw, *self._muon]
+        for part in parts:
+            part.reduce()
+        squares = torch.stack([part.squared_norm() for part in parts]).sum()
+        norm = self._world.all_reduce_(squares).sqrt() * grad_scale
+        scale = torch.full_like(norm, grad_scale)
+        if grad_clip > 0:
+            scale = scale * (grad_clip / norm).clamp(max=1.0)
+        self._step += 1
+        for muon in self._muon:
+            muon.update(scale=scale, lr_multiplier=lr_multiplier, momentum=muon_momentum)
+        for adamw in self._adamw:
+            adamw.update(scale=scale, lr_multiplier=lr_multiplier, step=self._step)
+        for part in parts:
+            part.finish()
+        return norm
+
+    def zero_grad(self) -> None:
+        """Drop the gradients; the next backward allocates them instead of adding to zeros."""
+        for _, parameter in self._named_parameters:
+            parameter.grad = None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """State of this rank, "<parameter>.<state>" -> rows, not copied; "step" is on every rank.
+
+        Over ranks, equal names are consecutive rows of one tensor: concatenated in rank order
+        they are the whole, which `load_state_dict` takes at any world size.
+        """
+        state = {name: tensor for name, (tensor, _) in self._own_state().items()}
+        return {_STEP: torch.tensor(self._step), **state}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore from this rank's `state_dict` or from the whole tensors of all ranks."""
+        own = self._own_state()
+        missing = sorted(({_STEP} | own.keys()) - state.keys())
+        if missing:
+            raise UserError(
+                f"the optimizer state lacks {missing[0]!r} and {len(missing) - 1} more: it belongs "
+                "to another model or number of processes"
+            )
+        for name, (target, start) in own.items():
+            source = state[name]
+            if len(source) != len(target):
+                source = source[start : start + len(target)]
+            if source.shape != target.shape:
+                raise UserError(
+                    f"optimizer state {name!r} has shape {tuple(state[name].shape)}, which does "
+                    f"not hold the {tuple(target.shape)} at row {start}: another model's state"
+                )
+            target.copy_(source)
+        self._step = int(state[_STEP])
+
+    def _own_state(self) -> dict[str, tuple[Tensor, int]]:
+        parts: list[AdamW | Muon] = [*self._adamw, *self._muon]
+        return {name: rows for part in parts for name, rows in part.state().items()}
+
+
+def build_optimizer(
+    named_parameters: Sequence[tuple[str, nn.Parameter]],
+    config: OptimizerConfig,
+    *,
+    model_dim: int,
+    world: World,
+) -> Optimizer:
+    """Deal parameters to groups by name: embedding and head to AdamW, block matrices to Muon.
+
+    Parameters are fp32 masters, equal on every rank. Raises ValueError for a parameter that
+    no group takes or that comes twice.
+    """
+    named_parameters = list(named_parameters)
+    if len({id(parameter) for _, parameter in named_parameters}) < len(named_parameters):
+        raise ValueError("a parameter is listed twice; tied weights are not supported")
+    device = named_parameters[0][1].device
+    groups = _groups(config, model_dim=model_dim, device=device)
+    members: list[list[tuple[str, nn.Parameter]]] = [[] for _ in groups]
+    for name, parameter in named_parameters:
+        if parameter.dtype != torch.float32:
+            raise ValueError(f"parameter {name} is {parameter.dtype}; masters are float32")
+        taken = [i for i, (pattern, _) in enumerate(groups) if re.fullmatch(pattern, name)]
+        if len(taken) != 1:
+            raise ValueError(f"parameter {name} belongs to {len(taken)} optimizer groups, not 1")
+        members[taken[0]].append((name, parameter))
+    adamw: list[AdamW] = []
+    muon: list[Muon] = []
+    for (_, settings), group in zip(groups, members, strict=True):
+        if not group:
+            continue
+        if isinstance(settings, AdamWSettings):
+            adamw.append(AdamW(group, settings, world=world))
+        else:
+            muon.append(Muon(group, settings, world=world))
+    return Optimizer(named_parameters, adamw, muon, world=world)
+
+
+def _groups(
+    config: OptimizerConfig, *, model_dim: int, device: torch.device
+) -> list[tuple[str, AdamWSettings | MuonSettings]]:
+    """Pattern of parameter names -> settings. Patterns exclude one another."""
+    width_scale = (model_dim / _REFERENCE_DIM) ** -0.5
+
+    def adamw(learning_rate: float) -> AdamWSettings:
+        return AdamWSettings(
+            learning_rate=learning_rate * width_scale,
+            beta1=config.adam_beta1,
+            beta2=config.adam_beta2,
+            weight_decay=config.weight_decay,
+        )
+
+    matrices = MuonSettings(
+        learning_rate=config.matrix_lr,
+        weight_decay=config.matrix_weight_decay,
+        dtype=torch.bfloat16 if has_fast_bf16(device) else torch.float32,
+    )
+    return [
+        (r"lm_head\.weight", adamw(config.unembedding_lr)),
+        (r"transformer\.wte\.weight", adamw(config.embedding_lr)),
+        (r"transformer\.h\.\d+\..*\.weight", matrices),
+    ]
