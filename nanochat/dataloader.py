@@ -85,7 +85,7 @@ class Loader:
         self._pack = functools.partial(_pack, packer, rows_per_step, world, pin_memory)
         self._steps_ahead = steps_ahead
         self._prefetcher: _Prefetcher[_Step] | None = None
-        self._state, self._progress = packer.state_dict(), packer.progress
+        self._snapshot, self._progress = packer.snapshot(), packer.progress
 
     def next_step(self) -> Batch:
         """All rows of this rank for one optimizer step."""
@@ -95,7 +95,7 @@ class Loader:
             if self._prefetcher is None:
                 self._prefetcher = _Prefetcher(self._pack, self._steps_ahead)
             step = self._prefetcher.get()
-        self._state, self._progress = step.state, step.progress
+        self._snapshot, self._progress = step.snapshot, step.progress
         return step.batch
 
     def __iter__(self) -> Iterator[Batch]:
@@ -114,20 +114,20 @@ class Loader:
 
     def state_dict(self) -> State:
         """Where the stream stands after the last step handed out: integers and small arrays."""
-        return dict(self._state)
+        return self._snapshot()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on after the step that `state_dict` was called behind."""
         self.close()
         self._packer.load_state_dict(state)
-        self._state, self._progress = self._packer.state_dict(), self._packer.progress
+        self._snapshot, self._progress = self._packer.snapshot(), self._packer.progress
 
     def close(self) -> None:
         """Stop reading ahead. What was read ahead is dropped: load a state before going on."""
         if self._prefetcher is not None:
             self._prefetcher.close()
             self._prefetcher = None
-            self._packer.load_state_dict(self._state)
+            self._packer.load_state_dict(self._snapshot())
 
 
 class DocumentLoader(Loader):
@@ -261,7 +261,7 @@ def conversation_evaluation_batches(
 @dataclass(frozen=True)
 class _Step:
     batch: Batch
-    state: State
+    snapshot: Callable[[], State]
     progress: float
 
 
@@ -276,7 +276,7 @@ def _pack(packer: Packer, rows_per_step: int, world: World, pin_memory: bool) ->
             if pin_memory:
                 batch.inputs = batch.inputs.pin_memory()
                 batch.targets = batch.targets.pin_memory()
-            return _Step(batch, packer.state_dict(), packer.progress)
+            return _Step(batch, packer.snapshot(), packer.progress)
         logger.info("a step without a single token to train on is left out")
     raise UserError(
         f"{MAX_STEPS_WITHOUT_TARGET} steps in a row have no token to train on; "

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -164,8 +164,8 @@ class Packer(Protocol):
         """The next rows, (R, T + 1) signed ids."""
         ...
 
-    def state_dict(self) -> State:
-        """Everything `load_state_dict` needs to go on with the next row."""
+    def snapshot(self) -> Callable[[], State]:
+        """What `load_state_dict` needs to go on with the next row, put together when called."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -210,10 +210,11 @@ class SequentialPacker:
         rows = np.lib.stride_tricks.sliding_window_view(ids, self._sequence_len + 1)
         return rows[:: self._sequence_len]
 
-    def state_dict(self) -> State:
+    def snapshot(self) -> Callable[[], State]:
         """The first chunk still in use and how much of it is used."""
         start = self._chunks[0].start if self._chunks else self._start
-        return {**_position_state(start), "used": self._used}
+        state = {**_position_state(start), "used": self._used}
+        return lambda: state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Read that chunk again and go on behind its used part."""
@@ -257,7 +258,7 @@ class BestFitPacker:
     ) -> None:
         self._feed, self._sequence_len = feed, sequence_len
         self._overflow, self._buffer_size = overflow, buffer_size
-        self._restart(Position(), [])
+        self._restart(Position(), [], np.empty(0, np.int64))
 
     @property
     def progress(self) -> float:
@@ -273,28 +274,38 @@ class BestFitPacker:
             self._fill(row)
         return rows
 
-    def state_dict(self) -> State:
+    def snapshot(self) -> Callable[[], State]:
         """The place in the stream and the waiting documents, in their order."""
-        return {
-            **_position_state(self._next),
-            "waiting_ids": np.concatenate([np.empty(0, np.int32), *self._waiting]),
-            "waiting_lengths": self._lengths[: len(self._waiting)].copy(),
+        position, waiting = _position_state(self._next), list(self._waiting)
+        lengths = self._lengths[: len(waiting)].copy()
+        # Joined only when somebody saves: several MB, and every step has a snapshot.
+        return lambda: {
+            **position,
+            "waiting_ids": np.concatenate([np.empty(0, np.int32), *waiting]),
+            "waiting_lengths": lengths,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put the waiting documents back and read on."""
-        lengths = np.asarray(state["waiting_lengths"], np.int64)
+        lengths = np.array(state["waiting_lengths"], np.int64)
         ids = np.asarray(state["waiting_ids"], np.int32)
-        waiting = np.split(ids, np.cumsum(lengths)[:-1]) if len(lengths) else []
-        self._restart(_position_of(state), waiting)
+        ends = np.cumsum(np.minimum(lengths, self._sequence_len + 1))
+        if len(ids) != (ends[-1] if len(ends) else 0):
+            raise UserError(
+                f"the saved place in the data belongs to rows of another length than "
+                f"{self._sequence_len}; resume with the sequence length of the first run"
+            )
+        waiting = np.split(ids, ends[:-1]) if len(ends) else []
+        self._restart(_position_of(state), waiting, lengths)
 
-    def _restart(self, position: Position, waiting: Sequence[Ids]) -> None:
+    def _restart(
+        self, position: Position, waiting: Sequence[Ids], lengths: npt.NDArray[np.int64]
+    ) -> None:
         self._next = position
         self._stream = self._feed.chunks(position)
-        self._waiting: list[Ids] = []
-        # Lengths of the waiting documents, kept as an array so that a search is one operation.
-        self._lengths = np.empty(0, np.int64)
-        self._add(waiting)
+        # The whole lengths of the waiting documents, of which only the part that could enter a
+        # row is kept. An array, so that a search is one operation.
+        self._waiting, self._lengths = list(waiting), lengths
 
     def _fill(self, row: Ids) -> None:
         filled = 0
@@ -302,8 +313,7 @@ class BestFitPacker:
             while len(self._waiting) < self._buffer_size:
                 chunk = next(self._stream)
                 self._next = chunk.stop
-                # Copies, because a view would keep its whole chunk in memory while it waits.
-                self._add([chunk.document(i).copy() for i in range(len(chunk))])
+                self._add(chunk)
             space = len(row) - filled
             lengths = self._lengths[: len(self._waiting)]
             fitting = np.where(lengths <= space, lengths, 0)
@@ -316,11 +326,12 @@ class BestFitPacker:
             row[filled : filled + len(document)] = document
             filled += len(document)
 
-    def _add(self, documents: Sequence[Ids]) -> None:
+    def _add(self, chunk: Chunk) -> None:
+        keep = self._sequence_len + 1
         used = len(self._waiting)
-        new = np.array([len(document) for document in documents], np.int64)
-        self._lengths = np.concatenate([self._lengths[:used], new])
-        self._waiting.extend(documents)
+        # Copies, because a view would keep its whole chunk in memory while it waits.
+        self._waiting += [chunk.document(i)[:keep].copy() for i in range(len(chunk))]
+        self._lengths = np.concatenate([self._lengths[:used], np.diff(chunk.offsets)])
 
     def _remove(self, index: int) -> Ids:
         """Take a document out; the last one moves into its place."""
