@@ -41,11 +41,11 @@ class _RefusedError(Exception):
 def calculate(expression: str) -> str | None:
     """The value of an expression as text, or None when it has none or is not allowed.
 
-    Allowed: decimal numbers (commas between digits are dropped), `+ - * / // %`, parentheses,
+    Allowed: decimal numbers (commas in them are dropped), `+ - * / // %`, parentheses,
     signs, and `'text'.count('part')`. Arithmetic is exact, so that the result is what a person
     would write down: 6/2 is 3, 12/60 is 0.2 and 0.1+0.2 is 0.3. On the 23,716 calculations in
-    GSM8K's training answers this agrees with 97.1 %, Python's own floats with 73.2 % (the rest
-    are mostly differences in spelling, such as 4.00).
+    GSM8K's training answers this agrees with 97.1 %, Python's own floats with 73.2 % (what is
+    left is mostly spelling, such as 4.00).
     """
     if len(expression) > MAX_EXPRESSION_CHARS:
         return None

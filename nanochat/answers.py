@@ -1,0 +1,102 @@
+"""What a model's tokens mean outside the model: the ids that steer an answer, and its text.
+
+No torch. Generation puts calls and endings together from these ids, chat shows the text as it
+grows, tasks judge it as a whole.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nanochat.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class ControlIds:
+    """Ids of the tokens that steer an answer."""
+
+    python_start: int
+    python_end: int
+    output_start: int
+    output_end: int
+    terminal: frozenset[int]
+    """An answer ends with one of these."""
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> ControlIds:
+        """Look the ids up in a tokenizer."""
+        ids = {
+            name: tokenizer.encode_special(f"<|{name}|>")
+            for name in ("python_start", "python_end", "output_start", "output_end")
+        }
+        end = tokenizer.encode_special("<|assistant_end|>")
+        return cls(**ids, terminal=frozenset({end, tokenizer.bos_id}))
+
+
+class AnswerText:
+    """Turns a stream of tokens into text by whole characters, for a person to watch.
+
+    Special tokens never show. A tool call reads as `[12 * 3 = 36]`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._special = ControlIds.of(tokenizer)
+        self._hidden = special_ids(tokenizer)
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        # Where the stream stands in a call: "" outside, "expression", "called", "output".
+        self._place = ""
+
+    def feed(self, token: int) -> str:
+        """The text that `token` completes; "" while a character is still in pieces."""
+        if token not in self._hidden:
+            closing = self._leave_call()
+            return closing + self._decoder.decode(self._tokenizer.decode_bytes([token]))
+        text = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return text + self._steer(token)
+
+    def finish(self) -> str:
+        """What is left when the stream has ended: the rest of a character, an open bracket."""
+        text = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        is_open, self._place = self._place != "", ""
+        return text + ("]" if is_open else "")
+
+    def _leave_call(self) -> str:
+        """Close a call whose expression had no value."""
+        if self._place != "called":
+            return ""
+        self._place = ""
+        return "]"
+
+    def _steer(self, token: int) -> str:
+        if token == self._special.python_start:
+            closing = "]" if self._place else ""
+            self._place = "expression"
+            return closing + "["
+        if token == self._special.python_end and self._place == "expression":
+            self._place = "called"
+            return ""
+        if token == self._special.output_start and self._place == "called":
+            self._place = "output"
+            return " = "
+        if token == self._special.output_end and self._place == "output":
+            self._place = ""
+            return "]"
+        return self._leave_call()
+
+
+def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """Ids of all special tokens."""
+    return frozenset(map(tokenizer.encode_special, tokenizer.get_special_tokens()))
+
+
+def plain_text(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+    """The text of an answer as tasks judge it: special tokens dropped, calls and outputs kept."""
+    hidden = special_ids(tokenizer)
+    return tokenizer.decode([token for token in tokens if token not in hidden])
