@@ -1,0 +1,72 @@
+# Sourced: the virtual environment and what is installed in it.
+#
+#   ensure_venv EXTRA     make .venv if it is missing, install this project with EXTRA, activate
+#
+# The install is skipped while pyproject.toml, the Rust sources, the compiler and the interpreter are
+# those of the last install. Needs Python >= 3.10; uses uv where it is, and python -m venv with pip
+# where it is not. PYTHON names another interpreter, TORCH_INDEX_URL one more package index to look for
+# torch in (pip's own settings are respected as they are).
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11 python3.10}; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "error: Python 3.10 or newer is needed, ${PYTHON:-python3} is $("${PYTHON:-python3}" --version 2>&1);" \
+        "install one, or name it: PYTHON=/path/to/python3.11 bash $0" >&2
+    return 1
+}
+
+# One line that changes when the install has to be done again.
+install_fingerprint() {
+    {
+        cat pyproject.toml
+        find rustbpe -name '*.rs' -o -name 'Cargo.*' | LC_ALL=C sort | xargs cat
+        command -v cargo >/dev/null && cargo --version
+        .venv/bin/python --version
+    } | .venv/bin/python -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'
+}
+
+install_project() {
+    local extra="$1"
+    local index=()
+    if [ -n "${TORCH_INDEX_URL:-}" ]; then
+        index=(--extra-index-url "$TORCH_INDEX_URL")
+    fi
+    if command -v uv >/dev/null; then
+        uv pip install --python .venv/bin/python ${index[@]+"${index[@]}"} -e ".[$extra]"
+    else
+        .venv/bin/python -m pip install --quiet ${index[@]+"${index[@]}"} -e ".[$extra]"
+    fi
+}
+
+ensure_venv() {
+    local extra="$1"
+    local stamp=".venv/nanochat-$extra.stamp"
+    local python
+    if [ ! -x .venv/bin/python ]; then
+        python="$(find_python)"
+        echo "making .venv with $python"
+        if command -v uv >/dev/null; then
+            uv venv --python "$python" .venv
+        else
+            "$python" -m venv .venv
+        fi
+    fi
+    if [ "$(cat "$stamp" 2>/dev/null)" != "$(install_fingerprint)" ]; then
+        echo "installing nanochat and what it needs into .venv (extra: $extra)"
+        if ! command -v cargo >/dev/null; then
+            echo "no cargo: the tokenizer will run in Python, slower, with the same result"
+        fi
+        install_project "$extra"
+        install_fingerprint >"$stamp"
+    fi
+    # activate reads variables that may be unset
+    set +u
+    # shellcheck disable=SC1091
+    source .venv/bin/activate
+    set -u
+}

@@ -1,0 +1,214 @@
+"""The pipeline runner: what is skipped, what runs again, what a failure and a signal do."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+STAGES = REPOSITORY / "scripts" / "stages.sh"
+
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+
+# Each stage appends its name to a log and leaves a file, as the real ones leave checkpoints.
+PIPELINE = """
+set -euo pipefail
+source {stages}
+mark() {{ echo "$*" >>"$LOG"; }}
+pipeline() {{
+    stage data data.txt bash "$STUB" data
+    training train train.txt bash "$STUB" train "${{SIZE:-1}}"
+    evaluation eval eval.txt bash "$STUB" eval "${{LIMIT:-10}}"
+    training tune tune.txt bash "$STUB" tune
+    report report report.txt bash "$STUB" report
+}}
+run_pipeline pipeline
+[ "${{DRY_RUN:-0}}${{LIST:-0}}" != 00 ] || echo "all stages done"
+"""
+STUB = """
+echo "$*" >>"$LOG"
+[ "$1" != "${FAIL:-}" ] || exit 7
+[ "$1" != "${HANG:-}" ] || { echo started >"$NANOCHAT_BASE_DIR/hanging"; exec sleep 60; }
+[ "$1" = "${FORGET:-}" ] || touch "$NANOCHAT_BASE_DIR/$1.txt"
+"""
+
+
+class Pipeline:
+    """A pipeline of stubs in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.base = folder / "base"
+        self.log = folder / "log"
+        self.script = folder / "pipeline.sh"
+        self.script.write_text(PIPELINE.format(stages=STAGES))
+        (folder / "stub.sh").write_text(STUB)
+        self.environment = {
+            **os.environ,
+            "NANOCHAT_BASE_DIR": str(self.base),
+            "LOG": str(self.log),
+            "STUB": str(folder / "stub.sh"),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        }
+
+    def start(self, **settings: str) -> "subprocess.Popen[str]":
+        self.log.write_text("")
+        return subprocess.Popen(
+            ["bash", str(self.script)],
+            cwd=REPOSITORY,
+            env={**self.environment, **settings},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # so that a test can clear up after a killed shell
+        )
+
+    def run(self, **settings: str) -> "subprocess.CompletedProcess[str]":
+        process = self.start(**settings)
+        output, errors = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+    @property
+    def ran(self) -> list[str]:
+        """The stages that ran in the last run."""
+        return [line.split()[0] for line in self.log.read_text().splitlines()]
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path) -> Pipeline:
+    return Pipeline(tmp_path)
+
+
+@pytest.fixture
+def finished(pipeline: Pipeline) -> Pipeline:
+    result = pipeline.run()
+    assert result.returncode == 0, result.stderr
+    assert pipeline.ran == ["data", "train", "eval", "tune", "report"]
+    return pipeline
+
+
+def test_second_run_skips_everything(finished: Pipeline) -> None:
+    result = finished.run()
+    assert result.returncode == 0
+    assert finished.ran == []
+    assert "all stages done" in result.stdout
+
+
+def test_changed_command_runs_it_and_what_builds_on_it(finished: Pipeline) -> None:
+    assert finished.run(SIZE="2").returncode == 0
+    assert finished.ran == ["train", "eval", "tune", "report"]
+
+
+def test_changed_evaluation_does_not_train_again(finished: Pipeline) -> None:
+    assert finished.run(LIMIT="20").returncode == 0
+    assert finished.ran == ["eval", "report"]
+
+
+def test_removed_artifact_runs_its_stage_again(finished: Pipeline) -> None:
+    (finished.base / "tune.txt").unlink()
+    assert finished.run().returncode == 0
+    assert finished.ran == ["tune", "report"]
+
+
+def test_failure_ends_with_its_exit_code_and_no_success(pipeline: Pipeline) -> None:
+    result = pipeline.run(FAIL="train")
+    assert result.returncode == 7
+    assert pipeline.ran == ["data", "train"]
+    assert "all stages done" not in result.stdout
+    assert "stage train ended with exit code 7" in result.stderr
+
+
+def test_failed_evaluation_is_a_failure_too(pipeline: Pipeline) -> None:
+    assert pipeline.run(FAIL="eval").returncode == 7
+    assert pipeline.ran == ["data", "train", "eval"]
+
+
+def test_run_after_failure_resumes_training_and_skips_the_rest(pipeline: Pipeline) -> None:
+    pipeline.run(FAIL="train")
+    assert pipeline.run().returncode == 0
+    assert pipeline.ran == ["train", "eval", "tune", "report"]
+    assert pipeline.log.read_text().splitlines()[0] == "train 1 --resume"
+
+
+def test_fresh_training_is_not_resumed(finished: Pipeline) -> None:
+    """A run of a changed command must not continue from the checkpoints of the old one."""
+    finished.run(SIZE="2")
+    assert "--resume" not in finished.log.read_text()
+
+
+def test_interrupted_rerun_does_not_trust_records_of_the_run_before(finished: Pipeline) -> None:
+    """train runs again and dies: what was built on the old train is no longer done."""
+    finished.run(SIZE="2", FAIL="train")
+    assert finished.run(SIZE="2").returncode == 0
+    assert finished.ran == ["train", "eval", "tune", "report"]
+
+
+def test_command_that_leaves_no_artifact_fails(pipeline: Pipeline) -> None:
+    result = pipeline.run(FORGET="train")
+    assert result.returncode == 1
+    assert "train.txt" in result.stderr
+    assert pipeline.run(FORGET="nothing").returncode == 0
+
+
+def test_only_runs_one_stage_even_when_done(finished: Pipeline) -> None:
+    assert finished.run(ONLY="eval").returncode == 0
+    assert finished.ran == ["eval"]
+
+
+def test_from_leaves_earlier_stages_alone(finished: Pipeline) -> None:
+    assert finished.run(FROM="tune").returncode == 0
+    assert finished.ran == ["tune", "report"]
+
+
+def test_unknown_stage_is_refused_with_the_names(pipeline: Pipeline) -> None:
+    result = pipeline.run(ONLY="trian")
+    assert result.returncode == 2
+    assert "data train eval tune report" in result.stderr
+    assert pipeline.ran == []
+
+
+def test_dry_run_prints_commands_and_runs_none(pipeline: Pipeline) -> None:
+    result = pipeline.run(DRY_RUN="1")
+    assert result.returncode == 0
+    assert len(result.stdout.splitlines()) == 5
+    assert pipeline.ran == []
+    assert not (pipeline.base / "run_state.json").exists()
+
+
+def test_list_prints_the_names(pipeline: Pipeline) -> None:
+    assert pipeline.run(LIST="1").stdout.split() == ["data", "train", "eval", "tune", "report"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_killed_run_continues(pipeline: Pipeline, number: int, code: int) -> None:
+    process = pipeline.start(HANG="train")
+    flag = pipeline.base / "hanging"
+    deadline = time.monotonic() + 30
+    while not flag.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(timeout=30) == code
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=30)
+
+    state = json.loads((pipeline.base / "run_state.json").read_text())["stages"]
+    assert state["train"]["exit_code"] in (None, 143)
+    assert pipeline.run().returncode == 0
+    assert pipeline.log.read_text().splitlines()[0] == "train 1 --resume"
+
+
+def test_damaged_record_is_named(pipeline: Pipeline) -> None:
+    pipeline.base.mkdir()
+    (pipeline.base / "run_state.json").write_text("{not json")
+    result = pipeline.run()
+    assert result.returncode != 0
+    assert "run_state.json is not valid JSON" in result.stderr
+    assert pipeline.ran == []
