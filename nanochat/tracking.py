@@ -1,0 +1,179 @@
+"""What a run measures: rows of metrics.jsonl always, Weights & Biases when asked for."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import math
+import netrc
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from nanochat.common import UserError, atomic_write_text, base_dir
+
+logger = logging.getLogger(__name__)
+
+NO_RUN = "dummy"  # the run name that stands for "no wandb" (spec 0.2)
+WANDB_HOST = "api.wandb.ai"
+WANDB_SECONDS = 30  # a cluster node without a network must not wait longer for an answer
+
+
+class Mirror(Protocol):
+    """Somewhere else the rows go; must never fail."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Take one row."""
+        ...
+
+    def close(self) -> None:
+        """No more rows come."""
+        ...
+
+
+class MetricWriter:
+    """Appends one JSON object a row, in the file as soon as `write` returns."""
+
+    def __init__(self, path: Path, *, mirror: Mirror | None = None) -> None:
+        self._path, self._mirror = path, mirror
+        self._file: TextIO | None = None
+
+    def write(self, step: int, **values: float) -> None:
+        """Add a row {"step": step, **values}; what is not finite becomes null."""
+        row = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        try:
+            if self._file is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                unfinished = _lacks_line_end(self._path)
+                self._file = self._path.open("a", encoding="utf-8")
+                self._file.write("\n" if unfinished else "")
+            self._file.write(json.dumps({"step": step, **row}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self._path} ({error.strerror}); free some space and resume"
+            ) from error
+        if self._mirror is not None:
+            self._mirror.log(step, values)
+
+    def truncate(self, step: int) -> None:
+        """Drop the rows behind `step`: a resumed run writes them again."""
+        self._close_file()
+        if self._path.exists():
+            rows = [row for row in read_metrics(self._path) if row["step"] <= step]
+            atomic_write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def close(self) -> None:
+        """Close the file and the mirror."""
+        self._close_file()
+        if self._mirror is not None:
+            self._mirror.close()
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, without what a killed or repeated run left behind.
+
+    A row cut off by a crash is skipped. When the steps start over, the later rows count.
+    """
+    rows: list[dict[str, Any]] = []
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                continue
+            if rows and rows[-1]["step"] > row["step"]:
+                rows = [earlier for earlier in rows if earlier["step"] < row["step"]]
+            rows.append(row)
+    return rows
+
+
+def start_wandb(run: str, *, project: str, config: Mapping[str, Any]) -> Mirror | None:
+    """Open a wandb run of that name, or say once why not: logging never stops a training.
+
+    Nothing for "" and "dummy". Without a key or an answer of the server the run is kept in
+    $WANDB_DIR or <base folder>/wandb, from where `wandb sync` sends it later. $WANDB_MODE wins.
+    """
+    if run in ("", NO_RUN):
+        return None
+    try:
+        wandb = importlib.import_module("wandb")
+    except ImportError:
+        logger.warning(
+            "--run=%s: wandb is not installed, metrics go to metrics.jsonl only "
+            "(pip install 'nanochat[wandb]')",
+            run,
+        )
+        return None
+    folder = Path(os.environ.get("WANDB_DIR") or base_dir() / "wandb")
+    folder.mkdir(parents=True, exist_ok=True)
+    mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
+    if mode == "offline":
+        logger.info("wandb keeps this run in %s; send it later with `wandb sync`", folder)
+    for attempt in dict.fromkeys([mode, "offline"]):
+        try:
+            opened = wandb.init(
+                project=project,
+                name=run,
+                config=dict(config),
+                dir=str(folder),
+                mode=attempt,
+                settings=wandb.Settings(init_timeout=WANDB_SECONDS),
+            )
+            return _WandbMirror(opened)
+        except Exception as error:  # the package has no common base class for its failures
+            logger.warning("wandb could not start %s: %s", attempt, _one_line(error))
+    return None
+
+
+class _WandbMirror:
+    """A wandb run that is given up, with one notice, at its first failure."""
+
+    def __init__(self, run: Any) -> None:
+        self._run: Any = run
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._try(lambda run: run.log(dict(values), step=step))
+
+    def close(self) -> None:
+        self._try(lambda run: run.finish())
+        self._run = None
+
+    def _try(self, action: Any) -> None:
+        if self._run is None:
+            return
+        try:
+            action(self._run)
+        except Exception as error:
+            logger.warning("wandb failed and gets no more metrics: %s", _one_line(error))
+            self._run = None
+
+
+def _has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators(WANDB_HOST) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _lacks_line_end(path: Path) -> bool:
+    if not path.exists() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
