@@ -1,0 +1,219 @@
+"""Find the compiled core and call it through ctypes.
+
+`rustbpe/README.md` describes the C ABI. The functions here turn statuses into exceptions and give
+the rest of the package numpy arrays.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import POINTER, byref, c_int32, c_int64, c_size_t, c_uint8, c_uint32, c_uint64
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+ABI_VERSION = 1
+_BYTES = ctypes.c_char_p
+_U64S = POINTER(c_uint64)
+_TEXTS = (_BYTES, c_size_t, _U64S, c_size_t)
+
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "rbpe_split": (_BYTES, c_size_t, _BYTES, c_size_t, _U64S, c_size_t, POINTER(c_size_t)),
+    "rbpe_trainer_new": (_BYTES, c_size_t, POINTER(c_uint32), c_uint32, _U64S),
+    "rbpe_trainer_feed": (c_uint64, *_TEXTS),
+    "rbpe_trainer_start": (c_uint64, c_uint32, _U64S),
+    "rbpe_trainer_step": (c_uint64, c_uint32),
+    "rbpe_trainer_merges": (c_uint64, POINTER(c_uint32), c_size_t, POINTER(c_size_t)),
+    "rbpe_encoder_new": (_BYTES, c_size_t, *_TEXTS, _U64S),
+    "rbpe_encoder_encode": (
+        c_uint64,
+        *_TEXTS,
+        c_int64,
+        c_int64,
+        c_uint32,
+        POINTER(c_int32),
+        c_size_t,
+        POINTER(c_int64),
+    ),
+    "rbpe_free": (c_uint64,),
+    "rbpe_test_panic": (),
+}
+
+
+class CoreError(RuntimeError):
+    """The core panicked: a defect in it, not in the input."""
+
+
+def library_candidates() -> list[Path]:
+    """Return where a compiled core may lie: the installed one first, then cargo's own output."""
+    folder = Path(__file__).parent
+    built = [folder / "target" / "release" / f"librustbpe.{end}" for end in ("so", "dylib")]
+    built.append(folder / "target" / "release" / "rustbpe.dll")
+    installed = [path for end in ("so", "pyd", "dylib") for path in folder.glob(f"_core*.{end}")]
+    return [path for path in [*sorted(installed), *built] if path.exists()]
+
+
+@lru_cache(maxsize=1)
+def load() -> ctypes.CDLL | None:
+    """Return the core, or None where there is none that fits."""
+    for path in library_candidates():
+        try:
+            library = ctypes.CDLL(str(path))
+            version = library.rbpe_abi_version()
+        except (OSError, AttributeError):
+            continue
+        if version != ABI_VERSION:
+            continue
+        for name, arguments in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes = arguments
+            function.restype = c_int32
+        library.rbpe_last_error.argtypes = (POINTER(c_uint8), c_size_t)
+        library.rbpe_last_error.restype = c_size_t
+        return library
+    return None
+
+
+def library() -> ctypes.CDLL:
+    """Return the core; callers have asked `load` before."""
+    core = load()
+    if core is None:
+        raise CoreError("no compiled core; build it with cargo build --release in rustbpe/")
+    return core
+
+
+def call(name: str, *arguments: Any) -> int:
+    """Call a function of the core; raise ValueError if it refused and CoreError if it panicked."""
+    core = library()
+    status = int(getattr(core, name)(*arguments))
+    if status >= 0:
+        return status
+    size = core.rbpe_last_error(None, 0)
+    buffer = (c_uint8 * max(size, 1))()
+    core.rbpe_last_error(buffer, size)
+    message = bytes(buffer[:size]).decode("utf-8", "replace")
+    raise (ValueError if status == -1 else CoreError)(message)
+
+
+def pack(pieces: Sequence[bytes]) -> tuple[bytes, NDArray[np.uint64]]:
+    """Join pieces to one buffer and the offsets of their ends, (len + 1,)."""
+    offsets = np.zeros(len(pieces) + 1, dtype=np.uint64)
+    np.cumsum(np.fromiter(map(len, pieces), np.uint64, len(pieces)), out=offsets[1:])
+    return b"".join(pieces), offsets
+
+
+def pack_texts(texts: Sequence[str]) -> tuple[bytes, NDArray[np.uint64]]:
+    """As `pack`, for texts; a lone surrogate is an error that says where."""
+    try:
+        return pack([text.encode() for text in texts])
+    except UnicodeEncodeError:
+        for index, text in enumerate(texts):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"text {index} holds the lone surrogate {text[error.start]!r} at character "
+                    f"{error.start}, which has no UTF-8 form; replace it first"
+                ) from None
+        raise
+
+
+def text_arguments(buffer: bytes, offsets: NDArray[np.uint64]) -> tuple[Any, ...]:
+    """Return the four arguments of a batch of texts."""
+    return buffer, len(buffer), offsets.ctypes.data_as(_U64S), len(offsets) - 1
+
+
+class Handle:
+    """An object inside the core, freed with its owner."""
+
+    def __init__(self, constructor: str, *arguments: Any) -> None:
+        number = c_uint64()
+        call(constructor, *arguments, byref(number))
+        self.number = number.value
+
+    def __del__(self) -> None:
+        core = load() if load is not None else None  # None while the interpreter shuts down
+        if core is not None and getattr(self, "number", 0):
+            core.rbpe_free(self.number)
+
+
+def split(text: str, pattern: str) -> list[str]:
+    """Return the chunks of one text (for tests and curiosity)."""
+    data, name, count = text.encode(), pattern.encode(), c_size_t()
+    ends = np.empty(len(data), dtype=np.uint64)
+    pointer = ends.ctypes.data_as(_U64S)
+    call("rbpe_split", name, len(name), data, len(data), pointer, len(ends), byref(count))
+    starts = [0, *(int(end) for end in ends[: count.value])]
+    return [data[a:b].decode() for a, b in zip(starts, starts[1:])]
+
+
+class Trainer:
+    """Counts chunks, then learns merges step by step."""
+
+    def __init__(self, pattern: str, threads: int, byte_ids: Sequence[int] | None = None) -> None:
+        name = pattern.encode()
+        ids = (c_uint32 * 256)(*byte_ids) if byte_ids is not None else None
+        self._handle = Handle("rbpe_trainer_new", name, len(name), ids, threads)
+
+    def feed(self, texts: Sequence[str]) -> None:
+        """Count the chunks of some texts; they can be forgotten afterwards."""
+        call("rbpe_trainer_feed", self._handle.number, *text_arguments(*pack_texts(texts)))
+
+    def start(self, num_merges: int) -> tuple[int, int, int]:
+        """End the input. Returns numbers of bytes, of chunks and of distinct chunks."""
+        stats = (c_uint64 * 3)()
+        call("rbpe_trainer_start", self._handle.number, num_merges, stats)
+        return stats[0], stats[1], stats[2]
+
+    def step(self, most: int) -> bool:
+        """Learn up to `most` merges; True while there are more."""
+        return call("rbpe_trainer_step", self._handle.number, most) == 1
+
+    def merges(self, capacity: int) -> list[tuple[int, int]]:
+        """Return up to `capacity` of the merges learned so far."""
+        pairs = np.empty((capacity, 2), dtype=np.uint32)
+        count = c_size_t()
+        pointer = pairs.ctypes.data_as(POINTER(c_uint32))
+        call("rbpe_trainer_merges", self._handle.number, pointer, capacity, byref(count))
+        return [(int(a), int(b)) for a, b in pairs[: count.value].tolist()]
+
+
+class Encoder:
+    """Encodes batches with a fixed vocabulary."""
+
+    def __init__(self, pattern: str, tokens: Sequence[bytes]) -> None:
+        name = pattern.encode()
+        arguments = text_arguments(*pack(tokens))
+        self._handle = Handle("rbpe_encoder_new", name, len(name), *arguments)
+
+    def encode(
+        self,
+        buffer: bytes,
+        offsets: NDArray[np.uint64],
+        prepend: int | None,
+        append: int | None,
+        threads: int,
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Return all ids in a row, int32, and the offsets of the texts in them, (texts + 1,)."""
+        num_texts = len(offsets) - 1
+        around = (prepend is not None) + (append is not None)
+        ids = np.empty(len(buffer) + around * num_texts, dtype=np.int32)
+        id_offsets = np.zeros(num_texts + 1, dtype=np.int64)
+        call(
+            "rbpe_encoder_encode",
+            self._handle.number,
+            *text_arguments(buffer, offsets),
+            -1 if prepend is None else prepend,
+            -1 if append is None else append,
+            threads,
+            ids.ctypes.data_as(POINTER(c_int32)),
+            len(ids),
+            id_offsets.ctypes.data_as(POINTER(c_int64)),
+        )
+        # one id per byte was the worst case: give back what was not needed
+        ids.resize(int(id_offsets[-1]), refcheck=False)
+        return ids, id_offsets

@@ -1,0 +1,428 @@
+//! The C ABI: plain functions over buffers and numbers, made for ctypes.
+//!
+//! Every function returns a status: 0 is success, 1 "call again", negative an error whose text
+//! `rbpe_last_error` gives. Objects are numbers in a table and never pointers, so a wrong one is
+//! an error and not a crash. Texts come as one buffer of UTF-8 and `num_texts + 1` offsets into
+//! it; offsets, lengths and encoding are checked before anything is read.
+//!
+//! What cannot be checked is left to the caller: a non-null pointer with its length must be a
+//! buffer of that length.
+
+use std::any::Any;
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use crate::encode::Encoder;
+use crate::split::Splitter;
+use crate::train::{Counter, Merger};
+use crate::{Error, Result};
+
+const ABI_VERSION: u32 = 1;
+const OK: i32 = 0;
+const MORE: i32 = 1;
+const REFUSED: i32 = -1;
+const PANICKED: i32 = -2;
+const MAX_THREADS: usize = 256;
+
+thread_local! {
+    static LAST_ERROR: RefCell<String> = const { RefCell::new(String::new()) };
+}
+
+/// A trainer is counting until `rbpe_trainer_start`, then merging.
+enum Trainer {
+    Counting(Counter, Box<[u32; 256]>),
+    Merging(Box<Merger>),
+    /// Left behind when starting failed half way.
+    Broken,
+}
+
+type Object = Arc<dyn Any + Send + Sync>;
+static NEXT_HANDLE: AtomicU64 = AtomicU64::new(1);
+static OBJECTS: Mutex<Option<HashMap<u64, Object>>> = Mutex::new(None);
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+fn store(object: Object) -> u64 {
+    let handle = NEXT_HANDLE.fetch_add(1, Ordering::Relaxed);
+    lock(&OBJECTS).get_or_insert_with(HashMap::new).insert(handle, object);
+    handle
+}
+
+fn find<T: Any + Send + Sync>(handle: u64) -> Result<Arc<T>> {
+    let object = lock(&OBJECTS).as_ref().and_then(|objects| objects.get(&handle).cloned());
+    let typed = object.and_then(|object| object.downcast::<T>().ok());
+    typed.ok_or_else(|| Error::new(format!("handle {} is unknown or of another kind", handle)))
+}
+
+/// Run `work`; keep the text of an error or a panic for `rbpe_last_error`.
+fn guard(work: impl FnOnce() -> Result<i32>) -> i32 {
+    let (status, message) = match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(Ok(status)) => return status,
+        Ok(Err(error)) => (REFUSED, error.0),
+        Err(payload) => {
+            let text = payload.downcast_ref::<String>().map(String::as_str);
+            let text = text.or_else(|| payload.downcast_ref::<&str>().copied());
+            (PANICKED, format!("panic in the Rust core: {}", text.unwrap_or("no message")))
+        }
+    };
+    LAST_ERROR.with(|last| *last.borrow_mut() = message);
+    status
+}
+
+/// # Safety
+/// `data` is null or points to `len` readable values.
+unsafe fn slice<'a, T>(data: *const T, len: usize, what: &str) -> Result<&'a [T]> {
+    if len == 0 {
+        return Ok(&[]);
+    }
+    check(data, len, what)?;
+    Ok(std::slice::from_raw_parts(data, len))
+}
+
+/// # Safety
+/// `data` is null or points to `len` writable values that nobody else uses.
+unsafe fn slice_mut<'a, T>(data: *mut T, len: usize, what: &str) -> Result<&'a mut [T]> {
+    if len == 0 {
+        return Ok(&mut []);
+    }
+    check(data, len, what)?;
+    Ok(std::slice::from_raw_parts_mut(data, len))
+}
+
+fn check<T>(data: *const T, len: usize, what: &str) -> Result<()> {
+    if data.is_null() {
+        return Err(Error::new(format!("{} is null but has length {}", what, len)));
+    }
+    let fits =
+        len.checked_mul(std::mem::size_of::<T>()).map_or(false, |n| n <= isize::MAX as usize);
+    if !fits || data as usize % std::mem::align_of::<T>() != 0 {
+        return Err(Error::new(format!("{} is misaligned or too long ({})", what, len)));
+    }
+    Ok(())
+}
+
+/// The pieces of `data` that `offsets` (ascending, last one = length) cut out.
+fn pieces<'a>(data: &'a [u8], offsets: &[u64]) -> Result<Vec<&'a [u8]>> {
+    let mut out = Vec::with_capacity(offsets.len().saturating_sub(1));
+    for (index, pair) in offsets.windows(2).enumerate() {
+        if pair[0] > pair[1] || pair[1] > data.len() as u64 {
+            return Err(Error::new(format!(
+                "offsets {} and {} of piece {} do not fit a buffer of {} bytes",
+                pair[0],
+                pair[1],
+                index,
+                data.len()
+            )));
+        }
+        out.push(&data[pair[0] as usize..pair[1] as usize]);
+    }
+    Ok(out)
+}
+
+fn texts<'a>(data: &'a [u8], offsets: &[u64]) -> Result<Vec<&'a str>> {
+    let parse = |(index, piece)| {
+        std::str::from_utf8(piece)
+            .map_err(|error| Error::new(format!("text {} is not UTF-8: {}", index, error)))
+    };
+    pieces(data, offsets)?.into_iter().enumerate().map(parse).collect()
+}
+
+fn num_offsets(num_pieces: usize) -> Result<usize> {
+    num_pieces.checked_add(1).ok_or_else(|| Error::new("too many pieces"))
+}
+
+/// # Safety
+/// As `slice`.
+unsafe fn splitter(name: *const u8, len: usize) -> Result<Splitter> {
+    let name = slice(name, len, "pattern")?;
+    Splitter::named(std::str::from_utf8(name).map_err(|_| Error::new("pattern is not UTF-8"))?)
+}
+
+fn copy_out<T: Copy>(from: &[T], to: &mut [T], what: &str) -> Result<()> {
+    if from.len() > to.len() {
+        return Err(Error::new(format!(
+            "{} needs room for {}, has {}",
+            what,
+            from.len(),
+            to.len()
+        )));
+    }
+    to[..from.len()].copy_from_slice(from);
+    Ok(())
+}
+
+/// Changes with every incompatible change of these functions.
+#[no_mangle]
+pub extern "C" fn rbpe_abi_version() -> u32 {
+    ABI_VERSION
+}
+
+/// Copy the last error text of this thread; returns its full length.
+///
+/// # Safety
+/// `out` is null or has room for `capacity` bytes.
+#[no_mangle]
+pub unsafe extern "C" fn rbpe_last_error(out: *mut u8, capacity: usize) -> usize {
+    LAST_ERROR.with(|last| {
+        let message = last.borrow();
+        if let Ok(out) = slice_mut(out, capacity, "out") {
+            let len = message.len().min(out.len());
+            out[..len].copy_from_slice(&message.as_bytes()[..len]);
+        }
+        message.len()
+    })
+}
+
+/// Panics inside the guard: lets a test see that a panic becomes an error.
+#[no_mangle]
+pub extern "C" fn rbpe_test_panic() -> i32 {
+    guard(|| panic!("asked for by a test"))
+}
+
+/// Forget an object. Unknown handles are refused.
+#[no_mangle]
+pub extern "C" fn rbpe_free(handle: u64) -> i32 {
+    guard(|| {
+        let removed = lock(&OBJECTS).as_mut().and_then(|objects| objects.remove(&handle));
+        removed.map(|_| OK).ok_or_else(|| Error::new(format!("handle {} is unknown", handle)))
+    })
+}
+
+/// Chunk ends of one text: `ends` gets at most `capacity` of them, `count` how many there are.
+///
+/// # Safety
+/// Pointers are null or point to buffers of the lengths given.
+#[no_mangle]
+pub unsafe extern "C" fn rbpe_split(
+    pattern: *const u8,
+    pattern_len: usize,
+    text: *const u8,
+    text_len: usize,
+    ends: *mut u64,
+    capacity: usize,
+    count: *mut usize,
+) -> i32 {
+    guard(|| {
+        let splitter = splitter(pattern, pattern_len)?;
+        let data = slice(text, text_len, "text")?;
+        let text = texts(data, &[0, data.len() as u64])?[0];
+        let ends = slice_mut(ends, capacity, "ends")?;
+        let count = slice_mut(count, 1, "count")?;
+        let (mut found, mut end) = (0, 0);
+        splitter.for_each(text, |chunk| {
+            end += chunk.len() as u64;
+            if let Some(slot) = ends.get_mut(found) {
+                *slot = end;
+            }
+            found += 1;
+        });
+        count[0] = found;
+        Ok(OK)
+    })
+}
+
+/// New trainer. `byte_ids`: null, or the id of each of the 256 bytes (a permutation).
+///
+/// # Safety
+/// Pointers are null or point to buffers of the lengths given.
+#[no_mangle]
+pub unsafe extern "C" fn rbpe_trainer_new(
+    pattern: *const u8,
+    pattern_len: usize,
+    byte_ids: *const u32,
+    threads: u32,
+    handle: *mut u64,
+) -> i32 {
+    guard(|| {
+        let splitter = splitter(pattern, pattern_len)?;
+        let handle = slice_mut(handle, 1, "handle")?;
+        let mut ids = Box::new([0u32; 256]);
+        for (byte, id) in ids.iter_mut().enumerate() {
+            *id = byte as u32;
+        }
+        if !byte_ids.is_null() {
+            let given = slice(byte_ids, 256, "byte_ids")?;
+            let mut seen = [false; 256];
+            for id in given {
+                match seen.get_mut(*id as usize) {
+                    Some(slot) if !*slot => *slot = true,
+                    _ => return Err(Error::new("byte_ids is not a permutation of 0..256")),
+                }
+            }
+            ids.copy_from_slice(given);
+        }
+        let counter = Counter::new(splitter, (threads as usize).min(MAX_THREADS));
+        handle[0] = store(Arc::new(Mutex::new(Trainer::Counting(counter, ids))));
+        Ok(OK)
+    })
+}
+
+/// Count the chunks of some texts.
+///
+/// # Safety
+/// Pointers are null or point to buffers of the lengths given.
+#[no_mangle]
+pub unsafe extern "C" fn rbpe_trainer_feed(
+    handle: u64,
+    data: *const u8,
+    len: usize,
+    offsets: *const u64,
+    num_texts: usize,
+) -> i32 {
+    guard(|| {
+        let trainer = find::<Mutex<Trainer>>(handle)?;
+        let data = slice(data, len, "data")?;
+        let texts = texts(data, slice(offsets, num_offsets(num_texts)?, "offsets")?)?;
+        match &mut *lock(&trainer) {
+            Trainer::Counting(counter, _) => counter.feed(&texts),
+            _ => return Err(Error::new("this trainer has started merging")),
+        }
+        Ok(OK)
+    })
+}
+
+/// End of the input: prepare `num_merges` merges. `stats` gets bytes, chunks, distinct chunks.
+///
+/// # Safety
+/// `stats` is null or has room for 3 values.
+#[no_mangle]
+pub unsafe extern "C" fn rbpe_trainer_start(handle: u64, num_merges: u32, stats: *mut u64) -> i32 {
+    guard(|| {
+        let trainer = find::<Mutex<Trainer>>(handle)?;
+        let stats = slice_mut(stats, 3, "stats")?;
+        let mut trainer = lock(&trainer);
+        match std::mem::replace(&mut *trainer, Trainer::Broken) {
+            Trainer::Counting(counter, byte_ids) => {
+                let numbers =
+                    [counter.num_bytes, counter.num_chunks, counter.num_distinct() as u64];
+                stats.copy_from_slice(&numbers);
+                let words = counter.into_words();
+                let merger = Merger::new(&words, &byte_ids, num_merges as usize)?;
+                *trainer = Trainer::Merging(Box::new(merger));
+                Ok(OK)
+            }
+            other => {
+                *trainer = other;
+                Err(Error::new("this trainer has started merging already"))
+            }
+        }
+    })
+}
+
+/// Learn up to `most` more merges; returns 1 while there are more to learn.
+#[no_mangle]
+pub extern "C" fn rbpe_trainer_step(handle: u64, most: u32) -> i32 {
+    guard(|| {
+        let trainer = find::<Mutex<Trainer>>(handle)?;
+        let mut trainer = lock(&trainer);
+        match &mut *trainer {
+            Trainer::Merging(merger) => Ok(if merger.step(most as usize) { MORE } else { OK }),
+            _ => Err(Error::new("this trainer has not started merging")),
+        }
+    })
+}
+
+/// The merges learned so far as pairs of ids; `count` gets how many there are.
+///
+/// # Safety
+/// `pairs` is null or has room for `2 * capacity` values, `count` for one.
+#[no_mangle]
+pub unsafe extern "C" fn rbpe_trainer_merges(
+    handle: u64,
+    pairs: *mut u32,
+    capacity: usize,
+    count: *mut usize,
+) -> i32 {
+    guard(|| {
+        let trainer = find::<Mutex<Trainer>>(handle)?;
+        let count = slice_mut(count, 1, "count")?;
+        let room = capacity.checked_mul(2).ok_or_else(|| Error::new("capacity is too large"))?;
+        let pairs = slice_mut(pairs, room, "pairs")?;
+        let trainer = lock(&trainer);
+        match &*trainer {
+            Trainer::Merging(merger) => {
+                count[0] = merger.merges.len();
+                let flat: Vec<u32> =
+                    merger.merges.iter().flat_map(|pair| [pair.0, pair.1]).collect();
+                copy_out(&flat[..flat.len().min(room)], pairs, "pairs")?;
+                Ok(OK)
+            }
+            _ => Err(Error::new("this trainer has not started merging")),
+        }
+    })
+}
+
+/// New encoder from the bytes of all tokens in id order.
+///
+/// # Safety
+/// Pointers are null or point to buffers of the lengths given.
+#[no_mangle]
+pub unsafe extern "C" fn rbpe_encoder_new(
+    pattern: *const u8,
+    pattern_len: usize,
+    data: *const u8,
+    len: usize,
+    offsets: *const u64,
+    num_tokens: usize,
+    handle: *mut u64,
+) -> i32 {
+    guard(|| {
+        let splitter = splitter(pattern, pattern_len)?;
+        let handle = slice_mut(handle, 1, "handle")?;
+        let data = slice(data, len, "data")?;
+        let tokens = pieces(data, slice(offsets, num_offsets(num_tokens)?, "offsets")?)?;
+        handle[0] = store(Arc::new(Encoder::new(splitter, &tokens)?));
+        Ok(OK)
+    })
+}
+
+/// Encode texts. `ids` needs room for one id per byte plus one per text and per id put around
+/// it; `id_offsets` for `num_texts + 1`. `prepend`, `append`: an id, or negative for none.
+///
+/// # Safety
+/// Pointers are null or point to buffers of the lengths given.
+#[no_mangle]
+pub unsafe extern "C" fn rbpe_encoder_encode(
+    handle: u64,
+    data: *const u8,
+    len: usize,
+    offsets: *const u64,
+    num_texts: usize,
+    prepend: i64,
+    append: i64,
+    threads: u32,
+    ids: *mut i32,
+    capacity: usize,
+    id_offsets: *mut i64,
+) -> i32 {
+    guard(|| {
+        let encoder = find::<Encoder>(handle)?;
+        let data = slice(data, len, "data")?;
+        let num_offsets = num_offsets(num_texts)?;
+        let texts = texts(data, slice(offsets, num_offsets, "offsets")?)?;
+        let out = slice_mut(ids, capacity, "ids")?;
+        let id_offsets = slice_mut(id_offsets, num_offsets, "id_offsets")?;
+        let around = (around_id(prepend)?, around_id(append)?);
+        let threads = (threads as usize).min(MAX_THREADS);
+        let (mut found, mut ends) = (Vec::new(), vec![0]);
+        encoder.encode(&texts, around, threads, &mut found, &mut ends);
+        let signed: Vec<i32> = found.iter().map(|id| *id as i32).collect();
+        copy_out(&signed, out, "ids")?;
+        let ends: Vec<i64> = ends.iter().map(|end| *end as i64).collect();
+        copy_out(&ends, id_offsets, "id_offsets")?;
+        Ok(OK)
+    })
+}
+
+fn around_id(id: i64) -> Result<Option<u32>> {
+    match id {
+        _ if id < 0 => Ok(None),
+        _ if id <= i64::from(i32::MAX) => Ok(Some(id as u32)),
+        _ => Err(Error::new(format!("id {} does not fit 31 bits", id))),
+    }
+}

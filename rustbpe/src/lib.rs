@@ -1,0 +1,22 @@
+//! Byte pair encoding in three steps: split text into chunks, learn merges, encode with them.
+//!
+//! Python talks to the functions of `ffi`; everything else is ordinary safe-to-call Rust. The
+//! readable specification of every step is `reference.py`, and the tests compare the two.
+
+pub mod encode;
+pub mod ffi;
+pub mod split;
+pub mod train;
+pub mod unicode;
+
+/// Why a call was refused; the text reaches the Python user as it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Error(pub String);
+
+impl Error {
+    pub fn new(message: impl Into<String>) -> Self {
+        Error(message.into())
+    }
+}
+
+pub type Result<T> = std::result::Result<T, Error>;

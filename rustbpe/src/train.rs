@@ -1,0 +1,412 @@
+//! Learn merges from a stream of texts.
+//!
+//! Two phases. `feed` splits texts into chunks and keeps only how often each distinct chunk was
+//! seen, so memory grows with the vocabulary of the language and not with the corpus. `Merger`
+//! then replaces the most frequent neighbouring pair by a new symbol, again and again.
+
+use std::collections::hash_map::Entry;
+use std::collections::{BinaryHeap, HashMap};
+
+use crate::split::Splitter;
+use crate::{Error, Result};
+
+type Counts = HashMap<Box<[u8]>, u64>;
+
+/// Counts chunks of everything it is fed.
+pub struct Counter {
+    splitter: Splitter,
+    threads: usize,
+    counts: Counts,
+    pub num_bytes: u64,
+    pub num_chunks: u64,
+}
+
+impl Counter {
+    pub fn new(splitter: Splitter, threads: usize) -> Self {
+        Counter {
+            splitter,
+            threads: threads.max(1),
+            counts: HashMap::new(),
+            num_bytes: 0,
+            num_chunks: 0,
+        }
+    }
+
+    pub fn num_distinct(&self) -> usize {
+        self.counts.len()
+    }
+
+    /// Count the chunks of some texts. Splits them over the threads by size; sums do not depend
+    /// on who counted what.
+    pub fn feed(&mut self, texts: &[&str]) {
+        let total: usize = texts.iter().map(|text| text.len()).sum();
+        let share = total / self.threads + 1;
+        let mut parts: Vec<&[&str]> = Vec::new();
+        let (mut from, mut size) = (0, 0);
+        for (index, text) in texts.iter().enumerate() {
+            size += text.len();
+            if size >= share || index + 1 == texts.len() {
+                parts.push(&texts[from..=index]);
+                from = index + 1;
+                size = 0;
+            }
+        }
+        let splitter = self.splitter;
+        let counted: Vec<Counts> = std::thread::scope(|scope| {
+            let spawn = |part| scope.spawn(move || count_chunks(splitter, part));
+            let workers: Vec<_> = parts.into_iter().map(spawn).collect();
+            workers.into_iter().map(|worker| worker.join().expect("a counting thread")).collect()
+        });
+        self.num_bytes += total as u64;
+        for counts in counted {
+            for (chunk, count) in counts {
+                self.num_chunks += count;
+                match self.counts.entry(chunk) {
+                    Entry::Occupied(mut entry) => *entry.get_mut() += count,
+                    Entry::Vacant(entry) => {
+                        entry.insert(count);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Chunks of two and more bytes with their counts; shorter ones have nothing to merge.
+    pub fn into_words(self) -> Vec<(Box<[u8]>, u64)> {
+        let mut words: Vec<_> =
+            self.counts.into_iter().filter(|(word, _)| word.len() > 1).collect();
+        // frequent words together: their counts stay in the cache
+        words.sort_unstable_by(|left, right| right.1.cmp(&left.1).then(left.0.cmp(&right.0)));
+        words
+    }
+}
+
+fn count_chunks(splitter: Splitter, texts: &[&str]) -> Counts {
+    let mut counts = Counts::new();
+    for text in texts {
+        splitter.for_each(text, |chunk| match counts.get_mut(chunk) {
+            Some(count) => *count += 1,
+            None => {
+                counts.insert(chunk.into(), 1);
+            }
+        });
+    }
+    counts
+}
+
+/// A pair with an upper bound of its count, and where it was when it came into being.
+#[derive(PartialEq, Eq)]
+struct Candidate {
+    count: u64,
+    pair: (u32, u32),
+    start: usize,
+    len: usize,
+}
+
+impl Ord for Candidate {
+    /// Greater means merged earlier: the larger count, at equal counts the smaller pair.
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        self.count.cmp(&other.count).then_with(|| other.pair.cmp(&self.pair))
+    }
+}
+
+impl PartialOrd for Candidate {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+/// One byte of a word. A symbol sits in its first cell; its last cell, if another one, holds
+/// `INSIDE` + its length, so that a neighbour on the right finds its beginning.
+#[derive(Clone, Copy)]
+struct Cell {
+    symbol: u32,
+    word: u32,
+}
+
+const INSIDE: u32 = 1 << 31;
+/// Between words.
+const WALL: u32 = INSIDE - 1;
+
+/// The merge loop over distinct words.
+///
+/// A pair of symbols comes into being when the younger of the two is made, and from then on can
+/// only lose occurrences. So every pair keeps the list of positions it was born with, and its
+/// stored count is an upper bound: the top of the heap is recounted before it is believed.
+pub struct Merger {
+    cells: Vec<Cell>,
+    counts: Vec<u64>,
+    /// Positions of all candidates, one after the other.
+    positions: Vec<u32>,
+    heap: BinaryHeap<Candidate>,
+    /// Length in bytes of every symbol.
+    lengths: Vec<u32>,
+    pub merges: Vec<(u32, u32)>,
+    limit: usize,
+    tally: Tally,
+}
+
+/// Neighbours of the symbol being made, on one side: dense counters, reset after use.
+#[derive(Default)]
+struct Side {
+    weight: Vec<u64>,
+    seen: Vec<u32>,
+    symbols: Vec<u32>,
+}
+
+#[derive(Default)]
+struct Tally {
+    left: Side,
+    right: Side,
+    merged: Vec<u32>,
+}
+
+impl Side {
+    fn add(&mut self, symbol: u32, weight: u64) {
+        let at = symbol as usize;
+        if at >= self.weight.len() {
+            self.weight.resize(at + 1, 0);
+            self.seen.resize(at + 1, 0);
+        }
+        if self.seen[at] == 0 {
+            self.symbols.push(symbol);
+        }
+        self.seen[at] += 1;
+        self.weight[at] += weight;
+    }
+}
+
+impl Merger {
+    /// `byte_ids`: the symbol of each byte, a permutation of 0..256.
+    pub fn new(
+        words: &[(Box<[u8]>, u64)],
+        byte_ids: &[u32; 256],
+        num_merges: usize,
+    ) -> Result<Self> {
+        let num_cells = words.iter().map(|word| word.0.len() + 1).sum::<usize>() + 1;
+        if num_cells >= INSIDE as usize {
+            return Err(Error::new(format!(
+                "{} bytes of distinct words are more than the trainer can index (2 GB)",
+                num_cells
+            )));
+        }
+        let wall = Cell { symbol: WALL, word: 0 };
+        let mut cells = Vec::with_capacity(num_cells);
+        let mut counts = Vec::with_capacity(words.len());
+        cells.push(wall);
+        for (index, (word, count)) in words.iter().enumerate() {
+            counts.push(*count);
+            let cell = |byte: &u8| Cell { symbol: byte_ids[*byte as usize], word: index as u32 };
+            cells.extend(word.iter().map(cell));
+            cells.push(wall);
+        }
+        let mut merger = Merger {
+            cells,
+            counts,
+            positions: Vec::new(),
+            heap: BinaryHeap::new(),
+            lengths: vec![1; 256],
+            merges: Vec::new(),
+            limit: num_merges,
+            tally: Tally::default(),
+        };
+        merger.index_byte_pairs();
+        Ok(merger)
+    }
+
+    /// Merge up to `most` more pairs; false when there is nothing left to do.
+    pub fn step(&mut self, most: usize) -> bool {
+        let target = self.limit.min(self.merges.len() + most);
+        while self.merges.len() < target {
+            match self.pop() {
+                Some(best) => self.merge(best),
+                None => return false,
+            }
+        }
+        self.merges.len() < self.limit
+    }
+
+    /// Positions of all pairs of bytes, grouped by pair (a counting sort).
+    fn index_byte_pairs(&mut self) {
+        let key = |cells: &[Cell]| (cells[0].symbol as usize) << 8 | cells[1].symbol as usize;
+        let inside = |cells: &[Cell]| cells[0].symbol != WALL && cells[1].symbol != WALL;
+        let mut weight = vec![0u64; 1 << 16];
+        let mut starts = vec![0usize; (1 << 16) + 1];
+        for pair in self.cells.windows(2).filter(|pair| inside(pair)) {
+            weight[key(pair)] += self.counts[pair[0].word as usize];
+            starts[key(pair) + 1] += 1;
+        }
+        for at in 0..1 << 16 {
+            starts[at + 1] += starts[at];
+        }
+        self.positions = vec![0; starts[1 << 16]];
+        let mut next = starts.clone();
+        for (position, pair) in self.cells.windows(2).enumerate().filter(|(_, pair)| inside(pair)) {
+            self.positions[next[key(pair)]] = position as u32;
+            next[key(pair)] += 1;
+        }
+        for at in (0..1 << 16).filter(|at| weight[*at] > 0) {
+            let pair = ((at >> 8) as u32, (at & 0xFF) as u32);
+            let (start, len) = (starts[at], starts[at + 1] - starts[at]);
+            self.heap.push(Candidate { count: weight[at], pair, start, len });
+        }
+    }
+
+    /// The most frequent pair. Stale candidates are recounted, forget the positions they lost
+    /// and go back into the heap.
+    fn pop(&mut self) -> Option<Candidate> {
+        loop {
+            let mut top = self.heap.pop()?;
+            let (first, second) = top.pair;
+            let step = self.lengths[first as usize] as usize;
+            let (mut kept, mut count) = (top.start, 0);
+            for index in top.start..top.start + top.len {
+                let position = self.positions[index] as usize;
+                let cell = self.cells[position];
+                if cell.symbol == first && self.cells[position + step].symbol == second {
+                    self.positions[kept] = position as u32;
+                    kept += 1;
+                    count += self.counts[cell.word as usize];
+                }
+            }
+            top.len = kept - top.start;
+            if count == top.count {
+                return Some(top);
+            }
+            if count > 0 {
+                top.count = count;
+                self.heap.push(top);
+            }
+        }
+    }
+
+    fn merge(&mut self, best: Candidate) {
+        let (first, second) = best.pair;
+        let symbol = self.lengths.len() as u32;
+        let step = self.lengths[first as usize];
+        let length = step + self.lengths[second as usize];
+        self.lengths.push(length);
+        self.merges.push(best.pair);
+        let mut tally = std::mem::take(&mut self.tally);
+        // left to right: in aaaa the first two and the last two merge
+        for index in best.start..best.start + best.len {
+            let position = self.positions[index];
+            let at = position as usize;
+            let next = at + step as usize;
+            if self.cells[at].symbol == first && self.cells[next].symbol == second {
+                self.cells[next].symbol = INSIDE;
+                self.cells[at].symbol = symbol;
+                self.cells[at + length as usize - 1].symbol = INSIDE | length;
+                tally.merged.push(position);
+            }
+        }
+        self.add_neighbours(symbol, length, &mut tally);
+        self.tally = tally;
+    }
+
+    /// Make candidates of the pairs that the new symbol forms with its neighbours.
+    fn add_neighbours(&mut self, symbol: u32, length: u32, tally: &mut Tally) {
+        for &position in &tally.merged {
+            let at = position as usize;
+            let weight = self.counts[self.cells[at].word as usize];
+            let (left, _) = self.before(at);
+            if left != WALL {
+                tally.left.add(left, weight);
+            }
+            let right = self.cells[at + length as usize].symbol;
+            if right != WALL && right != symbol {
+                tally.right.add(right, weight);
+            }
+        }
+        let mut end = self.positions.len();
+        for (side, is_left) in [(&mut tally.left, true), (&mut tally.right, false)] {
+            for &other in &side.symbols {
+                let pair = if is_left { (other, symbol) } else { (symbol, other) };
+                let len = side.seen[other as usize] as usize;
+                let count = side.weight[other as usize];
+                self.heap.push(Candidate { count, pair, start: end, len });
+                // from now on: where the next position of this pair goes
+                side.weight[other as usize] = end as u64;
+                end += len;
+            }
+        }
+        self.positions.resize(end, 0);
+        for &position in &tally.merged {
+            let at = position as usize;
+            let (left, from) = self.before(at);
+            if left != WALL {
+                self.place(&mut tally.left, left, from);
+            }
+            let right = self.cells[at + length as usize].symbol;
+            if right != WALL && right != symbol {
+                self.place(&mut tally.right, right, at);
+            }
+        }
+        tally.merged.clear();
+        for side in [&mut tally.left, &mut tally.right] {
+            for symbol in side.symbols.drain(..) {
+                side.weight[symbol as usize] = 0;
+                side.seen[symbol as usize] = 0;
+            }
+        }
+    }
+
+    fn place(&mut self, side: &mut Side, symbol: u32, position: usize) {
+        let slot = &mut side.weight[symbol as usize];
+        self.positions[*slot as usize] = position as u32;
+        *slot += 1;
+    }
+
+    /// Symbol that ends just before cell `at`, and where it begins.
+    fn before(&self, at: usize) -> (u32, usize) {
+        let symbol = self.cells[at - 1].symbol;
+        if symbol & INSIDE == 0 {
+            return (symbol, at - 1);
+        }
+        let begin = at - (symbol & !INSIDE) as usize;
+        (self.cells[begin].symbol, begin)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn identity() -> [u32; 256] {
+        let mut ids = [0; 256];
+        for (byte, id) in ids.iter_mut().enumerate() {
+            *id = byte as u32;
+        }
+        ids
+    }
+
+    fn train(words: &[(&str, u64)], num_merges: usize) -> Vec<(u32, u32)> {
+        let words: Vec<_> = words.iter().map(|(word, n)| (word.as_bytes().into(), *n)).collect();
+        let mut merger = Merger::new(&words, &identity(), num_merges).unwrap();
+        while merger.step(1) {}
+        merger.merges
+    }
+
+    #[test]
+    fn runs_of_one_letter_merge_from_the_left() {
+        assert_eq!(train(&[("aaaaa", 1)], 9), [(97, 97), (256, 97), (256, 257)]);
+    }
+
+    #[test]
+    fn ties_go_to_the_smallest_pair() {
+        assert_eq!(train(&[("cd", 2), ("ab", 2), ("xy", 3)], 3), [(120, 121), (97, 98), (99, 100)]);
+    }
+
+    #[test]
+    fn same_counts_for_every_number_of_threads() {
+        let splitter = Splitter::named("nanochat").unwrap();
+        let texts = ["one two three two one", "three two", "", "one, 12345"];
+        let count = |threads| {
+            let mut counter = Counter::new(splitter, threads);
+            counter.feed(&texts);
+            counter.into_words()
+        };
+        assert_eq!(count(1), count(2));
+        assert_eq!(count(1), count(7));
+    }
+}
