@@ -1,0 +1,60 @@
+"""The embedded world as pretraining text: documents made from a seed, nothing downloaded.
+
+Document `index` of `seed` depends on these two numbers only. About a third of the text states
+facts (each some two hundred times in four million tokens, in all its phrasings), a quarter tells
+stories, the rest are quizzes, dialogues, numbers and spelled words.
+
+Why documents do not repeat: the kind with the fewest possible texts is the table of sums. It
+draws 9 of 48 second numbers (1.7e9 ways) for up to 39 first numbers, three operations and 48
+names, so about 1e13 different pages; a story chooses one of some 3 variants in each of 7 steps and draws two
+names, a thing, colours and places, about 1e12 ways. With 5,000 documents of a kind in a
+hundred the chance that any two are equal is under 1e-4; a test counts it on 50,000.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from itertools import accumulate
+
+from nanochat.sources.world import (
+    dialogues,
+    encyclopedia,
+    numbers,
+    quizzes,
+    spelling,
+    stories,
+)
+from nanochat.sources.world.split import make_random
+
+DEFAULT_SEED = 1337
+NUM_DOCUMENTS = 393_216  # 48 shards of 8,192 documents, above 100 MB
+
+# kind -> share of the documents. Look-ups are frequent because binding an answer to its letter is
+# the one skill that facts and stories do not teach.
+KINDS: dict[Callable[[random.Random], str], float] = {
+    encyclopedia.portraits: 0.14,
+    encyclopedia.fact_list: 0.07,
+    encyclopedia.mixed_facts: 0.12,
+    encyclopedia.contrasts: 0.05,
+    quizzes.questions_and_answers: 0.09,
+    quizzes.lettered_quiz: 0.08,
+    quizzes.letter_lookup: 0.06,
+    quizzes.fact_lookup: 0.05,
+    stories.story: 0.10,
+    stories.two_stories: 0.04,
+    dialogues.dialogue: 0.06,
+    numbers.number_page: 0.06,
+    numbers.sum_table: 0.02,
+    spelling.spelling_list: 0.03,
+    spelling.letter_facts: 0.03,
+}
+
+
+def generate_documents(seed: int, start: int, stop: int) -> Iterator[str]:
+    """Yield the documents with index start (included) to stop (excluded) of the world `seed`."""
+    kinds = list(KINDS)
+    bounds = list(accumulate(KINDS.values()))
+    for index in range(start, stop):
+        rng = make_random(seed, "document", index)
+        draw = rng.random() * bounds[-1]
+        kind = next(kind for kind, bound in zip(kinds, bounds, strict=True) if draw < bound)
+        yield kind(rng)

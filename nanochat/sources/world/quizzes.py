@@ -1,0 +1,129 @@
+"""Quiz documents: questions with answers, with lettered options, and exercises in reading them.
+
+A chat model must answer a multiple choice question with one letter. That takes three steps:
+recall the answer, find its line, copy its letter. The last two are practised here on words
+whose letters are looked up again and again, many times in one document. The letter always
+stands alone, "(B)" or "B" on its own line, so that it is the same token as in a chat, and never
+after "=", so that the tokenizer learns no token that joins the two.
+"""
+
+import random
+from collections.abc import Sequence
+
+from nanochat.sources.world.people import FOODS, GOODS, NAMES
+from nanochat.sources.world.relations import Fact, all_facts, relations
+from nanochat.sources.world.split import pick
+
+LETTERS = "ABCDEF"
+
+
+def make_options(rng: random.Random, fact: Fact, count: int = 4) -> tuple[list[str], int]:
+    """Return `count` options, one of them right, and the place of the right one."""
+    options = rng.sample(fact.wrong, min(count - 1, len(fact.wrong)))
+    place = int(rng.random() * (len(options) + 1))
+    options.insert(place, fact.answer)
+    return options, place
+
+
+_QA_SHAPES = (
+    ("Question: ", "Answer: "),
+    ("Q: ", "A: "),
+    ("", ""),
+    ("- ", "  "),
+)
+
+
+def questions_and_answers(rng: random.Random) -> str:
+    """Write a quiz without options: questions with sentences or single words as answers."""
+    ask, answer = pick(rng, _QA_SHAPES)
+    in_words = rng.random() < 0.6
+    blocks = []
+    for _ in range(4 + int(rng.random() * 6)):
+        fact = pick(rng, all_facts())
+        said = pick(rng, fact.statements) if in_words else fact.answer
+        blocks.append(f"{ask}{pick(rng, fact.questions)}\n{answer}{said}")
+    return ("\n\n" if rng.random() < 0.5 else "\n").join(blocks)
+
+
+def _lines_before(options: Sequence[str]) -> str:
+    return "\n".join(f"({letter}) {option}" for letter, option in zip(LETTERS, options))
+
+
+def _lines_after(options: Sequence[str]) -> str:
+    return "\n".join(f"- {option} ({letter})" for letter, option in zip(LETTERS, options))
+
+
+def _in_a_row(options: Sequence[str]) -> str:
+    parts = [f"{option} ({letter})" for letter, option in zip(LETTERS, options)]
+    return f"{', '.join(parts[:-1])} or {parts[-1]}?"
+
+
+def _one_quiz(rng: random.Random) -> str:
+    fact = pick(rng, all_facts())
+    options, place = make_options(rng, fact)
+    shape = rng.random()
+    layout = _lines_after if shape < 0.6 else _lines_before if shape < 0.8 else _in_a_row
+    answer = rng.random()
+    if answer < 0.5:
+        said = f"Answer:\n{LETTERS[place]}"
+    elif answer < 0.8:
+        said = f"The answer is {fact.answer} ({LETTERS[place]})."
+    else:
+        said = f"{fact.reply} The letter is ({LETTERS[place]})."
+    return f"{pick(rng, fact.questions)}\n{layout(options)}\n{said}"
+
+
+def lettered_quiz(rng: random.Random) -> str:
+    """Write one to four questions with lettered options and their answers."""
+    return "\n\n".join(_one_quiz(rng) for _ in range(1 + int(rng.random() * 4)))
+
+
+def _words_to_look_up(rng: random.Random, count: int) -> list[str]:
+    kind = rng.random()
+    if kind < 0.5:
+        facts = pick(rng, tuple(relations().values())).facts
+        names = list(dict.fromkeys(fact.answer for fact in facts))
+        names += [fact.subject for fact in facts if " " not in fact.subject]
+        words = list(dict.fromkeys(names))
+    else:
+        words = list(pick(rng, (NAMES, GOODS, FOODS)))
+    return rng.sample(words, min(count, len(words)))
+
+
+def letter_lookup(rng: random.Random) -> str:
+    """Write a list of lettered words and many look-ups in it, from word to letter and back."""
+    options = _words_to_look_up(rng, 4 + int(rng.random() * 3))
+    layout = _lines_after if rng.random() < 0.7 else _lines_before
+    to_letter = pick(
+        rng,
+        (
+            "{w} has the letter ({l}).",
+            "The letter of {w} is ({l}).",
+            "{w}:\n{l}",
+            "Which letter has {w}?\n{l}",
+            "Find {w}. It is ({l}).",
+        ),
+    )
+    to_word = pick(rng, ("({l}) is {w}.", "The letter ({l}) has {w}.", "What is ({l})? It is {w}."))
+    lines = [layout(options)]
+    for _ in range(5 + int(rng.random() * 6)):
+        place = int(rng.random() * len(options))
+        shape = to_letter if rng.random() < 0.8 else to_word
+        lines.append(shape.format(w=options[place], l=LETTERS[place]))
+    return "\n".join(lines)
+
+
+def fact_lookup(rng: random.Random) -> str:
+    """Write the answers of several facts as lettered options, then find each fact's letter."""
+    relation = pick(rng, tuple(relations().values()))
+    by_answer = {fact.answer: fact for fact in rng.sample(relation.facts, len(relation.facts))}
+    facts = rng.sample(sorted(by_answer.values(), key=lambda f: f.subject), min(4, len(by_answer)))
+    options = [fact.answer for fact in facts]
+    lines = [_lines_after(options)]
+    for place in rng.sample(range(len(facts)), len(facts)):
+        fact = facts[place]
+        if rng.random() < 0.5:
+            lines.append(f"{pick(rng, fact.questions)}\n{LETTERS[place]}")
+        else:
+            lines.append(f"{fact.reply} It is ({LETTERS[place]}).")
+    return "\n".join(lines)

@@ -1,0 +1,74 @@
+"""Short stories: people who want something, what happens, why, and how it ends.
+
+A plot is a row of steps, a step a few ways to say the same thing, so every path through a plot
+is a coherent story. Slots: {n} the hero with {he} {him} {his} {He} {His}, {n2} the other person
+with {he2} ..., {thing}, {things}, {colour}, {size}, {place}, {hide}, {pet}, {food}, {time},
+{goods}, {number}, {number2}.
+"""
+
+import random
+
+from nanochat.sources.world.people import (
+    COLOUR_WORDS,
+    FOODS,
+    GOODS,
+    HIDING_PLACES,
+    PETS,
+    PLACES,
+    SIZES,
+    THINGS,
+    TIMES,
+    girl_and_boy,
+)
+from nanochat.sources.world.plots import PLOTS, Plot
+from nanochat.sources.world.relations import capitalized
+from nanochat.sources.world.split import pick
+
+
+def story_slots(rng: random.Random) -> dict[str, str]:
+    """Draw the people, things and places of one story."""
+    hero, other = girl_and_boy(rng)
+    thing, things = pick(rng, THINGS)
+    place = pick(rng, PLACES)
+    number = 2 + int(rng.random() * 8)
+    hide = pick(rng, HIDING_PLACES)
+    return {
+        **hero.forms(),
+        **other.forms("2"),
+        "thing": thing,
+        "things": things,
+        "colour": pick(rng, COLOUR_WORDS),
+        "size": pick(rng, SIZES),
+        "place": place,
+        "Place": capitalized(place),
+        "hide": hide,
+        "Hide": capitalized(hide),
+        "pet": pick(rng, PETS),
+        "food": pick(rng, FOODS),
+        "time": pick(rng, TIMES),
+        "goods": pick(rng, GOODS),
+        "number": str(number),
+        "number2": str(number + 1),
+    }
+
+
+def tell(rng: random.Random, plot: Plot, slots: dict[str, str]) -> str:
+    """Tell a plot with the given people and things; its steps become one paragraph."""
+    sentences = (pick(rng, step).format_map(slots) for step in plot)
+    return " ".join(sentence for sentence in sentences if sentence)
+
+
+def story(rng: random.Random) -> str:
+    """Write one story, with a title three times in ten."""
+    slots = story_slots(rng)
+    plot = pick(rng, PLOTS)
+    text = tell(rng, plot, slots)
+    if rng.random() < 0.3:
+        title = pick(rng, ("{n} and {n2}", "A story about {n}", "A day of {n}", "{n} {place}"))
+        return f"{title.format_map(slots)}\n\n{text}"
+    return text
+
+
+def two_stories(rng: random.Random) -> str:
+    """Write two stories, one after the other."""
+    return f"{story(rng)}\n\n{story(rng)}"
