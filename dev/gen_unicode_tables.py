@@ -50,9 +50,9 @@ def to_ranges(points: list[int]) -> list[tuple[int, int]]:
 
 
 def lines_of(ranges: list[tuple[int, int]], opening: str, closing: str) -> list[str]:
-    """Format ranges six to a line."""
+    """Format ranges four to a line."""
     items = [f"{opening}0x{first:X}, 0x{last:X}{closing}," for first, last in ranges]
-    return ["    " + " ".join(items[i : i + 5]) for i in range(0, len(items), 5)]
+    return ["    " + " ".join(items[i : i + 4]) for i in range(0, len(items), 4)]
 
 
 def render(tables: dict[str, list[tuple[int, int]]], version: str) -> tuple[str, str]:

@@ -9,6 +9,7 @@ Both ways give the same merges and ids. Without the core one notice is logged.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import time
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from rustbpe import native, reference
 
-__all__ = ["Tokenizer", "StreamDecoder", "has_core", "default_threads"]
+__all__ = ["StreamDecoder", "Tokenizer", "default_threads", "has_core"]
 logger = logging.getLogger(__name__)
 
 DEFAULT_PATTERN = reference.PATTERNS["gpt4-2023"]
@@ -164,13 +165,14 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of one text."""
-        return self.encode_to_array([text])[0].tolist()
+        ids: list[int] = self.encode_to_array([text])[0].tolist()
+        return ids
 
     def batch_encode(self, texts: Sequence[str], num_threads: int | None = None) -> list[list[int]]:
         """Return the ids of every text."""
         ids, offsets = self.encode_to_array(texts, num_threads=num_threads)
         flat, ends = ids.tolist(), offsets.tolist()
-        return [flat[a:b] for a, b in zip(ends, ends[1:])]
+        return [flat[a:b] for a, b in itertools.pairwise(ends)]
 
     def encode_to_array(
         self,

@@ -7,6 +7,7 @@ the rest of the package numpy arrays.
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Sequence
 from ctypes import POINTER, byref, c_int32, c_int64, c_size_t, c_uint8, c_uint32, c_uint64
 from functools import lru_cache
@@ -137,7 +138,7 @@ class Handle:
 
     def __del__(self) -> None:
         core = load() if load is not None else None  # None while the interpreter shuts down
-        if core is not None and getattr(self, "number", 0):
+        if core is not None and hasattr(self, "number"):
             core.rbpe_free(self.number)
 
 
@@ -148,7 +149,7 @@ def split(text: str, pattern: str) -> list[str]:
     pointer = ends.ctypes.data_as(_U64S)
     call("rbpe_split", name, len(name), data, len(data), pointer, len(ends), byref(count))
     starts = [0, *(int(end) for end in ends[: count.value])]
-    return [data[a:b].decode() for a, b in zip(starts, starts[1:])]
+    return [data[a:b].decode() for a, b in itertools.pairwise(starts)]
 
 
 class Trainer:

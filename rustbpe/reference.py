@@ -7,6 +7,7 @@ compiled core exists. Nothing here is clever; read it first.
 from __future__ import annotations
 
 import heapq
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -61,7 +62,9 @@ def splitter(pattern: str) -> Callable[[str], list[str]]:
     name = pattern_name(pattern)
     if name is None:
         return _foreign_splitter(pattern)
-    text = PATTERNS[name].replace("++", "+").replace("?+", "?").replace("3}+", "3}").replace("*+", "*")
+    text = (
+        PATTERNS[name].replace("++", "+").replace("?+", "?").replace("3}+", "3}").replace("*+", "*")
+    )
     letters, numbers, spaces = (_class_text(ranges) for ranges in (LETTERS, NUMBERS, SPACES))
     # \S first: it must not be found inside what replaces \s
     text = text.replace(r"\S", f"[^{spaces}]")
@@ -125,7 +128,7 @@ def learn_merges(
     pair_counts: Counter[tuple[int, int]] = Counter()
     where: dict[tuple[int, int], set[int]] = {}
     for index, word in enumerate(words):
-        for pair in zip(word, word[1:]):
+        for pair in itertools.pairwise(word):
             pair_counts[pair] += weights[index]
             where.setdefault(pair, set()).add(index)
     # counts of a pair only fall once it exists, so the top of the heap is right or too high
@@ -143,9 +146,9 @@ def learn_merges(
         fresh: set[tuple[int, int]] = set()
         for index in where.pop(best):
             old, new = words[index], replace_pair(words[index], best, new_id)
-            for pair in zip(old, old[1:]):
+            for pair in itertools.pairwise(old):
                 pair_counts[pair] -= weights[index]
-            for pair in zip(new, new[1:]):
+            for pair in itertools.pairwise(new):
                 pair_counts[pair] += weights[index]
                 where.setdefault(pair, set()).add(index)
                 if new_id in pair:
@@ -156,7 +159,9 @@ def learn_merges(
     return merges
 
 
-def tokens_of(merges: Iterable[tuple[int, int]], byte_ids: Sequence[int] = range(256)) -> list[bytes]:
+def tokens_of(
+    merges: Iterable[tuple[int, int]], byte_ids: Sequence[int] = range(256)
+) -> list[bytes]:
     """Return the bytes of every token in id order."""
     tokens = [b""] * 256
     for byte, token_id in enumerate(byte_ids):
@@ -170,7 +175,7 @@ def encode_chunk(chunk: bytes, ranks: dict[bytes, int]) -> list[int]:
     """Merge the neighbours whose concatenation has the lowest rank until none is a token."""
     parts = [chunk[at : at + 1] for at in range(len(chunk))]
     while len(parts) > 1:
-        candidates = [(ranks.get(a + b), at) for at, (a, b) in enumerate(zip(parts, parts[1:]))]
+        candidates = [(ranks.get(a + b), at) for at, (a, b) in enumerate(itertools.pairwise(parts))]
         found = [(rank, at) for rank, at in candidates if rank is not None]
         if not found:
             break
