@@ -116,6 +116,12 @@ class Checkpoint:
             kinds = json.loads(file.metadata()["kinds"])
             return {name: _from_tensor(file.get_tensor(name), kinds[name]) for name in kinds}
 
+    @property
+    def weights_hash(self) -> str:
+        """SHA-256 of the weights file: says whether two runs ended in the same place."""
+        digest: str = read_json(self.path / _MANIFEST)["files"][_MODEL]["sha256"]
+        return digest
+
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Refuse a tokenizer other than the one the model was trained with."""
         expected = self.state.get("tokenizer_hash", tokenizer.hash)

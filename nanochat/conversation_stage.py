@@ -1,0 +1,173 @@
+"""Training on conversations: what midtraining and finetuning share beyond `stage`.
+
+They differ in their mixture, in which tokens count, in how rows are filled, and in learning rates;
+all of that arrives here as settings.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from nanochat import checkpoint_manager, task_eval
+from nanochat.common import UserError
+from nanochat.dataloader import ConversationLoader, conversation_evaluation_batches
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.loss_eval import bits_per_byte
+from nanochat.packing import Task
+from nanochat.runtime import Runtime
+from nanochat.stage import StageConfig, train_stage
+from nanochat.tokenizer import Tokenizer
+from nanochat.training import Hook, Trainer
+
+logger = logging.getLogger(__name__)
+
+LENGTH_SAMPLE = 1000  # conversations rendered to estimate the mean length; 1 % error is plenty
+
+
+@dataclass(frozen=True)
+class ConversationStageConfig(StageConfig):
+    """Flags of a stage that trains on conversations."""
+
+    step: int | None = None
+    """Checkpoint to start from; default: the newest."""
+    max_seq_len: int | None = None
+    """Context in tokens; default: the model's."""
+    num_epochs: int = 1
+    """Passes over the mixture, if --num-iterations is -1."""
+    masked: bool = False
+    """Only what the assistant says is a target; otherwise every token is."""
+    packing: Literal["stream", "rows", "best-fit"] = "stream"
+    """How conversations fill rows: end to end, one a row, or several whole ones a row."""
+    eval_metrics_every: int = -1
+    """Steps between accuracies on the multiple-choice tasks; -1 = never."""
+    eval_metrics_max_problems: int = 1024
+    """Problems of each such task."""
+
+
+def train_on_conversations(
+    config: ConversationStageConfig,
+    *,
+    stage: str,
+    title: str,
+    source: str,
+    rows_per_step: int,
+    train_task: Task,
+    validation_task: Task,
+    metric_tasks: Sequence[task_eval.Task],
+    parent: checkpoint_manager.Checkpoint,
+    runtime: Runtime,
+) -> int:
+    """Train `parent`'s model on `train_task`; returns the exit code.
+
+    source: the stage that parent came from. rows_per_step: rows of one optimizer step.
+    """
+    if rows_per_step % (config.device_batch_size * runtime.world.size):
+        raise UserError(
+            f"{rows_per_step} rows a step are not a multiple of --device-batch-size "
+            f"{config.device_batch_size} x {runtime.world.size} ranks; change one of them"
+        )
+    tokenizer = Tokenizer.from_directory(parent.path)
+    model = _load(parent, config.max_seq_len).to(runtime.device)
+    sequence_len = model.config.sequence_len
+    token_bytes = torch.from_numpy(tokenizer.token_bytes).to(runtime.device)
+    num_iterations = config.num_iterations
+    if num_iterations <= 0:
+        steps = _steps_per_epoch(config, train_task, tokenizer, rows_per_step, sequence_len)
+        num_iterations = config.num_epochs * steps
+
+    def validate(trainer: Trainer) -> dict[str, float]:
+        batches = conversation_evaluation_batches(
+            validation_task,
+            tokenizer,
+            num_tokens=config.eval_tokens,
+            batch_size=config.device_batch_size,
+            sequence_len=sequence_len,
+            world=runtime.world,
+            masked=config.masked,
+            packing="stream",
+        )
+        bpb = bits_per_byte(trainer.model, batches, token_bytes, runtime.world)
+        logger.info("step %d  validation bpb %.4f", trainer.state.step, bpb)
+        return {"val_bpb": bpb}
+
+    def measure_tasks(trainer: Trainer) -> dict[str, float]:
+        values = {}
+        for task in metric_tasks:
+            result = task_eval.run_categorical(
+                task,
+                tokenizer,
+                trainer.model,
+                max_problems=config.eval_metrics_max_problems,
+                batch_size=config.device_batch_size,
+                world=runtime.world,
+            )
+            values[f"{task.name}_accuracy"] = result.accuracy
+            logger.info("step %d  %s %.1f %%", trainer.state.step, task.name, 100 * result.accuracy)
+        return values
+
+    hooks = [Hook("validation", config.eval_every, validate)]
+    if config.eval_metrics_every > 0:
+        hooks.append(Hook("tasks", config.eval_metrics_every, measure_tasks, at_start=False))
+    loader = ConversationLoader(
+        train_task,
+        tokenizer,
+        rows_per_step=rows_per_step,
+        sequence_len=sequence_len,
+        world=runtime.world,
+        masked=config.masked,
+        packing=config.packing,
+    )
+    return train_stage(
+        config,
+        stage=stage,
+        title=title,
+        runtime=runtime,
+        model=model,
+        tokenizer=tokenizer,
+        tokenizer_dir=parent.path,
+        loader=loader,
+        rows_per_step=rows_per_step,
+        num_iterations=num_iterations,
+        hooks=hooks,
+        facts={"data": config.data or parent.state["data"], "parent": _origin(parent, source)},
+    )
+
+
+def _load(parent: checkpoint_manager.Checkpoint, sequence_len: int | None) -> GPT:
+    """The parent's model in fp32, with another training context if one is asked for."""
+    sizes = parent.state["model_config"]
+    if sequence_len is not None:
+        sizes = sizes | {"sequence_len": sequence_len}
+    model = GPT(GPTConfig.from_json(sizes))
+    model.load_state_dict(parent.load_model())
+    return model
+
+
+def _origin(parent: checkpoint_manager.Checkpoint, source: str) -> dict[str, object]:
+    """What the checkpoint's state says about where its weights came from."""
+    return {"stage": source, "step": parent.step, "weights": parent.weights_hash}
+
+
+def _steps_per_epoch(
+    config: ConversationStageConfig,
+    task: Task,
+    tokenizer: Tokenizer,
+    rows_per_step: int,
+    sequence_len: int,
+) -> int:
+    """Optimizer steps of one pass over the task; estimated from a sample unless one row is one."""
+    if config.packing == "rows":
+        return math.ceil(len(task) / rows_per_step)
+    stride = max(1, len(task) // LENGTH_SAMPLE)
+    lengths = [
+        len(tokenizer.render_conversation(task[index], max_tokens=sequence_len)[0])
+        for index in range(0, len(task), stride)
+    ]
+    tokens = sum(lengths) / len(lengths) * len(task)
+    return max(1, round(tokens / (rows_per_step * sequence_len)))

@@ -1,0 +1,158 @@
+"""Pretrain a base model on documents.
+
+python -m scripts.base_train --depth=4 --data=embedded --num_iterations=500
+torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --depth=20
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from nanochat import configurator, core_eval, runtime, scaling
+from nanochat.common import eval_bundle_dir, tokenizer_dir
+from nanochat.dataloader import DocumentLoader, evaluation_batches
+from nanochat.dataset import open_source
+from nanochat.engine import sample_prompts
+from nanochat.gpt import GPT
+from nanochat.loss_eval import bits_per_byte
+from nanochat.stage import StageConfig, check_positive, train_stage
+from nanochat.tokenizer import get_tokenizer
+from nanochat.training import Hook, Trainer
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_DATA = "fineweb-edu"
+
+
+@dataclass(frozen=True)
+class Config(StageConfig):
+    """Flags of base_train."""
+
+    depth: int = 20
+    """Transformer layers; width and heads follow from it."""
+    aspect_ratio: int = 64
+    """Width per layer."""
+    head_dim: int = 128
+    """Features of one attention head, at most."""
+    model_dim: int | None = None
+    """Width, instead of depth x aspect ratio."""
+    max_seq_len: int = 2048
+    """Context in tokens."""
+    total_batch_size: int = 524_288
+    """Tokens of one optimizer step."""
+    target_flops: float = -1.0
+    """Horizon by training FLOPs, if --num-iterations is -1."""
+    target_param_data_ratio: float = 20.0
+    """Horizon by tokens per parameter, if neither of the others is given."""
+    packing: Literal["stream", "best-fit"] = "stream"
+    """How documents fill rows."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0 = off."""
+    eval_every: int = 250
+    """Steps between validations; -1 = only at the end."""
+    core_metric_every: int = 2000
+    """Steps between CORE evaluations; -1 = never."""
+    core_metric_max_per_task: int = 500
+    """Items of each CORE task; -1 = all."""
+    sample_every: int = 2000
+    """Steps between sample generations; -1 = only at the end."""
+
+
+def main(config: Config) -> int:
+    """Train from nothing to a base checkpoint."""
+    check_positive(config, "max_seq_len", "device_batch_size", "total_batch_size")
+    with runtime.start(config.device_type, dtype=config.dtype, seed=config.seed) as rt:
+        tokenizer = get_tokenizer()
+        data = config.data or tokenizer.trained_on or DEFAULT_DATA
+        source = open_source(data)
+        model_config = scaling.model_config(
+            config.depth,
+            vocab_size=tokenizer.vocab_size,
+            sequence_len=config.max_seq_len,
+            aspect_ratio=config.aspect_ratio,
+            head_dim=config.head_dim,
+            model_dim=config.model_dim,
+        )
+        scaling.gradient_accumulation(
+            config.total_batch_size, config.device_batch_size, config.max_seq_len, rt.world.size
+        )
+        rows_per_step = config.total_batch_size // config.max_seq_len
+        model = GPT(model_config)
+        model.init_weights(torch.Generator().manual_seed(config.seed))
+        model.to(rt.device)
+        num_iterations = scaling.training_horizon(
+            num_iterations=config.num_iterations,
+            target_flops=config.target_flops,
+            target_param_data_ratio=config.target_param_data_ratio,
+            num_parameters=model.count_parameters()["total"],
+            flops_per_token=model.estimate_flops(),
+            total_batch_size=config.total_batch_size,
+        )
+        token_bytes = torch.from_numpy(tokenizer.token_bytes).to(rt.device)
+
+        def validate(trainer: Trainer) -> dict[str, float]:
+            batches = evaluation_batches(
+                source,
+                tokenizer,
+                num_tokens=config.eval_tokens,
+                batch_size=config.device_batch_size,
+                sequence_len=config.max_seq_len,
+                world=rt.world,
+            )
+            bpb = bits_per_byte(trainer.model, batches, token_bytes, rt.world)
+            logger.info("step %d  validation bpb %.4f", trainer.state.step, bpb)
+            return {"val_bpb": bpb}
+
+        def measure_core(trainer: Trainer) -> dict[str, float]:
+            result = core_eval.evaluate_core(
+                trainer.model,
+                tokenizer,
+                eval_bundle_dir(data),
+                max_per_task=config.core_metric_max_per_task,
+                runtime=rt,
+            )
+            logger.info("step %d  CORE %.4f", trainer.state.step, result.core)
+            return {"core": result.core}
+
+        def sample(trainer: Trainer) -> dict[str, float]:
+            if rt.world.is_main:
+                for text in sample_prompts(trainer.model, tokenizer):
+                    logger.info("sample: %s", text)
+            return {}
+
+        hooks = [
+            Hook("validation", config.eval_every, validate),
+            Hook("samples", config.sample_every, sample, at_start=False),
+        ]
+        if config.core_metric_every > 0:
+            hooks.append(Hook("CORE", config.core_metric_every, measure_core, at_start=False))
+        loader = DocumentLoader(
+            source,
+            tokenizer,
+            rows_per_step=rows_per_step,
+            sequence_len=config.max_seq_len,
+            world=rt.world,
+            packing=config.packing,
+        )
+        return train_stage(
+            config,
+            stage="base",
+            title="Base model training",
+            runtime=rt,
+            model=model,
+            tokenizer=tokenizer,
+            tokenizer_dir=tokenizer_dir(),
+            loader=loader,
+            rows_per_step=rows_per_step,
+            num_iterations=num_iterations,
+            hooks=hooks,
+            facts={"data": data, "parent": None},
+        )
+
+
+if __name__ == "__main__":
+    configurator.run(main, Config)

@@ -1,0 +1,50 @@
+"""Midtrain a base model: conversations, tool use, multiple choice, spelling.
+
+python -m scripts.mid_train --num_iterations=500
+torchrun --standalone --nproc_per_node=8 -m scripts.mid_train
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nanochat import checkpoint_manager, configurator, runtime
+from nanochat.conversation_stage import ConversationStageConfig, train_on_conversations
+from nanochat.stage import check_positive, whole_rows
+from tasks import mixtures
+
+
+@dataclass(frozen=True)
+class Config(ConversationStageConfig):
+    """Flags of mid_train."""
+
+    source: Literal["base"] = "base"
+    """Stage of the model to start from."""
+    total_batch_size: int = 524_288
+    """Tokens of one optimizer step."""
+
+
+def main(config: Config) -> int:
+    """Train from a base checkpoint to a mid checkpoint."""
+    check_positive(config, "device_batch_size", "total_batch_size", "num_epochs")
+    with runtime.start(config.device_type, dtype=config.dtype, seed=config.seed) as rt:
+        parent = checkpoint_manager.find_checkpoint(config.source, config.model_tag, config.step)
+        data = config.data or parent.state["data"]
+        sequence_len = config.max_seq_len or parent.state["sequence_len"]
+        return train_on_conversations(
+            config,
+            stage="mid",
+            title="Midtraining",
+            source=config.source,
+            rows_per_step=whole_rows(config.total_batch_size, sequence_len),
+            train_task=mixtures.training_mixture("mid", data),
+            validation_task=mixtures.validation_mixture("mid", data),
+            metric_tasks=mixtures.categorical_tasks(data),
+            parent=parent,
+            runtime=rt,
+        )
+
+
+if __name__ == "__main__":
+    configurator.run(main, Config)
