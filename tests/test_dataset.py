@@ -1,5 +1,6 @@
 """Parquet shards: order, positions, splits, the command, and every kind of unusable input."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,7 +10,8 @@ import pytest
 from nanochat import dataset
 from nanochat.common import UserError
 from nanochat.dataset import Config, Position, open_source
-from nanochat.sources import START, hub
+from nanochat.sources import START, generated, hub
+from nanochat.sources.embedded import DEFAULT_SEED, generate_documents
 from nanochat.sources.hub import HUB_DATASETS, HubDataset
 from nanochat.sources.parquet import ParquetSource, read_note, shard_name, write_shard
 
@@ -293,6 +295,74 @@ def test_more_shards_than_exist_are_refused(small_dataset: HubDataset) -> None:
 def test_published_data_sets_have_the_documented_sizes() -> None:
     ends = {name: d.path(d.validation_id).name for name, d in HUB_DATASETS.items()}
     assert ends == {"fineweb-edu": "shard_01822.parquet", "climbmix": "shard_06542.parquet"}
+
+
+# ---- the embedded world -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_world(base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setattr(generated, "DOCUMENTS_PER_SHARD", 64)
+    monkeypatch.setattr(generated, "NUM_DOCUMENTS", 64 * 7)
+    monkeypatch.setattr(generated, "DEFAULT_NUM_TRAIN", 3)
+    monkeypatch.setattr(generated.os, "cpu_count", lambda: 1)
+    generated.fingerprint.cache_clear()
+    yield base_dir / "base_data_embedded"
+    generated.fingerprint.cache_clear()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.parquet"))
+
+
+def test_opening_the_embedded_world_writes_the_default_shards_once(small_world: Path) -> None:
+    source = open_source("embedded")
+    assert names(small_world) == [shard_name(i) for i in (0, 1, 2, 6)]
+    written = {path: path.stat().st_mtime_ns for path in small_world.glob("*.parquet")}
+    open_source("embedded")
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    assert one_epoch(source) == list(generate_documents(DEFAULT_SEED, 0, 3 * 64))
+    held_out = [t for texts, _ in source.documents("val", endless=False) for t in texts]
+    assert held_out == list(generate_documents(DEFAULT_SEED, 6 * 64, 7 * 64))
+
+
+def test_only_as_many_embedded_shards_are_written_as_asked(
+    small_world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert dataset.main(Config(num_files=2, num_workers=1, data="embedded")) == 0
+    assert names(small_world) == [shard_name(i) for i in (0, 1, 6)]
+    assert "2 training shards, 1 validation shard" in capsys.readouterr().out
+    assert dataset.main(Config(num_files=-1, num_workers=1, data="embedded")) == 0
+    assert len(open_source("embedded").shards("train")) == 6
+
+
+def test_generation_that_was_cut_off_is_completed_when_opened(small_world: Path) -> None:
+    open_source("embedded")
+    (small_world / shard_name(1)).unlink()
+    (small_world / shard_name(6)).unlink()
+    assert len(open_source("embedded").shards("train")) == 3
+
+
+def test_shards_of_another_generator_are_written_again(
+    small_world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_source("embedded")
+    monkeypatch.setattr(generated, "DEFAULT_SEED", 7)
+    generated.fingerprint.cache_clear()
+    assert one_epoch(open_source("embedded")) == list(generate_documents(7, 0, 3 * 64))
+
+
+@pytest.mark.parametrize("asked", [0, 7])
+def test_more_embedded_shards_than_documents_are_refused(small_world: Path, asked: int) -> None:
+    with pytest.raises(UserError, match=f"6 training shards, {asked} were asked for"):
+        dataset.main(Config(num_files=asked, data="embedded"))
+
+
+def test_worker_processes_write_the_same_shards(base_dir: Path) -> None:
+    assert generated.generate(2, num_workers=2) == 3
+    source = open_source("embedded")
+    texts, _ = next(source.documents("train", Position(row_group=8)))
+    assert texts == list(generate_documents(DEFAULT_SEED, 8192, 8192 + 128))
 
 
 # ---- real text --------------------------------------------------------------------------------
