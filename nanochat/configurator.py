@@ -248,8 +248,10 @@ def _is_flag(token: str, by_spelling: dict[str, _Flag]) -> bool:
 
 
 def _unknown(text: str, by_spelling: dict[str, _Flag]) -> str:
-    nearest = difflib.get_close_matches(_spelling(text), by_spelling, n=1, cutoff=0.5)
-    hint = f"did you mean {nearest[0]}?" if nearest else "there is none with a similar name"
+    # Compared without the dashes, which every name shares.
+    by_name = {spelling.lstrip("-"): spelling for spelling in by_spelling}
+    nearest = difflib.get_close_matches(_spelling(text).lstrip("-"), by_name, n=1)
+    hint = f"did you mean {by_name[nearest[0]]}?" if nearest else "none has a similar name"
     return f"unknown flag {text}; {hint}"
 
 
