@@ -22,8 +22,15 @@ from nanochat.runtime import Runtime
 from nanochat.schedule import Schedule
 from nanochat.tokenizer import Tokenizer
 from nanochat.tracking import MetricWriter, start_wandb
-from nanochat.training import EXIT_STOPPED, Hook, Plan, StepLoader, StoppedError, Trainer
-from nanochat.training import wants_compile
+from nanochat.training import (
+    EXIT_STOPPED,
+    Hook,
+    Plan,
+    StepLoader,
+    StoppedError,
+    Trainer,
+    wants_compile,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -167,6 +174,7 @@ def train_stage(
             run_dir=run_dir,
             tokenizer_dir=tokenizer_dir,
             facts=facts,
+            metrics=metrics,
             hooks=hooks,
         )
         if checkpoint is not None:

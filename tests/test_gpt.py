@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -109,7 +110,7 @@ def test_cached_decode_equals_full_forward(kv_heads: int, cuts: tuple[int, ...])
     edges = (0, *cuts, 40)
     with torch.no_grad():
         full = model(ids)
-        parts = [model(ids[:, a:b], kv_cache=cache) for a, b in zip(edges, edges[1:], strict=False)]
+        parts = [model(ids[:, a:b], kv_cache=cache) for a, b in pairwise(edges)]
     torch.testing.assert_close(torch.cat(parts, dim=1), full, rtol=0, atol=1e-4)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,8 @@ def test_loss_and_gradients_do_not_depend_on_micro_batches_or_ranks(
 
 def test_loss_falls_and_every_step_is_in_the_metrics(runtime: Runtime, tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, runtime, steps=60)
-    trainer.loader.next_step = lambda batch=trainer.loader.next_step(): batch  # type: ignore
+    batch = trainer.loader.next_step()
+    trainer.loader.next_step = lambda: batch  # type: ignore[method-assign]
     trainer.run()
     losses = [row["loss"] for row in read_metrics(tmp_path / "run/metrics.jsonl") if "loss" in row]
     assert len(losses) == 60
@@ -181,12 +183,14 @@ def test_resumed_run_equals_undisturbed_run_bit_for_bit(
     first.save()
     del first
     checkpoint = checkpoint_manager.newest_checkpoint(tmp_path / "b" / "run")
-    assert checkpoint is not None and checkpoint.step == interrupted_at
+    assert checkpoint is not None
+    assert checkpoint.step == interrupted_at
     second = make_trainer(tmp_path / "b", runtime, save_every=1)
     second.resume(checkpoint)
     second.run()
     a, b = (checkpoint_manager.newest_checkpoint(tmp_path / x / "run") for x in "ab")
-    assert a is not None and b is not None
+    assert a is not None
+    assert b is not None
     assert a.step == b.step == 6
     assert a.weights_hash == b.weights_hash
     rows = [
@@ -206,7 +210,8 @@ def test_sigterm_saves_at_the_step_boundary_and_stops(runtime: Runtime, tmp_path
     with pytest.raises(StoppedError, match="step 3"):
         trainer.run()
     checkpoint = checkpoint_manager.newest_checkpoint(tmp_path / "run")
-    assert checkpoint is not None and checkpoint.step == 3
+    assert checkpoint is not None
+    assert checkpoint.step == 3
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
@@ -222,7 +227,8 @@ def test_loss_that_is_no_number_stops_and_keeps_the_good_checkpoint(
     with pytest.raises(UserError, match=r"loss is nan at step 5; .* step 4"):
         trainer.run()
     checkpoint = checkpoint_manager.newest_checkpoint(tmp_path / "run")
-    assert checkpoint is not None and checkpoint.step == 4
+    assert checkpoint is not None
+    assert checkpoint.step == 4
 
 
 def test_hooks_run_at_start_every_and_end_and_their_values_are_kept(
@@ -256,7 +262,7 @@ def test_schedule_is_a_trapezoid() -> None:
     assert values[2:5] == [2.0, 2.0, 2.0]
     assert values[5] == pytest.approx(2.0)
     assert values[-1] == pytest.approx(2.0 * (0.2 + 0.8 * 0.1))
-    assert all(a >= b for a, b in zip(values[2:], values[3:], strict=False))
+    assert all(a >= b for a, b in pairwise(values[2:]))
 
 
 def test_muon_momentum_rises_to_its_end() -> None:
