@@ -9,10 +9,8 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from nanochat.tokenizer import Tokenizer
+from nanochat.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

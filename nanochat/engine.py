@@ -14,7 +14,6 @@ import random
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,10 +23,8 @@ from nanochat.attention import KVCache
 from nanochat.common import UserError
 from nanochat.gpt import GPT, softcap
 from nanochat.sampling import check_settings, sample_at
+from nanochat.tokenizer import Tokenizer
 from nanochat.tools import calculate
-
-if TYPE_CHECKING:
-    from nanochat.tokenizer import Tokenizer
 
 # Decoding is bound by memory traffic: 64 rows cost little more than one, 128 gain little more.
 MAX_ROWS = 64

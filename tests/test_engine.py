@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from nanochat import engine as engine_module
-from nanochat.common import UserError
 from nanochat.answers import plain_text
+from nanochat.common import UserError
 from nanochat.engine import Engine, continue_texts
 from nanochat.gpt import GPT, GPTConfig
 from tests.reference.byte_tokenizer import ByteTokenizer

@@ -1,0 +1,186 @@
+"""The CORE bundle on disk: its tasks, its items, and the prompts made of them. No torch.
+
+A bundle is a folder with `core.yaml` (tasks: label, type, file, shots, delimiter),
+`eval_meta_data.csv` (chance of each task) and `eval_data/` (items, one JSON object a line), in
+the format of Mosaic's in-context learning tasks.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import yaml
+
+from nanochat.common import UserError
+
+TaskKind = Literal["multiple_choice", "schema", "language_modeling"]
+Item = dict[str, Any]
+
+# Both seeds belong to the definition: other ones choose other items and other examples.
+SHUFFLE_SEED = 1337
+SHOTS_SEED = 1234
+
+# field -> type, for each kind of task
+_FIELDS: dict[str, dict[str, type]] = {
+    "multiple_choice": {"query": str, "choices": list, "gold": int},
+    "schema": {"context_options": list, "continuation": str, "gold": int},
+    "language_modeling": {"context": str, "continuation": str},
+}
+_OPTIONS = {"multiple_choice": "choices", "schema": "context_options"}
+
+
+@dataclass(frozen=True)
+class CoreTask:
+    """One task as the bundle describes it."""
+
+    label: str
+    kind: TaskKind
+    path: Path
+    num_shots: int
+    """Solved examples in front of each question."""
+    delimiter: str
+    """Between question and answer."""
+    chance: float
+    """Accuracy of guessing, 0 to 1."""
+
+    def center(self, accuracy: float) -> float:
+        """0 at chance, 1 at perfection."""
+        return (accuracy - self.chance) / (1.0 - self.chance)
+
+    def items(self, max_items: int = -1) -> list[Item]:
+        """All items in the task's fixed random order, or the first `max_items` of them if > 0.
+
+        UserError names file and line of an item that is broken, and a task with too few items
+        for its shots.
+        """
+        items = _read_items(self.path, self.kind)
+        random.Random(SHUFFLE_SEED).shuffle(items)
+        if max_items > 0:
+            items = items[:max_items]
+        if len(items) <= self.num_shots:
+            raise UserError(
+                f"{self.label} shows {self.num_shots} solved examples before each question and "
+                f"needs {self.num_shots + 1} items, but has {len(items)}; raise --max-per-task "
+                "or lower num_fewshot in core.yaml"
+            )
+        return items
+
+    def shots(self, items: Sequence[Item], index: int) -> list[Item]:
+        """The solved examples in front of item `index`: others, drawn by the index alone."""
+        draw = random.Random(SHOTS_SEED + index)
+        chosen = draw.sample(range(len(items) - 1), self.num_shots)
+        # The same draw as from a list of all indices but `index`, without making that list.
+        return [items[i if i < index else i + 1] for i in chosen]
+
+    def prompts(self, items: Sequence[Item], index: int) -> list[str]:
+        """The texts that decide item `index`.
+
+        One for each option, or for language modeling the text without and with the answer; the
+        first is cut at its last visible character, so that its tokens begin the second.
+        """
+        item = items[index]
+        lead = "".join(f"{self._solved(shot)}\n\n" for shot in self.shots(items, index))
+        if self.kind == "multiple_choice":
+            stem = lead + cast(str, item["query"]) + self.delimiter
+            return [stem + choice for choice in item["choices"]]
+        if self.kind == "schema":
+            ending = self.delimiter + cast(str, item["continuation"])
+            return [lead + context + ending for context in item["context_options"]]
+        stem = lead + cast(str, item["context"]).strip() + self.delimiter
+        return [stem.rstrip(), stem + item["continuation"]]
+
+    def _solved(self, item: Item) -> str:
+        if self.kind == "multiple_choice":
+            question, answer = item["query"], item["choices"][item["gold"]]
+        elif self.kind == "schema":
+            question, answer = item["context_options"][item["gold"]], item["continuation"]
+        else:
+            question, answer = item["context"].strip(), item["continuation"]
+        return f"{question}{self.delimiter}{answer}"
+
+
+def load_bundle(folder: Path) -> list[CoreTask]:
+    """The tasks of a bundle in its order; their item files may be absent.
+
+    UserError when the folder is no bundle, or a task is incomplete or has no known chance.
+    """
+    config = folder / "core.yaml"
+    if not config.exists():
+        raise UserError(f"no CORE bundle in {folder}: core.yaml is missing")
+    try:
+        entries = yaml.safe_load(config.read_text(encoding="utf-8"))["icl_tasks"]
+    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise UserError(f"{config} is not a list of icl_tasks in YAML ({error})") from error
+    chances = _read_chances(folder / "eval_meta_data.csv")
+    return [_task(entry, folder, chances) for entry in entries]
+
+
+def _task(entry: Any, folder: Path, chances: dict[str, float]) -> CoreTask:
+    config = folder / "core.yaml"
+    try:
+        label, kind = str(entry["label"]), entry["icl_task_type"]
+        path = folder / "eval_data" / entry["dataset_uri"]
+        num_shots = int(entry["num_fewshot"][0])
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise UserError(f"{config}: task {entry!r} is incomplete ({error!r})") from error
+    if kind not in get_args(TaskKind):
+        known = ", ".join(get_args(TaskKind))
+        raise UserError(f"{config}: {label} has type {kind!r}; known types are {known}")
+    if label not in chances:
+        raise UserError(f"{folder / 'eval_meta_data.csv'} has no random baseline for {label}")
+    delimiter = str(entry.get("continuation_delimiter", " "))
+    return CoreTask(label, kind, path, num_shots, delimiter, chances[label])
+
+
+def _read_chances(path: Path) -> dict[str, float]:
+    """Label -> accuracy of guessing, 0 to 1 (the file has percent)."""
+    if not path.exists():
+        raise UserError(f"the CORE bundle is incomplete: {path} is missing")
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    try:
+        return {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in rows}
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{path} needs the columns 'Eval Task' and 'Random baseline' (percent): {error!r}"
+        ) from error
+
+
+def _read_items(path: Path, kind: TaskKind) -> list[Item]:
+    items = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                item = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}, line {number}: not valid JSON ({error})") from error
+            problem = _problem(item, kind)
+            if problem:
+                raise UserError(f"{path}, line {number}: {problem}")
+            items.append(item)
+    return items
+
+
+def _problem(item: Any, kind: TaskKind) -> str:
+    """What is wrong with an item, "" for nothing."""
+    if not isinstance(item, dict):
+        return f"expected an object, got {type(item).__name__}"
+    for name, wanted in _FIELDS[kind].items():
+        if not isinstance(item.get(name), wanted):
+            return f"a {kind} item needs {name!r} as {wanted.__name__}, got {item.get(name)!r}"
+    if kind == "language_modeling":
+        return "" if item["continuation"].strip() else "the continuation is empty"
+    options = item[_OPTIONS[kind]]
+    if len(options) < 2 or not all(isinstance(option, str) for option in options):
+        return f"{_OPTIONS[kind]} must be at least two texts, got {options!r}"
+    if not 0 <= item["gold"] < len(options):
+        return f"gold is {item['gold']}, but there are {len(options)} {_OPTIONS[kind]}"
+    return ""

@@ -1,0 +1,90 @@
+"""Bits per byte: how well a model predicts text, whatever its tokenizer.
+
+Loss per token flatters large vocabularies, whose tokens cover more text. Bits per byte divides
+the information of all predicted tokens by the UTF-8 bytes they stand for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from nanochat.gpt import GPT
+from nanochat.objectives import IGNORED, token_losses
+from nanochat.runtime import World
+
+
+class TargetBatch(Protocol):
+    """Rows to predict; `nanochat.dataloader.Batch` is one."""
+
+    inputs: Tensor
+    """(B, T) int64."""
+    targets: Tensor
+    """(B, T) int64, -1 where there is nothing to predict."""
+
+
+@dataclass(frozen=True)
+class LossTotals:
+    """Sums over all tokens that stand for bytes, over all batches and ranks."""
+
+    nats: float
+    num_bytes: int
+    num_tokens: int
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Nats / (ln 2 x bytes); infinite when there was no byte to predict."""
+        if self.num_bytes == 0:
+            return math.inf
+        return self.nats / (math.log(2) * self.num_bytes)
+
+    @property
+    def perplexity(self) -> float:
+        """Of one token: depends on the tokenizer, unlike bits per byte."""
+        if self.num_tokens == 0:
+            return math.inf
+        # A bound rather than an OverflowError: far above any vocabulary.
+        return math.exp(min(self.nats / self.num_tokens, 700.0))
+
+
+@torch.inference_mode()
+def sum_losses(
+    model: GPT, batches: Iterable[TargetBatch], token_bytes: Tensor, world: World
+) -> LossTotals:
+    """Add up the losses of the targets that stand for bytes.
+
+    token_bytes: (V,) bytes of each token, 0 for special tokens, which count neither as loss nor
+    as bytes. Each rank brings its own batches, which may be of different number; all ranks get
+    the same totals.
+    """
+    token_bytes = token_bytes.to(model.device)
+    was_training = model.training
+    model.eval()
+    nats, num_bytes, num_tokens = 0.0, 0, 0
+    for batch in batches:
+        targets = batch.targets.to(model.device)
+        bytes_of = torch.where(targets >= 0, token_bytes[targets.clamp_min(0)], 0)
+        counted = torch.where(bytes_of > 0, targets, IGNORED)
+        losses = token_losses(model, batch.inputs.to(model.device), counted)
+        # Sums of one batch are small enough for fp32; Python's floats add them up in double.
+        nats += float(losses.sum())
+        num_bytes += int(bytes_of.sum())
+        num_tokens += int((bytes_of > 0).sum())
+    model.train(was_training)
+    return LossTotals(
+        nats=world.sum(nats),
+        num_bytes=int(world.sum(num_bytes)),
+        num_tokens=int(world.sum(num_tokens)),
+    )
+
+
+def bits_per_byte(
+    model: GPT, batches: Iterable[TargetBatch], token_bytes: Tensor, world: World
+) -> float:
+    """`sum_losses` as bits per byte."""
+    return sum_losses(model, batches, token_bytes, world).bits_per_byte

@@ -1,0 +1,423 @@
+"""CORE: decisions equal the slow oracle, scores equal a count by hand, broken bundles are named."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanochat.common import UserError
+from nanochat.core_bundle import load_bundle
+from nanochat.core_eval import decide, evaluate_core, evaluate_task
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.runtime import Runtime, World
+from tests.reference import core_eval as reference
+from tests.reference.byte_tokenizer import ByteTokenizer
+
+TOKENIZER: Any = ByteTokenizer()
+RUNTIME = Runtime(torch.device("cpu"), torch.float32, World())
+SHARED_BUNDLE = Path(__file__).parents[2] / "shared/data/eval_bundle"
+WORDS = ("red", "green apple", "on the old table", "seven", "a", "in Rome", "sea", "not today")
+
+
+def write_bundle(folder: Path, tasks: dict[str, dict[str, Any]]) -> Path:
+    """A bundle of `label -> {type, shots, items, delimiter?, chance?}`."""
+    (folder / "eval_data").mkdir(parents=True)
+    entries, chances = [], ["Eval Task,Random baseline"]
+    for label, task in tasks.items():
+        entry = {
+            "label": label,
+            "icl_task_type": task["type"],
+            "dataset_uri": f"{label}.jsonl",
+            "num_fewshot": [task["shots"]],
+        }
+        if "delimiter" in task:
+            entry["continuation_delimiter"] = task["delimiter"]
+        entries.append(entry)
+        chances.append(f"{label},{task.get('chance', 0)}")
+        lines = "".join(json.dumps(item) + "\n" for item in task["items"])
+        (folder / f"eval_data/{label}.jsonl").write_text(lines)
+    # JSON is YAML.
+    (folder / "core.yaml").write_text(json.dumps({"icl_tasks": entries}))
+    (folder / "eval_meta_data.csv").write_text("\n".join(chances) + "\n")
+    return folder
+
+
+def choice_items(count: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "query": f"Question {i}: {WORDS[i % 8]}?",
+            "choices": [WORDS[(i + 3 * j) % 8] for j in range(3)],
+            "gold": i % 3,
+        }
+        for i in range(count)
+    ]
+
+
+def schema_items(count: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "context_options": [f"{WORDS[(i + 2 * j) % 8]} because it" for j in range(2)],
+            "continuation": f"is {WORDS[i % 8]}",
+            "gold": i % 2,
+        }
+        for i in range(count)
+    ]
+
+
+def language_items(model: GPT, count: int) -> list[dict[str, Any]]:
+    """Every other continuation is what `model` says without examples."""
+    items = []
+    for i in range(count):
+        context = f"Number {i} is {WORDS[i % 8]}"
+        ids = [TOKENIZER.bos_id, *TOKENIZER.encode(context + ":")]
+        said = int(model(torch.tensor([ids]))[0, -1, :128].argmax())
+        items.append({"context": f" {context} ", "continuation": chr(said) if i % 2 else "x"})
+    return items
+
+
+def random_model(seed: int, sequence_len: int = 256) -> GPT:
+    config = GPTConfig(
+        sequence_len=sequence_len, vocab_size=TOKENIZER.vocab_size, n_layer=2, n_head=2, n_embd=32
+    )
+    model = GPT(config)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+    # Only visible ASCII is ever likely, so that continuations survive whitespace rules.
+    model.lm_head.weight.data[:33] = 0
+    model.lm_head.weight.data[127:] = 0
+    return model.eval()
+
+
+def toy_bundle(folder: Path, model: GPT) -> Path:
+    return write_bundle(
+        folder,
+        {
+            "choices": {
+                "type": "multiple_choice",
+                "shots": 3,
+                "items": choice_items(41),
+                "delimiter": "\nAnswer: ",
+                "chance": 33.3,
+            },
+            "choices_zeroshot": {
+                "type": "multiple_choice",
+                "shots": 0,
+                "items": choice_items(30),
+                "chance": 33.3,
+            },
+            "schemas": {
+                "type": "schema",
+                "shots": 2,
+                "items": schema_items(31),
+                "chance": 50,
+            },
+            "said": {
+                "type": "language_modeling",
+                "shots": 0,
+                "items": language_items(model, 30),
+                "delimiter": ":",
+            },
+            "said_with_examples": {
+                "type": "language_modeling",
+                "shots": 4,
+                "items": language_items(model, 30),
+                "delimiter": ":",
+            },
+        },
+    )
+
+
+# ---- equal to the oracle -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("max_per_task", [-1, 12])
+def test_every_decision_equals_the_slow_oracle(
+    tmp_path: Path, seed: int, max_per_task: int
+) -> None:
+    model = random_model(seed)
+    bundle = toy_bundle(tmp_path / "bundle", model)
+    result = evaluate_core(model, TOKENIZER, bundle, max_per_task, RUNTIME)
+    expected = {
+        task.label: tuple(reference.decisions(model, TOKENIZER, bundle, task.label, max_per_task))
+        for task in result.tasks
+    }
+    assert {task.label: task.decisions for task in result.tasks} == expected
+    assert any(expected["said"])
+    assert result.core == pytest.approx(
+        reference.core(model, TOKENIZER, bundle, max_per_task), abs=1e-12
+    )
+
+
+def test_batches_do_not_change_decisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(2)
+    bundle = toy_bundle(tmp_path / "bundle", model)
+    together = evaluate_core(model, TOKENIZER, bundle, -1, RUNTIME)
+    monkeypatch.setattr("nanochat.core_eval.TOKENS_PER_BATCH", 700)
+    monkeypatch.setattr("nanochat.core_eval.ITEMS_PER_GROUP", 7)
+    monkeypatch.setattr("nanochat.core_eval.HEAD_ROWS", 5)
+    apart = evaluate_core(model, TOKENIZER, bundle, -1, RUNTIME)
+    assert [task.decisions for task in apart.tasks] == [task.decisions for task in together.tasks]
+
+
+@pytest.mark.parametrize("kind", ["multiple_choice", "schema"])
+def test_prompts_longer_than_the_model_are_cut_from_the_left(tmp_path: Path, kind: str) -> None:
+    model = random_model(3, sequence_len=16)
+    items = choice_items(9) if kind == "multiple_choice" else schema_items(9)
+    for item in items:
+        item["query"] = "far away " * (10 + len(item.get("query", ""))) + item.get("query", "")
+        item["context_options"] = ["far " * 50 + text for text in item.get("context_options", [])]
+    bundle = write_bundle(tmp_path / "b", {"long": {"type": kind, "shots": 0, "items": items}})
+    (score,) = evaluate_core(model, TOKENIZER, bundle, -1, RUNTIME).tasks
+    expected = reference.decisions(model, TOKENIZER, bundle, "long", -1, max_length=160)
+    assert score.decisions == tuple(expected)
+
+
+@pytest.mark.skipif(not SHARED_BUNDLE.exists(), reason="needs shared/data")
+def test_real_tasks_render_and_decide_as_the_oracle() -> None:
+    model = random_model(4)
+    labels = {"copa", "winogrande", "bigbench_operators", "bigbench_qa_wikidata"}
+    for task in load_bundle(SHARED_BUNDLE):
+        if task.label in labels:
+            score = evaluate_task(model, TOKENIZER, task, task.items(14), World())
+            expected = reference.decisions(model, TOKENIZER, SHARED_BUNDLE, task.label, 14)
+            assert score.decisions == tuple(expected)
+            labels.remove(task.label)
+    assert not labels
+
+
+@pytest.mark.skipif(not SHARED_BUNDLE.exists(), reason="needs shared/data")
+def test_the_real_bundle_names_its_three_missing_tasks() -> None:
+    missing = [task.label for task in load_bundle(SHARED_BUNDLE) if not task.path.exists()]
+    assert sorted(missing) == ["bigbench_cs_algorithms", "coqa", "winograd"]
+
+
+# ---- by hand -------------------------------------------------------------------------------------
+
+
+class AlphabetModel:
+    """Believes that each byte is followed by the next one of the alphabet, at 9 nats to 0."""
+
+    training = False
+    device = torch.device("cpu")
+    cos = torch.zeros(1000, 1)
+
+    def eval(self) -> None: ...
+
+    def train(self, mode: bool) -> None: ...
+
+    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.one_hot(ids + 1, TOKENIZER.vocab_size + 1).float()
+
+    def lm_head(self, states: torch.Tensor) -> torch.Tensor:
+        # Undoes the softcap: 15 * tanh(raw / 15) = 9.
+        return states[..., : TOKENIZER.vocab_size] * 15 * math.atanh(9 / 15)
+
+
+def test_a_toy_bundle_scores_what_a_person_counts(tmp_path: Path) -> None:
+    alphabet: Any = AlphabetModel()
+    bundle = write_bundle(
+        tmp_path / "b",
+        {
+            "follow": {
+                "type": "multiple_choice",
+                "shots": 0,
+                "chance": 50,
+                "delimiter": "",
+                # Right, right, wrong, right: "m" follows "l", not "z".
+                "items": [
+                    {"query": "ab", "choices": ["cd", "xx"], "gold": 0},
+                    {"query": "fg", "choices": ["aaa", "h"], "gold": 1},
+                    {"query": "kl", "choices": ["m", "z"], "gold": 1},
+                    {"query": "pq", "choices": ["b", "r"], "gold": 1},
+                ],
+            },
+            "continue": {
+                "type": "language_modeling",
+                "shots": 0,
+                "chance": 0,
+                "delimiter": "",
+                # Right, wrong in its last letter.
+                "items": [
+                    {"context": "ab", "continuation": "cde"},
+                    {"context": "ab", "continuation": "cdx"},
+                ],
+            },
+            "which": {
+                "type": "schema",
+                "shots": 0,
+                "chance": 50,
+                "delimiter": "",
+                # Only the shared end counts: "n" follows "m". One right, one wrong.
+                "items": [
+                    {"context_options": ["..m", "..q"], "continuation": "no", "gold": 0},
+                    {"context_options": ["..m", "..q"], "continuation": "no", "gold": 1},
+                ],
+            },
+        },
+    )
+    result = evaluate_core(alphabet, TOKENIZER, bundle, -1, RUNTIME)
+    assert [task.accuracy for task in result.tasks] == [0.75, 0.5, 0.5]
+    assert [task.centered for task in result.tasks] == [0.5, 0.5, 0.0]
+    assert result.core == pytest.approx(1 / 3)
+    assert (result.label, result.is_partial) == ("CORE", False)
+    assert result.to_csv().splitlines() == [
+        "Task                               , Accuracy  , Centered  ",
+        "follow                             , 0.750000  , 0.500000  ",
+        "continue                           , 0.500000  , 0.500000  ",
+        "which                              , 0.500000  , 0.000000  ",
+        "CORE                               ,           , 0.333333  ",
+    ]
+
+
+def test_the_same_options_everywhere_count_as_the_first(tmp_path: Path) -> None:
+    alphabet: Any = AlphabetModel()
+    items = [{"context_options": ["aXb", "aYb"], "continuation": "c", "gold": i} for i in (0, 1)]
+    bundle = write_bundle(
+        tmp_path / "b", {"tie": {"type": "schema", "shots": 0, "items": items, "delimiter": ""}}
+    )
+    (score,) = evaluate_core(alphabet, TOKENIZER, bundle, -1, RUNTIME).tasks
+    assert score.accuracy == 0.5
+
+
+# ---- ranks ---------------------------------------------------------------------------------------
+
+
+def test_ranks_decide_every_item_once(tmp_path: Path) -> None:
+    model = random_model(5)
+    bundle = toy_bundle(tmp_path / "bundle", model)
+    task = load_bundle(bundle)[0]
+    items = task.items()
+    alone = decide(model, TOKENIZER, task, items, range(len(items)))
+    dealt = [decide(model, TOKENIZER, task, items, range(r, len(items), 3)) for r in range(3)]
+    assert [dealt[i % 3][i // 3] for i in range(len(items))] == alone
+
+
+# ---- missing and broken --------------------------------------------------------------------------
+
+
+def test_a_missing_file_is_named_and_the_score_is_called_partial(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = random_model(6)
+    bundle = toy_bundle(tmp_path / "bundle", model)
+    (bundle / "eval_data/schemas.jsonl").unlink()
+    with caplog.at_level(logging.WARNING):
+        result = evaluate_core(model, TOKENIZER, bundle, 10, RUNTIME)
+    assert "schemas" in caplog.text
+    assert result.missing == ("schemas",)
+    assert result.label == "CORE (partial, 4 of 5 tasks)"
+    assert result.to_csv().splitlines()[-1].startswith("CORE (partial 4 of 5 tasks)  ")
+
+
+def broken(tmp_path: Path, line: str, kind: str = "multiple_choice", shots: int = 0) -> Path:
+    good = {
+        "multiple_choice": {"query": "q", "choices": ["a", "b"], "gold": 0},
+        "schema": {"context_options": ["a", "b"], "continuation": "c", "gold": 0},
+        "language_modeling": {"context": "a", "continuation": "b"},
+    }[kind]
+    task = {"type": kind, "shots": shots, "items": [good, good]}
+    bundle = write_bundle(tmp_path / "b", {"task": task})
+    with (bundle / "eval_data/task.jsonl").open("a") as file:
+        file.write(line + "\n")
+    return bundle
+
+
+@pytest.mark.parametrize(
+    ("kind", "line", "named"),
+    [
+        ("multiple_choice", '{"query": ', "not valid JSON"),
+        ("multiple_choice", "[1]", "expected an object, got list"),
+        ("multiple_choice", '{"query": "q", "choices": ["a", "b"]}', "needs 'gold' as int"),
+        ("multiple_choice", '{"query": "q", "choices": ["a"], "gold": 0}', "at least two texts"),
+        ("multiple_choice", '{"query": "q", "choices": ["a", 1], "gold": 0}', "at least two"),
+        ("multiple_choice", '{"query": "q", "choices": ["a", "b"], "gold": 2}', "gold is 2"),
+        ("schema", '{"context_options": ["a", "b"], "gold": 0}', "needs 'continuation' as str"),
+        ("language_modeling", '{"context": "a", "continuation": " "}', "continuation is empty"),
+    ],
+)
+def test_a_broken_line_is_named_by_file_and_number(
+    tmp_path: Path, kind: str, line: str, named: str
+) -> None:
+    bundle = broken(tmp_path, line, kind)
+    with pytest.raises(UserError, match=rf"task\.jsonl, line 3: .*{named}"):
+        evaluate_core(random_model(0), TOKENIZER, bundle, -1, RUNTIME)
+
+
+@pytest.mark.parametrize(("shots", "max_per_task"), [(2, -1), (10, -1), (1, 1)])
+def test_more_shots_than_other_items_is_refused(
+    tmp_path: Path, shots: int, max_per_task: int
+) -> None:
+    bundle = broken(tmp_path, "", shots=shots)
+    with pytest.raises(UserError, match=rf"task shows {shots} solved examples .* but has \d"):
+        evaluate_core(random_model(0), TOKENIZER, bundle, max_per_task, RUNTIME)
+
+
+def test_options_that_do_not_differ_cannot_be_scored(tmp_path: Path) -> None:
+    bundle = broken(tmp_path, '{"query": "q", "choices": ["a", "ab"], "gold": 0}')
+    with pytest.raises(UserError, match=r"task, item \d .* nothing is left to score"):
+        evaluate_core(random_model(0), TOKENIZER, bundle, -1, RUNTIME)
+
+
+def test_answers_glued_to_their_question_are_refused(tmp_path: Path) -> None:
+    class Merging(ByteTokenizer):
+        """Every text is one token, so that no text begins another."""
+
+        def encode(self, text: str) -> list[int]:
+            return [len(text)]
+
+    merging: Any = Merging()
+    task = {
+        "type": "language_modeling",
+        "shots": 0,
+        "delimiter": "",
+        "items": [{"context": "a", "continuation": "b"}],
+    }
+    bundle = write_bundle(tmp_path / "b", {"glued": task})
+    with pytest.raises(UserError, match="glued: the tokens of a question do not begin"):
+        evaluate_core(random_model(0), merging, bundle, -1, RUNTIME)
+
+
+def test_a_folder_that_is_no_bundle_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no CORE bundle in .*core\.yaml is missing"):
+        load_bundle(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "named"),
+    [
+        ("core.yaml", "icl_tasks: [", "not a list of icl_tasks"),
+        ("core.yaml", "tasks: []", "not a list of icl_tasks"),
+        ("core.yaml", "icl_tasks: [{label: task}]", "is incomplete"),
+        ("eval_meta_data.csv", "Eval Task,Random baseline\n", "no random baseline for task"),
+        ("eval_meta_data.csv", "a,b\n1,2\n", "needs the columns"),
+        ("eval_meta_data.csv", "Eval Task,Random baseline\ntask,many\n", "needs the columns"),
+    ],
+)
+def test_a_broken_description_is_named(tmp_path: Path, file: str, content: str, named: str) -> None:
+    bundle = broken(tmp_path, "")
+    (bundle / file).write_text(content)
+    with pytest.raises(UserError, match=named):
+        load_bundle(bundle)
+
+
+def test_an_unknown_type_is_named_with_the_known_ones(tmp_path: Path) -> None:
+    bundle = broken(tmp_path, "")
+    config = (bundle / "core.yaml").read_text().replace("multiple_choice", "essay")
+    (bundle / "core.yaml").write_text(config)
+    with pytest.raises(UserError, match="type 'essay'; known types are multiple_choice"):
+        load_bundle(bundle)
+
+
+def test_a_bundle_without_any_items_is_refused(tmp_path: Path) -> None:
+    bundle = broken(tmp_path, "")
+    (bundle / "eval_data/task.jsonl").unlink()
+    with pytest.raises(UserError, match=r"no task of .* has its file"):
+        evaluate_core(random_model(0), TOKENIZER, bundle, -1, RUNTIME)
