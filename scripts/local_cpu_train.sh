@@ -24,7 +24,7 @@ source scripts/stages.sh
 
 quick_sizes() {
     DATA=embedded                  # embedded, fineweb-edu, climbmix, or a folder of parquet shards
-    NUM_SHARDS=4                   # training shards to generate or fetch
+    NUM_SHARDS=16                  # training shards to generate or fetch
     MAX_CHARS=20000000             # text the tokenizer is trained on
     VOCAB_SIZE=4096
 

@@ -115,9 +115,8 @@ def test_the_sizes_at_the_top_can_be_edited(tmp_path: Path) -> None:
 
 def test_data_folder_is_found_from_where_the_user_stands(tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
-    assert commands("--data=texts", "--only=dataset", cwd=tmp_path) == [
-        ["nanochat.dataset", f"--data={tmp_path / 'texts'}", "-n", "4"]
-    ]
+    (line,) = commands("--data=texts", "--only=dataset", cwd=tmp_path)
+    assert f"--data={tmp_path / 'texts'}" in line
 
 
 def test_run_name_comes_from_the_environment() -> None:
