@@ -306,13 +306,16 @@ class Engine:
         return chosen
 
 
-def continue_texts(
-    engine: Engine, texts: Sequence[str] = SAMPLE_PROMPTS, max_tokens: int = SAMPLE_TOKENS
+def sample_prompts(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str] = SAMPLE_PROMPTS,
+    *,
+    max_tokens: int = SAMPLE_TOKENS,
 ) -> list[str]:
     """Continue each text greedily, as a model that has only read text; returns text + answer."""
-    tokenizer = engine.tokenizer
-    prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
-    answers = engine.complete(prompts, max_tokens=max_tokens, temperature=0.0)
+    ids = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in prompts]
+    answers = Engine(model, tokenizer).complete(ids, max_tokens=max_tokens, temperature=0.0)
     return [
-        text + plain_text(tokenizer, answer) for text, answer in zip(texts, answers, strict=True)
+        text + plain_text(tokenizer, answer) for text, answer in zip(prompts, answers, strict=True)
     ]

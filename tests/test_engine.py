@@ -10,7 +10,7 @@ import torch
 from nanochat import engine as engine_module
 from nanochat.answers import plain_text
 from nanochat.common import UserError
-from nanochat.engine import Engine, continue_texts
+from nanochat.engine import Engine, sample_prompts
 from nanochat.gpt import GPT, GPTConfig
 from tests.reference.byte_tokenizer import ByteTokenizer
 
@@ -297,7 +297,7 @@ def test_bad_arguments_are_refused_before_anything_is_computed(
 
 def test_sample_prompts_are_continued_greedily() -> None:
     model = random_model(12)
-    texts = continue_texts(Engine(model, TOKENIZER))
+    texts = sample_prompts(model, TOKENIZER)
     assert len(texts) == len(engine_module.SAMPLE_PROMPTS) == 7
     prompt = [TOKENIZER.bos_id, *engine_module.SAMPLE_PROMPTS[0].encode()]
     expected = plain_text(TOKENIZER, naive_greedy(model, prompt, 16))

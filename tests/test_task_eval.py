@@ -1,0 +1,249 @@
+"""Task evaluation: letters by logits, judged answers, intervals, ChatCORE, clear refusals."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from nanochat.answers import plain_text
+from nanochat.common import UserError
+from nanochat.conversation import Conversation, chat
+from nanochat.engine import Engine
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.runtime import World
+from nanochat.task_eval import (
+    Sampling,
+    TaskResult,
+    chat_core,
+    run_categorical,
+    run_generative,
+    run_task,
+    wilson_interval,
+)
+from tests.reference.byte_tokenizer import ByteTokenizer
+
+TOKENIZER: Any = ByteTokenizer()
+QUESTIONS = ("Which one?", "And now?", "What is the colour of the sea on a sunny day?", "Hm?")
+
+
+def random_model(seed: int = 0, sequence_len: int = 128) -> GPT:
+    config = GPTConfig(
+        sequence_len=sequence_len, vocab_size=TOKENIZER.vocab_size, n_layer=2, n_head=2, n_embd=32
+    )
+    model = GPT(config)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    return model.eval()
+
+
+class Letters:
+    """Multiple choice with letters that differ between problems."""
+
+    name = "letters"
+    eval_type = "categorical"
+    chance = 0.25
+
+    def __init__(self, size: int = 23, letters: tuple[str, ...] | None = None) -> None:
+        self.size, self.letters = size, letters
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Conversation:
+        letters = tuple("ABCDE"[: 3 + index % 3]) if self.letters is None else self.letters
+        question = f"{index}. {QUESTIONS[index % 4]}"
+        return Conversation(chat(question, "B").messages, letters)
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        return completion == conversation.messages[-1].text
+
+
+class Vowels:
+    """Right are answers with at least `needed` of a few letters."""
+
+    name = "vowels"
+    eval_type = "generative"
+    chance = 0.0
+
+    def __init__(self, size: int = 11, needed: int = 1) -> None:
+        self.size, self.needed = size, needed
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Conversation:
+        return chat(f"{index}. {QUESTIONS[index % 4]}", "any")
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        return sum(map(completion.count, "aeiouAEIOU")) >= self.needed
+
+
+# ---- categorical ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_the_likeliest_letter_after_each_prompt_is_chosen(batch_size: int) -> None:
+    model, task = random_model(), Letters()
+    expected = []
+    for index in range(len(task)):
+        prompt = TOKENIZER.render_for_completion(task[index])
+        logits = model(torch.tensor([prompt]))[0, -1]
+        expected.append(max(task[index].letters, key=lambda letter: logits[ord(letter)].item()))
+    result = run_categorical(task, TOKENIZER, model, batch_size=batch_size)
+    assert [record.completions[0] for record in result.records] == expected
+    assert result.num_passed == expected.count("B")
+    assert result.num_problems == 23
+    assert 0 < result.accuracy < 1
+
+
+def test_max_problems_takes_the_first_and_no_more_than_there_are() -> None:
+    model = random_model()
+    assert run_categorical(Letters(), TOKENIZER, model, max_problems=7).num_problems == 7
+    assert run_categorical(Letters(), TOKENIZER, model, max_problems=700).num_problems == 23
+    assert run_categorical(Letters(), TOKENIZER, model, max_problems=-1).num_problems == 23
+
+
+def test_a_letter_of_several_tokens_is_refused() -> None:
+    with pytest.raises(UserError, match=r"letter 'AB' of problem 0 of letters is 2 tokens"):
+        run_categorical(Letters(letters=("A", "AB")), TOKENIZER, random_model())
+
+
+def test_a_problem_without_letters_is_refused() -> None:
+    with pytest.raises(UserError, match=r"problem 0 of letters has no letters"):
+        run_categorical(Letters(letters=()), TOKENIZER, random_model())
+
+
+# ---- generative ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_answers_are_those_of_the_engine_one_by_one(batch_size: int) -> None:
+    model, task = random_model(1), Vowels()
+    sampling = Sampling(max_new_tokens=10)
+    result = run_generative(task, TOKENIZER, model, sampling=sampling, batch_size=batch_size)
+    engine = Engine(model, TOKENIZER)
+    for record in result.records:
+        prompt = TOKENIZER.render_for_completion(task[record.index])
+        (tokens,), _ = engine.generate_batch(prompt, max_tokens=10, temperature=0.0)
+        text = plain_text(TOKENIZER, tokens[len(prompt) :])
+        assert record.completions == (text,)
+        assert record.verdicts == (task.evaluate(task[record.index], text),)
+    assert result.num_passed == sum(record.verdicts[0] for record in result.records)
+
+
+def test_one_right_sample_of_several_passes_a_problem() -> None:
+    sampling = Sampling(num_samples=4, max_new_tokens=8, temperature=1.0)
+    result = run_generative(Vowels(), TOKENIZER, random_model(2), sampling=sampling)
+    passed = [any(record.verdicts) for record in result.records]
+    every = [all(record.verdicts) for record in result.records]
+    assert result.num_passed == sum(passed)
+    assert passed != every
+    assert all(len(set(record.completions)) > 1 for record in result.records)
+
+
+def test_samples_do_not_depend_on_the_number_of_problems_or_the_batch() -> None:
+    sampling = Sampling(num_samples=2, max_new_tokens=8, temperature=1.0)
+    model = random_model(3)
+    few = run_generative(Vowels(), TOKENIZER, model, sampling=sampling, max_problems=3)
+    all_ = run_generative(Vowels(), TOKENIZER, model, sampling=sampling, batch_size=5)
+    assert [r.completions for r in few.records] == [r.completions for r in all_.records[:3]]
+
+
+@pytest.mark.parametrize("task", [Letters(4), Vowels(4)])
+def test_a_prompt_longer_than_the_context_is_named(task: Any) -> None:
+    with pytest.raises(UserError, match=rf"problem 0 of {task.name} .* tokens.*context is 16"):
+        run_task(task, TOKENIZER, random_model(sequence_len=16))
+
+
+def test_no_samples_is_refused() -> None:
+    with pytest.raises(UserError, match="0 samples"):
+        Sampling(num_samples=0)
+
+
+# ---- both ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", [Letters(0), Vowels(0)])
+def test_an_empty_task_has_no_accuracy(task: Any) -> None:
+    with pytest.raises(UserError, match=f"task {task.name} has no problems"):
+        run_task(task, TOKENIZER, random_model())
+
+
+def test_a_training_task_is_refused() -> None:
+    task: Any = Vowels()
+    task.eval_type = "training"
+    with pytest.raises(UserError, match="vowels is for training"):
+        run_task(task, TOKENIZER, random_model())
+
+
+class OneOfThree(World):
+    """A rank whose sums are its own."""
+
+    def sum(self, value: float) -> float:
+        return value
+
+
+@pytest.mark.parametrize("task", [Letters(), Vowels()])
+def test_ranks_share_the_problems(task: Any) -> None:
+    model, sampling = random_model(4), Sampling(max_new_tokens=6)
+    alone = run_task(task, TOKENIZER, model, sampling=sampling)
+    parts = [
+        run_task(task, TOKENIZER, model, sampling=sampling, world=OneOfThree(rank, 3))
+        for rank in range(3)
+    ]
+    together = sorted((r for part in parts for r in part.records), key=lambda r: r.index)
+    assert tuple(together) == alone.records
+    assert sum(part.num_passed for part in parts) == alone.num_passed
+    assert {part.num_problems for part in parts} == {alone.num_problems}
+
+
+def test_a_record_is_a_line_of_json_with_its_verdict() -> None:
+    result = run_categorical(Letters(2), TOKENIZER, random_model())
+    row = json.loads(json.dumps(result.records[1].to_json(result.name)))
+    assert row["messages"][-1] == {"role": "assistant", "content": "B"}
+    assert row["correct"] == [row["completions"] == ["B"]]
+    assert (row["task"], row["index"]) == ("letters", 1)
+
+
+# ---- numbers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("passed", "total", "expected"),
+    [
+        # Newcombe 1998, Statistics in Medicine 17:857-872, table I, method 3.
+        (81, 263, (0.2553, 0.3662)),
+        (15, 148, (0.0624, 0.1605)),
+        (0, 20, (0.0, 0.1611)),
+        (1, 29, (0.0061, 0.1718)),
+    ],
+)
+def test_wilson_intervals_are_the_published_ones(
+    passed: int, total: int, expected: tuple[float, float]
+) -> None:
+    assert wilson_interval(passed, total) == pytest.approx(expected, abs=5e-5)
+
+
+def test_wilson_intervals_stay_within_0_and_1() -> None:
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+    assert wilson_interval(50, 50)[1] == pytest.approx(1.0, abs=1e-12)
+    assert wilson_interval(50, 50)[1] <= 1.0
+    assert wilson_interval(0, 50)[0] == 0.0
+
+
+def result_of(name: str, passed: int, chance: float) -> TaskResult:
+    return TaskResult(name, chance, passed, 100, 1.0, ())
+
+
+def test_chat_core_is_the_mean_centered_accuracy() -> None:
+    results = [result_of("a", 70, 0.25), result_of("b", 30, 0.0)]
+    assert chat_core(results, ["b", "a"]) == pytest.approx((0.6 + 0.3) / 2)
+
+
+@pytest.mark.parametrize("names", [["a"], ["a", "b", "c"], []])
+def test_chat_core_needs_exactly_all_tasks(names: list[str]) -> None:
+    assert chat_core([result_of("a", 70, 0.25), result_of("b", 30, 0.0)], names) is None
