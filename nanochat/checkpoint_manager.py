@@ -13,20 +13,17 @@ A folder is written under a temporary name, flushed to disk and renamed. No pick
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-import socket
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -44,11 +41,36 @@ from nanochat.common import (
     write_json,
 )
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.run_folder import (
+    TEMPORARY,
+    lock_run,
+    prune,
+    publish_folder,
+    remove_folder,
+    step_folders,
+    step_name,
+    step_of,
+)
 from nanochat.runtime import World
 from nanochat.tokenizer import Tokenizer
 
+__all__ = [
+    "Checkpoint",
+    "DamagedCheckpointError",
+    "Extra",
+    "find_checkpoint",
+    "list_checkpoints",
+    "load_model",
+    "lock_run",
+    "newest_checkpoint",
+    "open_checkpoint",
+    "prune",
+    "save_checkpoint",
+]
+
 logger = logging.getLogger(__name__)
 
+_Result = TypeVar("_Result")
 Extra: TypeAlias = "Tensor | np.ndarray[Any, Any] | int | float"
 
 _MODEL = "model.safetensors"
@@ -56,9 +78,6 @@ _STATE = "state.json"
 _MANIFEST = "manifest.json"
 _TOKENIZER_FILES = ("tokenizer.json", "token_bytes.npy")
 _TRAINING_FILES = re.compile(r"(optimizer|extra)_rank\d+(_of\d+)?\.safetensors")
-_STEP_FOLDER = re.compile(r"step_(\d{6,})")
-_TEMPORARY = "tmp."  # prefix of folders being written or removed; discovery never sees them
-_LOCK = ".lock"
 _COMMANDS = {
     "base": "python -m scripts.base_train",
     "mid": "python -m scripts.mid_train",
@@ -170,7 +189,7 @@ def newest_checkpoint(run_dir: Path, *, weights_only: bool = False) -> Checkpoin
     Damaged ones are reported and passed over; UserError when all are damaged.
     """
     damage: list[str] = []
-    for path in reversed(_step_folders(run_dir)):
+    for path in reversed(step_folders(run_dir)):
         try:
             checkpoint = open_checkpoint(path, weights_only=weights_only)
         except DamagedCheckpointError as error:
@@ -217,9 +236,9 @@ def find_checkpoint(
         checkpoint = newest_checkpoint(run_dir, weights_only=weights_only)
         assert checkpoint is not None  # a run has at least one step folder
         return checkpoint
-    path = run_dir / _step_name(step)
+    path = run_dir / step_name(step)
     if not path.is_dir():
-        steps = ", ".join(str(_step_of(other)) for other in _step_folders(run_dir))
+        steps = ", ".join(str(step_of(other)) for other in step_folders(run_dir))
         raise UserError(f"no step {step} in {run_dir}; there is {steps}")
     return open_checkpoint(path, weights_only=weights_only)
 
@@ -249,7 +268,7 @@ def load_model(
 
 def list_checkpoints(stage: str) -> list[Path]:
     """Every step folder of a stage, run by run (the run written last at the end), by step."""
-    return [path for run in _runs(stage) for path in _step_folders(run)]
+    return [path for run in _runs(stage) for path in step_folders(run)]
 
 
 # ---- writing ----------------------------------------------------------------------------------
@@ -272,122 +291,64 @@ def save_checkpoint(
     from each. On a failed write (disk full) all ranks raise UserError, nothing of the folder
     stays and earlier checkpoints are as they were. A folder of the same step is replaced.
     """
-    final = run_dir / _step_name(step)
-    temporary = run_dir / f"{_TEMPORARY}{final.name}"
-    tensors = [*(model.values() if world.is_main else ()), *(optimizer or {}).values()]
-    num_bytes = int(world.sum(sum(tensor.nbytes for tensor in tensors)))
-
-    def together(action: Any) -> list[Any]:
-        """Run `action` here; its result on every rank, or the same UserError on every rank."""
-        result, problem = None, None
-        try:
-            result = action()
-        except OSError as error:
-            problem = _explain(error, run_dir, step, num_bytes)
-        outcomes = world.gather_objects((result, problem))
-        problems = [problem for _, problem in outcomes if problem]
-        if problems:
-            if world.is_main:
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise UserError(problems[0])
-        return [result for result, _ in outcomes]
+    final = run_dir / step_name(step)
+    temporary = run_dir / f"{TEMPORARY}{final.name}"
+    own = [*(model.values() if world.is_main else ()), *(optimizer or {}).values()]
+    num_bytes = int(world.sum(sum(tensor.nbytes for tensor in own)))
 
     def prepare() -> None:
         if world.is_main:
-            _remove_folder(temporary)
+            remove_folder(temporary)
             temporary.mkdir(parents=True)
 
-    def write() -> dict[str, dict[str, Any]]:
-        files: dict[str, dict[str, Any]] = {}
+    def contents() -> Iterator[tuple[str, bytes]]:  # one at a time: each copies its tensors
         if world.is_main:
-            files[_MODEL] = _write(temporary / _MODEL, _serialize(model))
-            text = json.dumps({**state, "step": step}, indent=2, ensure_ascii=False) + "\n"
-            files[_STATE] = _write(temporary / _STATE, text.encode())
-            for name in _TOKENIZER_FILES:
-                files[name] = _write(temporary / name, (tokenizer_dir / name).read_bytes())
+            yield _MODEL, _serialize(model)
+            yield _STATE, json.dumps({**state, "step": step}, indent=2).encode()
+            yield from ((name, (tokenizer_dir / name).read_bytes()) for name in _TOKENIZER_FILES)
         if optimizer is not None:
             name = f"optimizer_rank{world.rank:02d}_of{world.size:02d}.safetensors"
-            files[name] = _write(temporary / name, _serialize(optimizer))
+            yield name, _serialize(optimizer)
         if extra is not None:
-            name = f"extra_rank{world.rank:02d}.safetensors"
-            files[name] = _write(temporary / name, _serialize_extra(extra))
-        return files
+            yield f"extra_rank{world.rank:02d}.safetensors", _serialize_extra(extra)
+
+    def write() -> dict[str, dict[str, Any]]:
+        return {name: _write(temporary / name, data) for name, data in contents()}
 
     def publish() -> None:
         if world.is_main:
-            files = {name: entry for part in written for name, entry in sorted(part.items())}
+            files = {name: entry for part in written for name, entry in part.items()}
             write_json(temporary / _MANIFEST, {"format": 1, "files": files})
-            _rename(temporary, final)
+            publish_folder(temporary, final)
             _refresh_links(final)
 
-    together(prepare)
-    written = together(write)
-    together(publish)
+    try:
+        _on_all_ranks(prepare, world)
+        written = _on_all_ranks(write, world)
+        _on_all_ranks(publish, world)
+    except OSError as error:
+        if world.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        world.barrier()  # the free space is told without the part that was written
+        raise UserError(_explain(error, run_dir, step, num_bytes)) from error
     return final
 
 
-def prune(run_dir: Path, keep_last: int, *, keep: Collection[int] = ()) -> list[Path]:
-    """Delete all but the newest `keep_last` steps and those in `keep`; returns what went."""
-    if keep_last < 1:
-        raise ValueError(f"keep_last is {keep_last}; a run keeps at least its newest checkpoint")
-    removed = [p for p in _step_folders(run_dir)[:-keep_last] if _step_of(p) not in keep]
-    for path in removed:
-        _remove_folder(path)
-    return removed
-
-
-@contextlib.contextmanager
-def lock_run(run_dir: Path, world: World | None = None) -> Iterator[None]:
-    """Hold a run's folder for writing; UserError, on all ranks, if another process does.
-
-    The lock ends with the process, however it ends. Leftovers of a killed save are removed.
-    """
-    world = world or World()
-    with contextlib.ExitStack() as stack:
-        problem = None
-        if world.is_main:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(open(run_dir / _LOCK, "a+", encoding="utf-8"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                problem = (
-                    f"{run_dir} is in use by process {file.read().strip()}; wait for it, stop it, "
-                    "or give this run another --model-tag"
-                )
-            else:
-                file.truncate(0)
-                file.write(f"{os.getpid()} on {socket.gethostname()}\n")
-                file.flush()
-                for leftover in run_dir.glob(f"{_TEMPORARY}*"):
-                    logger.info("removing %s, left behind by an interrupted save", leftover)
-                    _remove_folder(leftover)
-        problem = world.gather_objects(problem)[0]
-        if problem:
-            raise UserError(problem)
-        yield
+def _on_all_ranks(action: Callable[[], _Result], world: World) -> list[_Result]:
+    """Run a file operation on every rank; the results of all, or one OSError on all."""
+    result, problem = None, None
+    try:
+        result = action()
+    except OSError as error:
+        problem = error
+    outcomes = world.gather_objects((result, problem))
+    for _, problem in outcomes:
+        if problem is not None:
+            raise problem
+    return [result for result, _ in outcomes]
 
 
 # ---- folders and files ------------------------------------------------------------------------
-
-
-def _step_name(step: int) -> str:
-    return f"step_{step:06d}"
-
-
-def _step_of(path: Path) -> int:
-    match = _STEP_FOLDER.fullmatch(path.name)
-    assert match is not None
-    return int(match[1])
-
-
-def _step_folders(run_dir: Path) -> list[Path]:
-    """Step folders of a run, oldest step first."""
-    if not run_dir.is_dir():
-        return []
-    folders = (path for path in run_dir.iterdir() if _STEP_FOLDER.fullmatch(path.name))
-    return sorted(folders, key=_step_of)
 
 
 def _runs(stage: str) -> list[Path]:
@@ -396,7 +357,7 @@ def _runs(stage: str) -> list[Path]:
     if not folder.is_dir():
         return []
     candidates = [run for run in sorted(folder.iterdir()) if not run.is_symlink()]
-    runs = {run: _step_folders(run) for run in candidates}
+    runs = {run: step_folders(run) for run in candidates}
     written = {
         run: max(p.stat().st_mtime_ns for p in steps) for run, steps in runs.items() if steps
     }
@@ -441,41 +402,12 @@ def _explain(error: OSError, run_dir: Path, step: int, num_bytes: int) -> str:
     rest = "earlier checkpoints are untouched"
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return f"cannot save step {step} in {run_dir}: {error}; {rest}"
-    free = shutil.disk_usage(run_dir).free
+    existing = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
     return (
-        f"no space to save step {step} in {run_dir}: it takes {num_bytes / 1e6:,.0f} MB, "
-        f"{free / 1e6:,.0f} MB are free; make room or set NANOCHAT_BASE_DIR elsewhere; {rest}"
+        f"no space to save step {step} in {run_dir}: it takes {num_bytes / 1e6:,.1f} MB, "
+        f"{shutil.disk_usage(existing).free / 1e6:,.1f} MB are free; make room or set "
+        f"NANOCHAT_BASE_DIR to another disk; {rest}"
     )
-
-
-def _rename(temporary: Path, final: Path) -> None:
-    """Make a complete folder visible, replacing one of the same step."""
-    old = final.with_name(f"{_TEMPORARY}old.{final.name}")
-    if final.exists():
-        _remove_folder(old)
-        os.replace(final, old)
-    os.replace(temporary, final)
-    _sync_folder(final.parent)
-    _remove_folder(old)
-
-
-def _remove_folder(path: Path) -> None:
-    """Delete a folder, if there, in one visible step: half of a checkpoint is never seen."""
-    if path.name.startswith(_TEMPORARY):
-        doomed = path
-    else:
-        doomed = path.with_name(f"{_TEMPORARY}{path.name}")
-        os.replace(path, doomed)
-    if doomed.exists():
-        shutil.rmtree(doomed)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _refresh_links(checkpoint: Path) -> None:
@@ -488,8 +420,16 @@ def _refresh_links(checkpoint: Path) -> None:
             base_dir() / "checkpoints" / stage: checkpoint,
         }
         for link, target in links.items():
-            link.parent.mkdir(exist_ok=True)
-            temporary = link.with_name(f"{_TEMPORARY}{link.name}")
-            temporary.unlink(missing_ok=True)
-            temporary.symlink_to(os.path.relpath(target, link.parent))
-            os.replace(temporary, link)
+            try:
+                _point(link, target)
+            except OSError as error:  # a convenience: the checkpoint is complete without it
+                logger.warning("cannot link %s to %s (%s)", link, target, error.strerror)
+
+
+def _point(link: Path, target: Path) -> None:
+    """Make a relative symbolic link, or turn one that exists, in one step."""
+    link.parent.mkdir(exist_ok=True)
+    temporary = link.with_name(f"{TEMPORARY}{link.name}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(os.path.relpath(target, link.parent))
+    os.replace(temporary, link)
