@@ -12,9 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# CPU flash attention runs its backward pass at fp32 speed; plain matmuls over blocks of queries run
-# in bf16 and skip the keys of the future. 128 rows keep a block of scores inside the L2 cache.
-CPU_QUERY_BLOCK = 128
+from nanochat import fused
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -23,25 +21,25 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q: (B, T, H, D); k, v: (B, T, K, D). Returns (B, T, H, D) in q's dtype.
     """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    groups = q.size(1) // k.size(1)
     if q.device.type == "cpu" and q.requires_grad:
-        out = _blockwise(q, k, v)
+        # CPU flash attention runs its backward pass at fp32 speed; matmuls over blocks of queries
+        # run in the compute dtype and skip the keys of the future.
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        out = fused.causal_attention(q, k, v) if fused.pays_for(q) else _blockwise(q, k, v)
     else:
-        out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1)
-        )
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1)
     return out.transpose(1, 2)
 
 
 def _blockwise(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention as matmuls over blocks of queries; heads come before positions."""
-    groups = q.size(1) // k.size(1)
-    if groups > 1:
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    """Causal attention as matmuls over blocks of queries, for the compiler: (B, H, T, D)."""
     length = q.size(2)
     q = q * q.size(-1) ** -0.5
     outputs = []
-    for start in range(0, length, CPU_QUERY_BLOCK):
-        stop = min(start + CPU_QUERY_BLOCK, length)
+    for start in range(0, length, fused.QUERY_BLOCK):
+        stop = min(start + fused.QUERY_BLOCK, length)
         scores = (q[:, :, start:stop] @ k[:, :, :stop].transpose(-1, -2)).float()
         query_positions = torch.arange(start, stop, device=q.device)[:, None]
         future = torch.arange(stop, device=q.device)[None, :] > query_positions

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanochat import fused
 from nanochat.attention import KVCache, cached_attention, causal_attention
 from nanochat.common import UserError
 
@@ -97,7 +98,14 @@ class GPTConfig:
 
 def rms_norm(x: Tensor) -> Tensor:
     """Scale the last dimension to unit root mean square; no weights (arXiv:1910.07467)."""
+    if fused.pays_for(x):
+        return fused.rms_norm(x, NORM_EPS)
     return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    """max(x, 0)^2, the activation of arXiv:2109.08668, section 3.1."""
+    return fused.relu_squared(x) if fused.pays_for(x) else F.relu(x).square()
 
 
 def softcap(logits: Tensor) -> Tensor:
@@ -127,8 +135,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.to(x.dtype)
 
 
+def rotate_and_norm(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """`rotate`, then `rms_norm` of each head (QK norm, arXiv:2010.04245)."""
+    if fused.pays_for(x) and rotary[0].ndim == 2:
+        return fused.rotate_and_norm(x, *rotary, NORM_EPS)
+    return rms_norm(rotate(x, *rotary))
+
+
 class CausalSelfAttention(nn.Module):
-    """Grouped-query attention with rotary positions and QK norm (arXiv:2010.04245)."""
+    """Grouped-query attention with rotary positions and QK norm."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         """Four bias-free matrices; `layer` is this block's place in the cache."""
@@ -147,7 +162,7 @@ class CausalSelfAttention(nn.Module):
         q = self.c_q(x).unflatten(-1, (-1, self.head_dim))
         k = self.c_k(x).unflatten(-1, (-1, self.head_dim))
         v = self.c_v(x).unflatten(-1, (-1, self.head_dim))
-        q, k = rms_norm(rotate(q, *rotary)), rms_norm(rotate(k, *rotary))
+        q, k = rotate_and_norm(q, rotary), rotate_and_norm(k, rotary)
         if cached is None:
             y = causal_attention(q, k, v)
         else:
@@ -158,7 +173,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two matrices around a squared ReLU (arXiv:2109.08668, section 3.1)."""
+    """Two matrices around a squared ReLU."""
 
     def __init__(self, config: GPTConfig) -> None:
         """C -> 4C -> C, no biases."""
@@ -168,7 +183,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, C), normed. Returns (B, T, C)."""
-        out: Tensor = self.c_proj(F.relu(self.c_fc(x)).square())
+        out: Tensor = self.c_proj(relu_squared(self.c_fc(x)))
         return out
 
 

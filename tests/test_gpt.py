@@ -230,3 +230,18 @@ def test_initial_loss_is_that_of_uniform_guessing() -> None:
     loss = float(model(ids, ids).detach())
     assert loss == pytest.approx(math.log(61), abs=1e-5)
     assert F.softmax(model(ids), -1).std() < 1e-6
+
+
+def test_handmade_backward_passes_equal_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, targets = random_ids((2, 150)), random_ids((2, 150), seed=2)
+    gradients = []
+    for handmade in (True, False):
+        if not handmade:
+            monkeypatch.setattr("nanochat.fused.pays_for", lambda x: False)
+        model = random_model(sequence_len=150, n_kv_head=2)
+        model(ids, targets).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, expected in gradients[1].items():
+        assert expected.abs().max() > 0
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(gradients[0][name], expected, rtol=0, atol=1e-5 * scale)
