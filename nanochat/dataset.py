@@ -78,9 +78,9 @@ def main(config: Config) -> int:
         missing = download(dataset, shards, num_workers=config.num_workers)
         print(f"Downloaded: {len(shards) - len(missing)}/{len(shards)} to {dataset.folder}")
         if missing:
-            logger.error(
-                "missing shards: %s; run the same command again", ", ".join(map(str, missing))
-            )
+            named = ", ".join(map(str, missing[:10]))
+            more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
+            logger.error("missing shards: %s%s; run the same command again", named, more)
             return 1
         if config.num_files == 0:
             return 0

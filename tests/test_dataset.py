@@ -6,6 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from nanochat import dataset
 from nanochat.common import UserError
@@ -285,6 +286,15 @@ def test_a_missing_shard_makes_the_command_fail_and_is_named(
     assert fake.asked.count(shard_name(1)) == hub.ATTEMPTS
     assert "missing shards: 1" in caplog.text
     assert "Downloaded: 3/4" in capsys.readouterr().out
+
+
+def test_without_a_connection_only_one_shard_is_tried(
+    small_dataset: HubDataset, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake = use(FakeHub(failures=[LocalEntryNotFoundError("no connection")] * 9), monkeypatch)
+    assert dataset.main(Config(num_files=3, num_workers=1, data="climbmix")) == 1
+    assert fake.asked == [shard_name(4)]
+    assert "missing shards: 4, 0, 1, 2" in caplog.text
 
 
 def test_more_shards_than_exist_are_refused(small_dataset: HubDataset) -> None:
