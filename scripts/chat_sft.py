@@ -53,7 +53,9 @@ def main(config: Config) -> int:
             rows_per_step=config.target_examples_per_step,
             train_task=mixtures.training_mixture("sft", data),
             validation_task=mixtures.validation_mixture("sft", data),
-            metric_tasks=mixtures.categorical_tasks(data),
+            metric_tasks=[
+                task for task in mixtures.evaluation_tasks(data) if task.eval_type == "categorical"
+            ],
             parent=parent,
             runtime=rt,
         )

@@ -40,7 +40,9 @@ def main(config: Config) -> int:
             rows_per_step=whole_rows(config.total_batch_size, sequence_len),
             train_task=mixtures.training_mixture("mid", data),
             validation_task=mixtures.validation_mixture("mid", data),
-            metric_tasks=mixtures.categorical_tasks(data),
+            metric_tasks=[
+                task for task in mixtures.evaluation_tasks(data) if task.eval_type == "categorical"
+            ],
             parent=parent,
             runtime=rt,
         )

@@ -120,10 +120,13 @@ def test_weights_do_not_depend_on_micro_batches_or_ranks(runtime: Runtime, tmp_p
     whole = weights_after_training(runtime, tmp_path / "1x1", ROWS)
     split = weights_after_training(runtime, tmp_path / "4x1", 1)
     two_ranks = run_ranks(weights_after_training, 2, tmp_path / "2x2", 1)
-    # Six steps of up to 0.1 for the embedding. Orders of summation differ in the last bit of
-    # fp32; AdamW (eps 1e-10) and the bf16 Newton-Schulz turn that into a hundredth of a step.
-    assert largest_difference(whole, split) < 2e-3
-    assert largest_difference(whole, two_ranks[0]) < 2e-3
+    start = make_trainer(tmp_path / "start", runtime).weights.state_dict()
+    # Orders of summation differ in the last bit of fp32. AdamW (eps 1e-10, so that a gradient of
+    # almost nothing is a full step) and the bf16 Newton-Schulz turn that into a few percent.
+    for other in (split, two_ranks[0]):
+        for name, value in start.items():
+            moved = np.linalg.norm(whole[name] - value.numpy())
+            assert np.linalg.norm(whole[name] - other[name]) < 0.05 * moved, name
     assert largest_difference(two_ranks[0], two_ranks[1]) == 0.0
 
 
