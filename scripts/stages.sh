@@ -80,11 +80,15 @@ pipeline_step() {
     pipeline_run "${command[@]}" || code=$?
     python -m scripts.run_state end "$name" --artifact="$artifact" --exit_code="$code" ||
         { [ "$code" != 0 ] || code=1; }
-    if [ "$code" != 0 ]; then
+    case "$code" in
+    0) return ;;
+    85 | 130 | 143) # 85: a training run that was asked to stop and has saved
+        echo "stage $name was stopped (exit code $code); start the same command again to go on" >&2 ;;
+    *)
         echo "stage $name ended with exit code $code; mend the cause and start the same command again:" \
-            "what is finished is skipped, what was interrupted goes on" >&2
-        exit "$code"
-    fi
+            "what is finished is skipped, what was interrupted goes on" >&2 ;;
+    esac
+    exit "$code"
 }
 
 # Whether ONLY and FROM let a stage run.
