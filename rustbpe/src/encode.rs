@@ -1,211 +1,274 @@
-//! Text to token ids and back, for any vocabulary in which every single byte has an id.
+//! Text to token ids, for any vocabulary in which every single byte has an id.
 //!
-//! A chunk starts as its bytes; the neighbouring pair whose concatenation has the lowest id is
-//! replaced by that id, until no neighbours form a token.
+//! A chunk that is a token is that token. Any other starts as its bytes; the neighbours whose
+//! concatenation has the lowest id are replaced by that id, until no neighbours form a token.
+//! Text repeats itself, so every thread keeps what it has worked out in a cache.
 
 use std::collections::HashMap;
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard};
 
+use crate::cache::Cache;
+use crate::key::Key;
+use crate::merge::{Merges, Scratch, MAX_TOKENS, NONE};
+use crate::output::Output;
+use crate::parallel::{run, useful_threads, Blocks};
 use crate::split::Splitter;
+use crate::texts::{pack, Texts};
 use crate::{Error, Result};
-
-const NONE: u32 = u32::MAX;
 
 pub struct Encoder {
     splitter: Splitter,
     /// Bytes of all tokens in id order, token i at offsets[i]..offsets[i + 1].
-    bytes: Vec<u8>,
-    offsets: Vec<usize>,
-    whole: HashMap<Box<[u8]>, u32>,
-    pairs: HashMap<(u32, u32), u32>,
-    byte_ids: [u32; 256],
-    caches: Mutex<Vec<Cache>>,
+    data: Vec<u8>,
+    offsets: Vec<u64>,
+    whole: Whole,
+    merges: Merges,
+    /// State of threads that are not running; the caches in it live as long as the encoder.
+    idle: Mutex<Vec<State>>,
 }
 
-type Cache = HashMap<Box<[u8]>, Box<[u32]>>;
-const CACHE_WORDS: usize = 1 << 16;
-const CACHED_LENGTH: usize = 64;
+/// Tokens by their bytes.
+struct Whole {
+    slots: Vec<(Key, u32)>,
+    long: HashMap<Box<[u8]>, u32>,
+}
+
+/// Chunks wait here while the processor fetches their places in the cache.
+const BATCH: usize = 64;
+
+struct State {
+    cache: Cache,
+    scratch: Scratch,
+    ids: Vec<u32>,
+    ends: Vec<usize>,
+    keys: [Key; BATCH],
+    /// Hash of the key; for a long chunk, whose key is empty, its length.
+    hashes: [u64; BATCH],
+    waiting: usize,
+}
 
 impl Encoder {
-    pub fn new(splitter: Splitter, tokens: &[&[u8]]) -> Result<Self> {
-        let mut whole = HashMap::with_capacity(tokens.len());
+    /// `tokens` in id order, each once, all 256 single bytes among them.
+    pub fn new(splitter: Splitter, tokens: &Texts) -> Result<Self> {
+        if tokens.len() > MAX_TOKENS {
+            let message = format!("{} tokens; at most {} are possible", tokens.len(), MAX_TOKENS);
+            return Err(Error::new(message));
+        }
+        let pieces: Vec<&[u8]> = (0..tokens.len()).map(|id| tokens.bytes(id)).collect();
+        let whole = Whole::new(&pieces)?;
         let mut byte_ids = [NONE; 256];
-        let (mut bytes, mut offsets) = (Vec::new(), vec![0]);
-        for (id, token) in tokens.iter().enumerate() {
-            if token.is_empty() || whole.insert(Box::from(*token), id as u32).is_some() {
-                return Err(Error::new(format!("token {} is empty or there twice", id)));
-            }
-            if token.len() == 1 {
-                byte_ids[token[0] as usize] = id as u32;
-            }
-            bytes.extend_from_slice(token);
-            offsets.push(bytes.len());
+        for byte in 0..=255u8 {
+            let id = whole.find(&[byte]);
+            let missing = || Error::new(format!("the byte 0x{:02X} has no token", byte));
+            byte_ids[byte as usize] = id.ok_or_else(missing)?;
         }
-        if let Some(byte) = byte_ids.iter().position(|id| *id == NONE) {
-            return Err(Error::new(format!("the byte 0x{:02X} has no token", byte)));
-        }
-        let mut pairs = HashMap::new();
-        for (id, token) in tokens.iter().enumerate() {
+        let mut pairs = Vec::new();
+        for (id, token) in pieces.iter().enumerate() {
             for cut in 1..token.len() {
-                if let (Some(left), Some(right)) =
-                    (whole.get(&token[..cut]), whole.get(&token[cut..]))
-                {
-                    pairs.insert((*left, *right), id as u32);
+                if let Some(left) = whole.find(&token[..cut]) {
+                    if let Some(right) = whole.find(&token[cut..]) {
+                        pairs.push((left, right, id as u32));
+                    }
                 }
             }
         }
-        Ok(Encoder { splitter, bytes, offsets, whole, pairs, byte_ids, caches: Mutex::default() })
+        let merges = Merges::new(byte_ids, &pairs)?;
+        let (data, offsets) = pack(&pieces);
+        Ok(Encoder { splitter, data, offsets, whole, merges, idle: Mutex::default() })
     }
 
-    pub fn num_tokens(&self) -> usize {
-        self.offsets.len() - 1
-    }
-
-    /// Bytes of one token.
-    pub fn token(&self, id: usize) -> Option<&[u8]> {
-        let end = *self.offsets.get(id + 1)?;
-        Some(&self.bytes[self.offsets[id]..end])
-    }
-
-    /// Encode texts into `ids`, all in a row; `ends[i]` becomes the number of ids up to and
-    /// including text i. `prepend` and `append` go around every text.
+    /// Encode texts into `output`; `around` are ids put before and behind every text.
     pub fn encode(
         &self,
-        texts: &[&str],
+        texts: &Texts,
         around: (Option<u32>, Option<u32>),
         threads: usize,
-        ids: &mut Vec<u32>,
-        ends: &mut Vec<usize>,
-    ) {
-        let total: usize = texts.iter().map(|text| text.len()).sum();
-        let share = total / threads.max(1) + 1;
-        let mut parts: Vec<&[&str]> = Vec::new();
-        let (mut from, mut size) = (0, 0);
-        for (index, text) in texts.iter().enumerate() {
-            size += text.len();
-            if size >= share || index + 1 == texts.len() {
-                parts.push(&texts[from..=index]);
-                from = index + 1;
-                size = 0;
-            }
-        }
-        let encoded: Vec<(Vec<u32>, Vec<usize>)> = std::thread::scope(|scope| {
-            let spawn = |part| scope.spawn(move || self.encode_part(part, around));
-            let workers: Vec<_> = parts.into_iter().map(spawn).collect();
-            workers.into_iter().map(|worker| worker.join().expect("an encoding thread")).collect()
-        });
-        for (part, part_ends) in encoded {
-            ends.extend(part_ends.iter().map(|end| ids.len() + end));
-            ids.extend_from_slice(&part);
-        }
-    }
-
-    fn encode_part(
-        &self,
-        texts: &[&str],
-        (prepend, append): (Option<u32>, Option<u32>),
-    ) -> (Vec<u32>, Vec<usize>) {
-        let free = self.caches.lock().ok().and_then(|mut caches| caches.pop());
-        let mut cache = free.unwrap_or_default();
-        let (mut ids, mut ends) = (Vec::new(), Vec::new());
-        for text in texts {
-            ids.extend(prepend);
-            self.splitter.for_each(text, |chunk| self.chunk(chunk, &mut cache, &mut ids));
-            ids.extend(append);
-            ends.push(ids.len());
-        }
-        if let Ok(mut caches) = self.caches.lock() {
-            caches.push(cache);
-        }
-        (ids, ends)
-    }
-
-    fn chunk(&self, chunk: &[u8], cache: &mut Cache, ids: &mut Vec<u32>) {
-        if let Some(id) = self.whole.get(chunk) {
-            ids.push(*id);
-        } else if let Some(known) = cache.get(chunk) {
-            ids.extend_from_slice(known);
-        } else {
-            let from = ids.len();
-            self.merge(chunk, ids);
-            if chunk.len() <= CACHED_LENGTH {
-                if cache.len() >= CACHE_WORDS {
-                    cache.clear();
+        output: &Output,
+    ) -> Result<()> {
+        let blocks = Blocks::new(texts.lengths());
+        let threads = useful_threads(threads, texts.num_bytes()).min(blocks.count().max(1));
+        let mut states: Vec<State> = {
+            let mut idle = lock(&self.idle);
+            (0..threads).map(|_| idle.pop().unwrap_or_default()).collect()
+        };
+        run(&mut states, |state| {
+            let _guard = output.abort_on_panic();
+            while let Some((block, range)) = blocks.take() {
+                state.ids.clear();
+                state.ends.clear();
+                for index in range {
+                    match texts.text(index) {
+                        Ok(text) => self.encode_text(text, around, state),
+                        Err(error) => return output.fail(error),
+                    }
                 }
-                cache.insert(chunk.into(), ids[from..].into());
+                if !output.append(block, &state.ids, &state.ends) {
+                    return;
+                }
             }
-        }
+        });
+        lock(&self.idle).extend(states);
+        output.result()
     }
 
-    fn merge(&self, chunk: &[u8], ids: &mut Vec<u32>) {
-        if chunk.len() > 128 {
-            return self.merge_long(chunk, ids);
-        }
-        let mut symbols: Vec<u32> =
-            chunk.iter().map(|byte| self.byte_ids[*byte as usize]).collect();
-        let rank = |pair: &[u32]| self.pairs.get(&(pair[0], pair[1])).copied().unwrap_or(NONE);
-        let mut ranks: Vec<u32> = symbols.windows(2).map(rank).collect();
-        while let Some((at, &best)) = ranks.iter().enumerate().min_by_key(|(_, rank)| **rank) {
-            if best == NONE {
-                break;
+    fn encode_text(&self, text: &str, around: (Option<u32>, Option<u32>), state: &mut State) {
+        state.ids.extend(around.0);
+        self.splitter.for_each(text, |bytes, start, end| {
+            let at = state.waiting;
+            if end - start <= Key::LONGEST {
+                let key = Key::of(bytes, start, end - start);
+                let hash = key.hash();
+                state.cache.expect(hash);
+                state.keys[at] = key;
+                state.hashes[at] = hash;
+            } else {
+                state.keys[at] = Key { low: start as u64, high: 0 };
+                state.hashes[at] = (end - start) as u64;
             }
-            symbols[at] = best;
-            symbols.remove(at + 1);
-            ranks.remove(at);
-            if at > 0 {
-                ranks[at - 1] = rank(&symbols[at - 1..at + 1]);
+            state.waiting = at + 1;
+            if state.waiting == BATCH {
+                self.flush(bytes, state);
             }
-            if at < ranks.len() {
-                ranks[at] = rank(&symbols[at..at + 2]);
-            }
-        }
-        ids.extend_from_slice(&symbols);
+        });
+        self.flush(text.as_bytes(), state);
+        state.ids.extend(around.1);
+        state.ends.push(state.ids.len());
     }
 
-    /// The same with a heap and a linked list: n log n instead of n squared.
-    fn merge_long(&self, chunk: &[u8], ids: &mut Vec<u32>) {
-        use std::cmp::Reverse;
-        let end = chunk.len() as u32;
-        let mut symbols: Vec<u32> =
-            chunk.iter().map(|byte| self.byte_ids[*byte as usize]).collect();
-        let mut next: Vec<u32> = (1..=end).collect();
-        let mut previous: Vec<u32> = (0..end).map(|at| at.wrapping_sub(1)).collect();
-        let mut heap = std::collections::BinaryHeap::new();
-        let rank = |left: u32, right: u32| self.pairs.get(&(left, right)).copied();
-        for at in 1..symbols.len() {
-            if let Some(id) = rank(symbols[at - 1], symbols[at]) {
-                heap.push(Reverse((id, at as u32 - 1, symbols[at - 1], symbols[at])));
-            }
-        }
-        while let Some(Reverse((id, at, left, right))) = heap.pop() {
-            let follower = next[at as usize];
-            if symbols[at as usize] != left
-                || follower >= end
-                || symbols[follower as usize] != right
-            {
+    #[inline(never)]
+    fn flush(&self, text: &[u8], state: &mut State) {
+        let waiting = std::mem::take(&mut state.waiting);
+        for at in 0..waiting {
+            let (key, hash) = (state.keys[at], state.hashes[at]);
+            if key.is_empty() {
+                let start = key.low as usize;
+                self.encode_long(&text[start..start + hash as usize], state);
                 continue;
             }
-            symbols[at as usize] = id;
-            symbols[follower as usize] = NONE;
-            let after = next[follower as usize];
-            next[at as usize] = after;
-            if after < end {
-                previous[after as usize] = at;
-                let right = symbols[after as usize];
-                if let Some(best) = rank(id, right) {
-                    heap.push(Reverse((best, at, id, right)));
-                }
+            let (ids, count) = state.cache.find(key, hash);
+            if count == 0 {
+                self.encode_unknown(key, hash, state);
+                continue;
             }
-            let before = previous[at as usize];
-            if before != NONE {
-                let left = symbols[before as usize];
-                if let Some(best) = rank(left, id) {
-                    heap.push(Reverse((best, before, left, id)));
-                }
+            // all four at once, then as many as there are
+            let end = state.ids.len() + count;
+            state.ids.extend_from_slice(&ids);
+            state.ids.truncate(end);
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn encode_unknown(&self, key: Key, hash: u64, state: &mut State) {
+        let from = state.ids.len();
+        if let Some(id) = self.whole.find_short(key) {
+            state.ids.push(id);
+            state.cache.insert(key, hash, &[id]);
+            return;
+        }
+        let (bytes, len) = key.bytes();
+        let chunk = &bytes[..len];
+        if let Some(known) = state.cache.find_long(chunk) {
+            state.ids.extend_from_slice(known);
+            return;
+        }
+        self.merges.apply(chunk, &mut state.scratch, &mut state.ids);
+        let ids = &state.ids[from..];
+        if !state.cache.insert(key, hash, ids) {
+            state.cache.insert_long(chunk, ids);
+        }
+    }
+
+    #[inline(never)]
+    fn encode_long(&self, chunk: &[u8], state: &mut State) {
+        if let Some(known) = state.cache.find_long(chunk) {
+            return state.ids.extend_from_slice(known);
+        }
+        let from = state.ids.len();
+        match self.whole.long.get(chunk) {
+            Some(id) => state.ids.push(*id),
+            None => self.merges.apply(chunk, &mut state.scratch, &mut state.ids),
+        }
+        state.cache.insert_long(chunk, &state.ids[from..]);
+    }
+
+    /// Bytes of some ids; `names` are those of ids from `num_tokens` on.
+    pub fn decode(&self, ids: &[i32]) -> Result<Vec<u8>> {
+        let tokens = Texts::new(&self.data, &self.offsets)?;
+        let mut out = Vec::with_capacity(ids.len() * 4);
+        for &id in ids {
+            if id < 0 || id as usize >= tokens.len() {
+                let message = format!("id {} is not below the {} tokens", id, tokens.len());
+                return Err(Error::new(message));
+            }
+            out.extend_from_slice(tokens.bytes(id as usize));
+        }
+        Ok(out)
+    }
+}
+
+impl Whole {
+    fn new(tokens: &[&[u8]]) -> Result<Self> {
+        let size = (tokens.len() * 2).next_power_of_two().max(16);
+        let mut whole = Whole { slots: vec![(Key::default(), NONE); size], long: HashMap::new() };
+        for (id, token) in tokens.iter().enumerate() {
+            if token.is_empty() || whole.find(token).is_some() {
+                return Err(Error::new(format!("token {} is empty or there twice", id)));
+            }
+            if token.len() > Key::LONGEST {
+                whole.long.insert(Box::from(*token), id as u32);
+                continue;
+            }
+            let key = Key::of(token, 0, token.len());
+            let mut place = whole.place(key);
+            while whole.slots[place].1 != NONE {
+                place = (place + 1) & (size - 1);
+            }
+            whole.slots[place] = (key, id as u32);
+        }
+        Ok(whole)
+    }
+
+    fn place(&self, key: Key) -> usize {
+        (key.hash() >> (64 - self.slots.len().trailing_zeros())) as usize
+    }
+
+    fn find(&self, token: &[u8]) -> Option<u32> {
+        match token.len() {
+            0 => None,
+            len if len <= Key::LONGEST => self.find_short(Key::of(token, 0, len)),
+            _ => self.long.get(token).copied(),
+        }
+    }
+
+    fn find_short(&self, key: Key) -> Option<u32> {
+        let mut place = self.place(key);
+        loop {
+            match self.slots[place] {
+                (_, NONE) => return None,
+                (found, id) if found == key => return Some(id),
+                _ => place = (place + 1) & (self.slots.len() - 1),
             }
         }
-        ids.extend(symbols.into_iter().filter(|symbol| *symbol != NONE));
     }
+}
+
+impl Default for State {
+    fn default() -> Self {
+        State {
+            cache: Cache::default(),
+            scratch: Scratch::default(),
+            ids: Vec::new(),
+            ends: Vec::new(),
+            keys: [Key::default(); BATCH],
+            hashes: [0; BATCH],
+            waiting: 0,
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 #[cfg(test)]
@@ -213,42 +276,45 @@ mod tests {
     use super::*;
 
     fn encoder(merged: &[&str]) -> Encoder {
-        let bytes: Vec<[u8; 1]> = (0..=255).map(|byte| [byte]).collect();
-        let mut tokens: Vec<&[u8]> = bytes.iter().map(|byte| &byte[..]).collect();
-        tokens.extend(merged.iter().map(|token| token.as_bytes()));
+        let mut tokens: Vec<Vec<u8>> = (0..=255).map(|byte| vec![byte]).collect();
+        tokens.extend(merged.iter().map(|token| token.as_bytes().to_vec()));
+        let (data, offsets) = pack(&tokens);
+        let tokens = Texts::new(&data, &offsets).unwrap();
         Encoder::new(Splitter::named("nanochat").unwrap(), &tokens).unwrap()
     }
 
-    fn ids(encoder: &Encoder, text: &str, threads: usize) -> (Vec<u32>, Vec<usize>) {
-        let (mut ids, mut ends) = (Vec::new(), Vec::new());
-        encoder.encode(&[text, "", text], (Some(999), None), threads, &mut ids, &mut ends);
+    fn ids(encoder: &Encoder, texts: &[&str], threads: usize) -> (Vec<i32>, Vec<i64>) {
+        let (data, offsets) = pack(texts);
+        let (mut ids, mut ends) = (vec![0; data.len() + texts.len()], vec![0; texts.len() + 1]);
+        let texts = Texts::new(&data, &offsets).unwrap();
+        let output = Output::new(&mut ids, &mut ends);
+        encoder.encode(&texts, (Some(999), None), threads, &output).unwrap();
+        drop(output);
+        ids.truncate(*ends.last().unwrap() as usize);
         (ids, ends)
     }
 
     #[test]
     fn lowest_id_merges_first() {
         let encoder = encoder(&["bc", "ab", "abc"]);
-        assert_eq!(
-            ids(&encoder, "abcd", 1),
-            (vec![999, 258, 100, 999, 999, 258, 100], vec![3, 4, 7])
-        );
-        assert_eq!(ids(&encoder, "abcd", 1), ids(&encoder, "abcd", 3));
+        let (ids, ends) = ids(&encoder, &["abcd", "", "abx"], 1);
+        assert_eq!(ids, [999, 258, 100, 999, 999, 257, 120]);
+        assert_eq!(ends, [0, 3, 4, 7]);
     }
 
     #[test]
-    fn long_chunks_equal_short_ones() {
-        let encoder = encoder(&["aa", "aaa", "aaaa", "ab"]);
-        for len in 1..40 {
-            let chunk = vec![b'a'; len];
-            let (mut short, mut long) = (Vec::new(), Vec::new());
-            encoder.merge(&chunk, &mut short);
-            encoder.merge_long(&chunk, &mut long);
-            assert_eq!(short, long);
-        }
+    fn same_ids_for_every_number_of_threads() {
+        let encoder = encoder(&["on", "one", " t", " two", "  "]);
+        let long = "one two  three\n four ".repeat(20_000);
+        let texts = [&long, "one", &long[..100_000], "", &long, &long[..70_000], "x"];
+        assert_eq!(ids(&encoder, &texts, 1), ids(&encoder, &texts, 2));
+        assert_eq!(ids(&encoder, &texts, 1), ids(&encoder, &texts, 7));
     }
 
     #[test]
     fn a_missing_byte_is_an_error() {
-        assert!(Encoder::new(Splitter::named("gpt2").unwrap(), &[b"a", b"b"]).is_err());
+        let (data, offsets) = pack(&["a", "b"]);
+        let tokens = Texts::new(&data, &offsets).unwrap();
+        assert!(Encoder::new(Splitter::named("gpt2").unwrap(), &tokens).is_err());
     }
 }

@@ -16,7 +16,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::encode::Encoder;
+use crate::output::Output;
 use crate::split::Splitter;
+use crate::texts::Texts;
 use crate::train::{Counter, Merger};
 use crate::{Error, Result};
 
@@ -106,30 +108,15 @@ fn check<T>(data: *const T, len: usize, what: &str) -> Result<()> {
     Ok(())
 }
 
-/// The pieces of `data` that `offsets` (ascending, last one = length) cut out.
-fn pieces<'a>(data: &'a [u8], offsets: &[u64]) -> Result<Vec<&'a [u8]>> {
-    let mut out = Vec::with_capacity(offsets.len().saturating_sub(1));
-    for (index, pair) in offsets.windows(2).enumerate() {
-        if pair[0] > pair[1] || pair[1] > data.len() as u64 {
-            return Err(Error::new(format!(
-                "offsets {} and {} of piece {} do not fit a buffer of {} bytes",
-                pair[0],
-                pair[1],
-                index,
-                data.len()
-            )));
-        }
-        out.push(&data[pair[0] as usize..pair[1] as usize]);
-    }
-    Ok(out)
-}
-
-fn texts<'a>(data: &'a [u8], offsets: &[u64]) -> Result<Vec<&'a str>> {
-    let parse = |(index, piece)| {
-        std::str::from_utf8(piece)
-            .map_err(|error| Error::new(format!("text {} is not UTF-8: {}", index, error)))
-    };
-    pieces(data, offsets)?.into_iter().enumerate().map(parse).collect()
+/// # Safety
+/// As `slice`, for both pointers.
+unsafe fn texts<'a>(
+    data: *const u8,
+    len: usize,
+    offsets: *const u64,
+    num_texts: usize,
+) -> Result<Texts<'a>> {
+    Texts::new(slice(data, len, "data")?, slice(offsets, num_offsets(num_texts)?, "offsets")?)
 }
 
 fn num_offsets(num_pieces: usize) -> Result<usize> {
@@ -141,19 +128,6 @@ fn num_offsets(num_pieces: usize) -> Result<usize> {
 unsafe fn splitter(name: *const u8, len: usize) -> Result<Splitter> {
     let name = slice(name, len, "pattern")?;
     Splitter::named(std::str::from_utf8(name).map_err(|_| Error::new("pattern is not UTF-8"))?)
-}
-
-fn copy_out<T: Copy>(from: &[T], to: &mut [T], what: &str) -> Result<()> {
-    if from.len() > to.len() {
-        return Err(Error::new(format!(
-            "{} needs room for {}, has {}",
-            what,
-            from.len(),
-            to.len()
-        )));
-    }
-    to[..from.len()].copy_from_slice(from);
-    Ok(())
 }
 
 /// Changes with every incompatible change of these functions.
@@ -209,15 +183,14 @@ pub unsafe extern "C" fn rbpe_split(
 ) -> i32 {
     guard(|| {
         let splitter = splitter(pattern, pattern_len)?;
-        let data = slice(text, text_len, "text")?;
-        let text = texts(data, &[0, data.len() as u64])?[0];
+        let bounds = [0, text_len as u64];
+        let text = Texts::new(slice(text, text_len, "text")?, &bounds)?.text(0)?;
         let ends = slice_mut(ends, capacity, "ends")?;
         let count = slice_mut(count, 1, "count")?;
-        let (mut found, mut end) = (0, 0);
-        splitter.for_each(text, |chunk| {
-            end += chunk.len() as u64;
+        let mut found = 0;
+        splitter.for_each(text, |_, _, end| {
             if let Some(slot) = ends.get_mut(found) {
-                *slot = end;
+                *slot = end as u64;
             }
             found += 1;
         });
@@ -276,13 +249,16 @@ pub unsafe extern "C" fn rbpe_trainer_feed(
 ) -> i32 {
     guard(|| {
         let trainer = find::<Mutex<Trainer>>(handle)?;
-        let data = slice(data, len, "data")?;
-        let texts = texts(data, slice(offsets, num_offsets(num_texts)?, "offsets")?)?;
-        match &mut *lock(&trainer) {
+        let texts = texts(data, len, offsets, num_texts)?;
+        let mut trainer = lock(&trainer);
+        let result = match &mut *trainer {
             Trainer::Counting(counter, _) => counter.feed(&texts),
             _ => return Err(Error::new("this trainer has started merging")),
+        };
+        if result.is_err() {
+            *trainer = Trainer::Broken;
         }
-        Ok(OK)
+        result.map(|()| OK)
     })
 }
 
@@ -298,10 +274,9 @@ pub unsafe extern "C" fn rbpe_trainer_start(handle: u64, num_merges: u32, stats:
         let mut trainer = lock(&trainer);
         match std::mem::replace(&mut *trainer, Trainer::Broken) {
             Trainer::Counting(counter, byte_ids) => {
-                let numbers =
-                    [counter.num_bytes, counter.num_chunks, counter.num_distinct() as u64];
-                stats.copy_from_slice(&numbers);
-                let words = counter.into_words();
+                let (num_bytes, num_chunks) = (counter.num_bytes, counter.num_chunks);
+                let (num_distinct, words) = counter.into_words();
+                stats.copy_from_slice(&[num_bytes, num_chunks, num_distinct as u64]);
                 let merger = Merger::new(&words, &byte_ids, num_merges as usize)?;
                 *trainer = Trainer::Merging(Box::new(merger));
                 Ok(OK)
@@ -347,9 +322,9 @@ pub unsafe extern "C" fn rbpe_trainer_merges(
         match &*trainer {
             Trainer::Merging(merger) => {
                 count[0] = merger.merges.len();
-                let flat: Vec<u32> =
-                    merger.merges.iter().flat_map(|pair| [pair.0, pair.1]).collect();
-                copy_out(&flat[..flat.len().min(room)], pairs, "pairs")?;
+                for (slot, pair) in pairs.chunks_exact_mut(2).zip(&merger.merges) {
+                    slot.copy_from_slice(&[pair.0, pair.1]);
+                }
                 Ok(OK)
             }
             _ => Err(Error::new("this trainer has not started merging")),
@@ -374,8 +349,7 @@ pub unsafe extern "C" fn rbpe_encoder_new(
     guard(|| {
         let splitter = splitter(pattern, pattern_len)?;
         let handle = slice_mut(handle, 1, "handle")?;
-        let data = slice(data, len, "data")?;
-        let tokens = pieces(data, slice(offsets, num_offsets(num_tokens)?, "offsets")?)?;
+        let tokens = texts(data, len, offsets, num_tokens)?;
         handle[0] = store(Arc::new(Encoder::new(splitter, &tokens)?));
         Ok(OK)
     })
@@ -402,19 +376,12 @@ pub unsafe extern "C" fn rbpe_encoder_encode(
 ) -> i32 {
     guard(|| {
         let encoder = find::<Encoder>(handle)?;
-        let data = slice(data, len, "data")?;
-        let num_offsets = num_offsets(num_texts)?;
-        let texts = texts(data, slice(offsets, num_offsets, "offsets")?)?;
-        let out = slice_mut(ids, capacity, "ids")?;
-        let id_offsets = slice_mut(id_offsets, num_offsets, "id_offsets")?;
+        let texts = texts(data, len, offsets, num_texts)?;
+        let ids = slice_mut(ids, capacity, "ids")?;
+        let id_offsets = slice_mut(id_offsets, num_offsets(num_texts)?, "id_offsets")?;
         let around = (around_id(prepend)?, around_id(append)?);
-        let threads = (threads as usize).min(MAX_THREADS);
-        let (mut found, mut ends) = (Vec::new(), vec![0]);
-        encoder.encode(&texts, around, threads, &mut found, &mut ends);
-        let signed: Vec<i32> = found.iter().map(|id| *id as i32).collect();
-        copy_out(&signed, out, "ids")?;
-        let ends: Vec<i64> = ends.iter().map(|end| *end as i64).collect();
-        copy_out(&ends, id_offsets, "id_offsets")?;
+        let output = Output::new(ids, id_offsets);
+        encoder.encode(&texts, around, (threads as usize).min(MAX_THREADS), &output)?;
         Ok(OK)
     })
 }

@@ -3,9 +3,16 @@
 //! Python talks to the functions of `ffi`; everything else is ordinary safe-to-call Rust. The
 //! readable specification of every step is `reference.py`, and the tests compare the two.
 
+pub mod cache;
+pub mod count;
 pub mod encode;
 pub mod ffi;
+pub mod key;
+pub mod merge;
+pub mod output;
+pub mod parallel;
 pub mod split;
+pub mod texts;
 pub mod train;
 pub mod unicode;
 

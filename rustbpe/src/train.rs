@@ -4,94 +4,75 @@
 //! seen, so memory grows with the vocabulary of the language and not with the corpus. `Merger`
 //! then replaces the most frequent neighbouring pair by a new symbol, again and again.
 
-use std::collections::hash_map::Entry;
-use std::collections::{BinaryHeap, HashMap};
+use std::collections::BinaryHeap;
 
+use crate::count::{Counts, Word};
+use crate::parallel::{run, useful_threads, Blocks};
 use crate::split::Splitter;
+use crate::texts::Texts;
 use crate::{Error, Result};
-
-type Counts = HashMap<Box<[u8]>, u64>;
 
 /// Counts chunks of everything it is fed.
 pub struct Counter {
     splitter: Splitter,
-    threads: usize,
-    counts: Counts,
+    /// One table per thread; the sums do not depend on who counted what.
+    tables: Vec<Counts>,
     pub num_bytes: u64,
     pub num_chunks: u64,
 }
 
+struct Worker<'c> {
+    counts: &'c mut Counts,
+    num_chunks: u64,
+    result: Result<()>,
+}
+
 impl Counter {
     pub fn new(splitter: Splitter, threads: usize) -> Self {
-        Counter {
-            splitter,
-            threads: threads.max(1),
-            counts: HashMap::new(),
-            num_bytes: 0,
-            num_chunks: 0,
-        }
+        let tables = (0..threads.max(1)).map(|_| Counts::default()).collect();
+        Counter { splitter, tables, num_bytes: 0, num_chunks: 0 }
     }
 
-    pub fn num_distinct(&self) -> usize {
-        self.counts.len()
-    }
-
-    /// Count the chunks of some texts. Splits them over the threads by size; sums do not depend
-    /// on who counted what.
-    pub fn feed(&mut self, texts: &[&str]) {
-        let total: usize = texts.iter().map(|text| text.len()).sum();
-        let share = total / self.threads + 1;
-        let mut parts: Vec<&[&str]> = Vec::new();
-        let (mut from, mut size) = (0, 0);
-        for (index, text) in texts.iter().enumerate() {
-            size += text.len();
-            if size >= share || index + 1 == texts.len() {
-                parts.push(&texts[from..=index]);
-                from = index + 1;
-                size = 0;
-            }
-        }
+    /// Count the chunks of some texts. After an error the counts are incomplete.
+    pub fn feed(&mut self, texts: &Texts) -> Result<()> {
+        let blocks = Blocks::new(texts.lengths());
         let splitter = self.splitter;
-        let counted: Vec<Counts> = std::thread::scope(|scope| {
-            let spawn = |part| scope.spawn(move || count_chunks(splitter, part));
-            let workers: Vec<_> = parts.into_iter().map(spawn).collect();
-            workers.into_iter().map(|worker| worker.join().expect("a counting thread")).collect()
-        });
-        self.num_bytes += total as u64;
-        for counts in counted {
-            for (chunk, count) in counts {
-                self.num_chunks += count;
-                match self.counts.entry(chunk) {
-                    Entry::Occupied(mut entry) => *entry.get_mut() += count,
-                    Entry::Vacant(entry) => {
-                        entry.insert(count);
+        let threads = useful_threads(self.tables.len(), texts.num_bytes());
+        let new = |counts| Worker { counts, num_chunks: 0, result: Ok(()) };
+        let mut workers: Vec<Worker> = self.tables.iter_mut().take(threads).map(new).collect();
+        run(&mut workers, |worker| {
+            let mut tally = worker.counts.tally();
+            while let Some((_, range)) = blocks.take() {
+                for index in range {
+                    match texts.text(index) {
+                        Ok(text) => splitter.for_each(text, |bytes, start, end| {
+                            worker.num_chunks += 1;
+                            tally.add(bytes, start, end);
+                        }),
+                        Err(error) => worker.result = Err(error),
                     }
                 }
             }
-        }
-    }
-
-    /// Chunks of two and more bytes with their counts; shorter ones have nothing to merge.
-    pub fn into_words(self) -> Vec<(Box<[u8]>, u64)> {
-        let mut words: Vec<_> =
-            self.counts.into_iter().filter(|(word, _)| word.len() > 1).collect();
-        // frequent words together: their counts stay in the cache
-        words.sort_unstable_by(|left, right| right.1.cmp(&left.1).then(left.0.cmp(&right.0)));
-        words
-    }
-}
-
-fn count_chunks(splitter: Splitter, texts: &[&str]) -> Counts {
-    let mut counts = Counts::new();
-    for text in texts {
-        splitter.for_each(text, |chunk| match counts.get_mut(chunk) {
-            Some(count) => *count += 1,
-            None => {
-                counts.insert(chunk.into(), 1);
-            }
         });
+        for worker in workers {
+            self.num_chunks += worker.num_chunks;
+            worker.result?;
+        }
+        self.num_bytes += texts.num_bytes() as u64;
+        Ok(())
     }
-    counts
+
+    /// Number of distinct chunks, and those of two and more bytes with their counts; shorter
+    /// ones have nothing to merge.
+    pub fn into_words(self) -> (usize, Vec<Word>) {
+        let mut tables = self.tables;
+        tables.sort_by_key(Counts::num_distinct);
+        let mut total = tables.pop().unwrap_or_default();
+        for table in tables {
+            total.absorb(table);
+        }
+        (total.num_distinct(), total.into_words(2))
+    }
 }
 
 /// A pair with an upper bound of its count, and where it was when it came into being.
@@ -178,11 +159,7 @@ impl Side {
 
 impl Merger {
     /// `byte_ids`: the symbol of each byte, a permutation of 0..256.
-    pub fn new(
-        words: &[(Box<[u8]>, u64)],
-        byte_ids: &[u32; 256],
-        num_merges: usize,
-    ) -> Result<Self> {
+    pub fn new(words: &[Word], byte_ids: &[u32; 256], num_merges: usize) -> Result<Self> {
         let num_cells = words.iter().map(|word| word.0.len() + 1).sum::<usize>() + 1;
         if num_cells >= INSIDE as usize {
             return Err(Error::new(format!(
@@ -403,7 +380,9 @@ mod tests {
         let texts = ["one two three two one", "three two", "", "one, 12345"];
         let count = |threads| {
             let mut counter = Counter::new(splitter, threads);
-            counter.feed(&texts);
+            let long = "four five six ".repeat(100_000);
+            let (data, offsets) = crate::texts::pack(&[texts[0], texts[1], &long, texts[3], &long]);
+            counter.feed(&Texts::new(&data, &offsets).unwrap()).unwrap();
             counter.into_words()
         };
         assert_eq!(count(1), count(2));
