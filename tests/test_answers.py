@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from reference.byte_tokenizer import ByteTokenizer
 
 from nanochat.answers import AnswerText, plain_text
-from tests.reference.byte_tokenizer import ByteTokenizer
 
 TOKENIZER: Any = ByteTokenizer()
 END = TOKENIZER.encode_special("<|assistant_end|>")

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from reference import core_eval as reference
+from reference.byte_tokenizer import ByteTokenizer
 
 from nanochat.common import UserError
 from nanochat.core_bundle import load_bundle
 from nanochat.core_eval import decide, evaluate_core, evaluate_task
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import Runtime, World
-from tests.reference import core_eval as reference
-from tests.reference.byte_tokenizer import ByteTokenizer
 
 TOKENIZER: Any = ByteTokenizer()
 RUNTIME = Runtime(torch.device("cpu"), torch.float32, World())

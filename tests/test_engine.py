@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from reference.byte_tokenizer import ByteTokenizer
 
 from nanochat import engine as engine_module
 from nanochat.answers import plain_text
 from nanochat.common import UserError
 from nanochat.engine import Engine, sample_prompts
 from nanochat.gpt import GPT, GPTConfig
-from tests.reference.byte_tokenizer import ByteTokenizer
 
 TOKENIZER: Any = ByteTokenizer()
 END = TOKENIZER.encode_special("<|assistant_end|>")

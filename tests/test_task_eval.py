@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from reference.byte_tokenizer import ByteTokenizer
 
 from nanochat.answers import plain_text
 from nanochat.common import UserError
@@ -23,7 +24,6 @@ from nanochat.task_eval import (
     run_task,
     wilson_interval,
 )
-from tests.reference.byte_tokenizer import ByteTokenizer
 
 TOKENIZER: Any = ByteTokenizer()
 QUESTIONS = ("Which one?", "And now?", "What is the colour of the sea on a sunny day?", "Hm?")
