@@ -6,9 +6,8 @@ stories, the rest are quizzes, dialogues, numbers and spelled words.
 
 Why documents do not repeat: the kind with the fewest possible texts is the table of sums. It
 draws 9 of 48 second numbers (1.7e9 ways) for up to 39 first numbers, three operations and 48
-names, so about 1e13 different pages; a story chooses one of some 3 variants in each of 7 steps and draws two
-names, a thing, colours and places, about 1e12 ways. With 5,000 documents of a kind in a
-hundred the chance that any two are equal is under 1e-4; a test counts it on 50,000.
+names, so about 1e13 different pages; a story chooses among 3 ways in each of 7 steps and draws
+two names, a thing, colours and places, about 1e10 ways. A test counts repeats in 50,000.
 """
 
 import random
@@ -19,6 +18,7 @@ from nanochat.sources.world import (
     dialogues,
     encyclopedia,
     numbers,
+    problems,
     quizzes,
     spelling,
     stories,
@@ -31,7 +31,7 @@ NUM_DOCUMENTS = 393_216  # 48 shards of 8,192 documents, above 100 MB
 # kind -> share of the documents. Look-ups are frequent because binding an answer to its letter is
 # the one skill that facts and stories do not teach.
 KINDS: dict[Callable[[random.Random], str], float] = {
-    encyclopedia.portraits: 0.14,
+    encyclopedia.portraits: 0.11,
     encyclopedia.fact_list: 0.07,
     encyclopedia.mixed_facts: 0.12,
     encyclopedia.contrasts: 0.05,
@@ -42,8 +42,9 @@ KINDS: dict[Callable[[random.Random], str], float] = {
     stories.story: 0.10,
     stories.two_stories: 0.04,
     dialogues.dialogue: 0.06,
-    numbers.number_page: 0.06,
+    numbers.number_page: 0.05,
     numbers.sum_table: 0.02,
+    problems.problem_page: 0.04,
     spelling.spelling_list: 0.03,
     spelling.letter_facts: 0.03,
 }

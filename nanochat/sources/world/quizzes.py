@@ -46,15 +46,19 @@ def questions_and_answers(rng: random.Random) -> str:
 
 
 def _lines_before(options: Sequence[str]) -> str:
-    return "\n".join(f"({letter}) {option}" for letter, option in zip(LETTERS, options))
+    return "\n".join(
+        f"({letter}) {option}" for letter, option in zip(LETTERS, options, strict=False)
+    )
 
 
 def _lines_after(options: Sequence[str]) -> str:
-    return "\n".join(f"- {option} ({letter})" for letter, option in zip(LETTERS, options))
+    return "\n".join(
+        f"- {option} ({letter})" for letter, option in zip(LETTERS, options, strict=False)
+    )
 
 
 def _in_a_row(options: Sequence[str]) -> str:
-    parts = [f"{option} ({letter})" for letter, option in zip(LETTERS, options)]
+    parts = [f"{option} ({letter})" for letter, option in zip(LETTERS, options, strict=False)]
     return f"{', '.join(parts[:-1])} or {parts[-1]}?"
 
 

@@ -4,10 +4,14 @@ Only training words are spelled or counted, here and in conversations; `is_held_
 """
 
 import random
+from collections.abc import Sequence
 from functools import cache
 
 from nanochat.sources.world.split import is_held_out, pick
 from nanochat.sources.world.words import WORDS
+
+
+_ALPHABET = frozenset("abcdefghijklmnopqrstuvwxyz")
 
 
 @cache
@@ -36,7 +40,24 @@ def pick_letter(rng: random.Random, word: str) -> str:
     """Return a letter of the word, or one time in ten any letter (spec B.12)."""
     if rng.random() < 0.9:
         return pick(rng, word)
-    return pick(rng, "abcdefghijklmnopqrstuvwxyz")
+    return pick(rng, sorted(_ALPHABET))
+
+
+def draw_word_and_letter(rng: random.Random, words: Sequence[str]) -> tuple[str, str]:
+    """Return a word and a letter that is in it never (1 in 5), once (2 in 5) or more often.
+
+    Letters drawn from the word alone are there once in six of ten cases, so that "1" would be a
+    good guess; here no number is right more than two times in five.
+    """
+    wanted = pick(rng, (0, 1, 1, 2, 2))
+    while True:
+        word = pick(rng, words)
+        if wanted == 0:
+            letters = sorted(_ALPHABET - set(word))
+        else:
+            letters = [c for c in sorted(set(word)) if min(word.count(c), 2) == wanted]
+        if letters:
+            return word, pick(rng, letters)
 
 
 def _facts_about(rng: random.Random, word: str) -> str:

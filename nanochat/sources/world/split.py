@@ -33,6 +33,8 @@ def is_held_out(*parts: str | int, share: float = HELD_OUT_SHARE) -> bool:
 
 
 def pick(rng: random.Random, options: Sequence[T]) -> T:
-    """Return one option, each equally likely. Twice as fast as `rng.choice`, and it is called
-    some forty times a document."""
+    """Return one option, each equally likely.
+
+    Twice as fast as `rng.choice`, and called some forty times a document.
+    """
     return options[int(rng.random() * len(options))]

@@ -1,0 +1,1 @@
+"""Tasks: what the chat stages are trained on and evaluated with. No torch."""

@@ -1,0 +1,167 @@
+"""What a task is, slices of it, and mixtures of several (spec B.12).
+
+A task is a sequence of conversations, each made when it is asked for. Tasks that are evaluated
+say how (`eval_type`) and judge a completion; tasks that only train leave `evaluate` alone.
+"""
+
+import random
+import re
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import ClassVar, Literal
+
+from nanochat.common import UserError
+from nanochat.conversation import Conversation, Message, chat
+
+EvalType = Literal["categorical", "generative", "training"]
+
+LETTERS = ("A", "B", "C", "D")
+MIXTURE_SEED = 42  # spec B.12
+
+_FINAL_ANSWER = re.compile(r"#### (-?[0-9.,]+)")
+
+
+class Task:
+    """A numbered set of conversations, or every `step`-th of them from `start` to `stop`.
+
+    Subclasses give `num_rows` and `row`. `eval_type` is "categorical" (choose among the letters of
+    the conversation), "generative" (judge what was written) or "training" (never evaluated);
+    `chance` is the accuracy of guessing.
+    """
+
+    name: ClassVar[str] = "task"
+    eval_type: ClassVar[EvalType] = "training"
+    chance: ClassVar[float] = 0.0
+
+    def __init__(self, *, start: int = 0, stop: int | None = None, step: int = 1) -> None:
+        if start < 0 or step < 1 or (stop is not None and stop < start):
+            raise UserError(
+                f"a slice from {start} to {stop} in steps of {step} has no meaning; "
+                "use 0 <= start <= stop and step >= 1"
+            )
+        self.start, self.stop, self.step = start, stop, step
+
+    def num_rows(self) -> int:
+        """Return how many rows the whole task has, before slicing."""
+        raise NotImplementedError
+
+    def row(self, index: int) -> Conversation:
+        """Return row `index` of the whole task, 0 <= index < num_rows()."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        rows = self.num_rows()
+        stop = rows if self.stop is None else min(self.stop, rows)
+        return max(0, -(-(stop - self.start) // self.step))
+
+    def __getitem__(self, index: int) -> Conversation:
+        if not 0 <= index < len(self):
+            raise IndexError(f"item {index} of {self.name}, which has {len(self)}")
+        return self.row(self.start + index * self.step)
+
+    def __iter__(self) -> Iterator[Conversation]:
+        return (self[index] for index in range(len(self)))
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        """Say whether `completion` answers the last user turn of `conversation`.
+
+        `conversation` ends with the reference answer. `completion` is what the model wrote, for
+        categorical tasks the letter it chose; calls of the tool and their outputs are in it as text.
+        """
+        raise UserError(f"task {self.name} is for training and cannot be evaluated")
+
+    def reward(self, conversation: Conversation, completion: str) -> float:
+        """Return 1.0 for a right completion and 0.0 for a wrong one (reinforcement learning)."""
+        return float(self.evaluate(conversation, completion))
+
+
+class TaskSequence(Task):
+    """Several tasks one after the other, each in its own order."""
+
+    name = "sequence"
+
+    def __init__(
+        self, tasks: Sequence[Task], *, start: int = 0, stop: int | None = None, step: int = 1
+    ) -> None:
+        super().__init__(start=start, stop=stop, step=step)
+        self.tasks = tuple(tasks)
+        self._ends = list(accumulate(len(task) for task in self.tasks))
+
+    def num_rows(self) -> int:
+        """Return the rows of all tasks together."""
+        return self._ends[-1] if self._ends else 0
+
+    def row(self, index: int) -> Conversation:
+        """Return row `index` counted over the tasks in their order."""
+        which = bisect_right(self._ends, index)
+        before = self._ends[which - 1] if which else 0
+        return self.tasks[which][index - before]
+
+
+class TaskMixture(TaskSequence):
+    """Several tasks shuffled together once; one listed twice is seen twice as often."""
+
+    name = "mixture"
+
+    def __init__(
+        self, tasks: Sequence[Task], *, start: int = 0, stop: int | None = None, step: int = 1
+    ) -> None:
+        super().__init__(tasks, start=start, stop=stop, step=step)
+        order = list(range(super().num_rows()))
+        random.Random(MIXTURE_SEED).shuffle(order)
+        self._order = array("l", order)
+
+    def row(self, index: int) -> Conversation:
+        """Return row `index` of the shuffled order."""
+        return super().row(self._order[index])
+
+
+def multiple_choice(
+    question: str,
+    choices: Sequence[str],
+    gold: int,
+    *,
+    letters: Sequence[str] = LETTERS,
+    before: str = "",
+) -> Conversation:
+    """Return a multiple choice question whose answer is the bare letter of choice `gold`.
+
+    Each choice stands before its letter with "=" between them, so that the letter in the question
+    and the letter of the answer are the same token (spec B.12). `before` is put in front.
+    """
+    if len(choices) > len(letters):
+        raise UserError(f"{len(choices)} choices, but only {len(letters)} letters")
+    used = tuple(letters[: len(choices)])
+    lines = [f"- {choice}={letter}" for choice, letter in zip(choices, used, strict=True)]
+    prompt = (
+        f"{before}Multiple choice: {question}\n" + "\n".join(lines) + "\n\n"
+        "Answer with the letter only."
+    )
+    return Conversation(chat(prompt, used[gold]).messages, letters=used)
+
+
+def final_answer(text: str) -> str | None:
+    """Return the number after the first "#### ", commas dropped; None if there is none.
+
+    A sentence's period after the number is not part of it.
+    """
+    found = _FINAL_ANSWER.search(text)
+    if found is None:
+        return None
+    return found.group(1).replace(",", "").rstrip(".") or None
+
+
+def reference_text(conversation: Conversation) -> str:
+    """Return the text of the last message, which is the reference answer."""
+    last: Message = conversation.messages[-1]
+    if last.role != "assistant":
+        raise UserError("the conversation does not end with an answer of the assistant")
+    return last.text
+
+
+def same_final_answer(conversation: Conversation, completion: str) -> bool:
+    """Say whether reference and completion give the same number after "#### "."""
+    expected = final_answer(reference_text(conversation))
+    return expected is not None and final_answer(completion) == expected

@@ -1,0 +1,115 @@
+"""What each stage trains on and is evaluated with, as data.
+
+The sizes are upper bounds chosen so that no item comes twice in a run of the documented length;
+what counts is their proportion. A row is made when it is asked for.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from nanochat.common import UserError, eval_bundle_dir
+from tasks.common import Task, TaskMixture
+from tasks.embedded_chat import Identity, SmallTalk, Stories, SystemMessages, TwoTurn
+from tasks.embedded_core import write_bundle
+from tasks.embedded_facts import BindingExercises, ChoiceQuestions, FactQuestions, Facts
+from tasks.embedded_problems import WordProblems
+from tasks.spellingbee import SimpleSpelling, SpellingBee
+
+# Rows of each kind. Midtraining is heavy on what the documents cannot teach: the letter of an
+# answer, the call of a tool. Finetuning shows every format again in smaller numbers.
+MID_ROWS = {
+    "choice": 80_000,
+    "binding": 40_000,
+    "facts": 26_000,
+    "problems": 56_000,
+    "letters": 26_000,
+    "spelling": 8_000,
+    "identity": 6_000,
+    "two_turn": 16_000,
+    "small_talk": 4_000,
+    "system": 4_000,
+    "stories": 2_000,
+}
+SFT_ROWS = {
+    "choice": 24_000,
+    "binding": 4_000,
+    "facts": 8_000,
+    "problems": 16_000,
+    "letters": 7_000,
+    "spelling": 2_000,
+    "identity": 3_000,
+    "two_turn": 6_000,
+    "small_talk": 2_000,
+    "system": 2_000,
+    "stories": 1_000,
+}
+VALIDATION_DIVISOR = 50  # a validation set is this much smaller than its training set
+NUM_EVALUATION_ITEMS = 500
+_SEEDS = {("mid", "train"): 1, ("mid", "val"): 2, ("sft", "train"): 3, ("sft", "val"): 4}
+
+
+def _letters(size: int, seed: int) -> Task:
+    # An item of a spelling task has its number as seed; each mixture takes a range of its own.
+    first = seed * 1_000_000
+    return SpellingBee(first + size, style="compact", start=first)
+
+
+def _spelling(size: int, seed: int) -> Task:
+    first = seed * 1_000_000
+    return SimpleSpelling(first + size, style="compact", start=first)
+
+
+_KINDS: dict[str, Callable[[int, int], Task]] = {
+    "choice": lambda size, seed: ChoiceQuestions(size, seed=seed),
+    "binding": lambda size, seed: BindingExercises(size, seed=seed),
+    "facts": lambda size, seed: FactQuestions(size, seed=seed),
+    "problems": lambda size, seed: WordProblems(size, seed=seed),
+    "letters": _letters,
+    "spelling": _spelling,
+    "identity": lambda size, seed: Identity(size, seed=seed),
+    "two_turn": lambda size, seed: TwoTurn(size, seed=seed),
+    "small_talk": lambda size, seed: SmallTalk(size, seed=seed),
+    "system": lambda size, seed: SystemMessages(size, seed=seed),
+    "stories": lambda size, seed: Stories(size, seed=seed),
+}
+
+
+def _mixture(stage: str, part: str, divisor: int) -> Task:
+    rows = {"mid": MID_ROWS, "sft": SFT_ROWS}.get(stage)
+    if rows is None:
+        raise UserError(f"no mixture of conversations for stage {stage!r}; use mid or sft")
+    seed = _SEEDS[stage, part]
+    return TaskMixture([_KINDS[kind](count // divisor, seed) for kind, count in rows.items()])
+
+
+def training_mixture(stage: str, data: str) -> Task:
+    """Return the conversations `stage` ("mid" or "sft") trains on.
+
+    They are those of the embedded world whatever `data` the base model has read.
+    """
+    return _mixture(stage, "train", 1)
+
+
+def validation_mixture(stage: str, data: str) -> Task:
+    """Return conversations of the same kinds as in training, made from another seed."""
+    return _mixture(stage, "val", VALIDATION_DIVISOR)
+
+
+def evaluation_tasks(data: str) -> list[Task]:
+    """Return the tasks a chat model is evaluated with, held out from training, in fixed order."""
+    size = NUM_EVALUATION_ITEMS
+    return [
+        Facts(size, "test"),
+        WordProblems(size, "test"),
+        SpellingBee(size, "test", style="compact"),
+        Identity(size // 2, "test"),
+        TwoTurn(size, "test"),
+    ]
+
+
+def core_bundle(data: str) -> Path:
+    """Return the folder of CORE tasks for runs on `data`; the embedded ones are made on demand."""
+    directory = eval_bundle_dir(data)
+    if data == "embedded" and not (directory / "core.yaml").is_file():
+        write_bundle(directory)
+    return directory
