@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from nanochat import configurator, core_eval, runtime, scaling
-from nanochat.common import eval_bundle_dir, tokenizer_dir
+from nanochat.common import tokenizer_dir
 from nanochat.dataloader import DocumentLoader, evaluation_batches
 from nanochat.dataset import open_source
 from nanochat.engine import sample_prompts
@@ -22,6 +22,7 @@ from nanochat.loss_eval import bits_per_byte
 from nanochat.stage import StageConfig, check_positive, train_stage
 from nanochat.tokenizer import get_tokenizer
 from nanochat.training import Hook, Trainer
+from tasks import mixtures
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ def main(config: Config) -> int:
             result = core_eval.evaluate_core(
                 trainer.model,
                 tokenizer,
-                eval_bundle_dir(data),
+                mixtures.core_bundle(data),
                 max_per_task=config.core_metric_max_per_task,
                 runtime=rt,
             )
