@@ -2,6 +2,7 @@
 
 use crate::count::prefetch;
 use crate::key::Key;
+use crate::memory::filled;
 
 const IDS: usize = 4;
 /// The number of ids sits above the first id.
@@ -14,6 +15,19 @@ const ID_MASK: u32 = (1 << COUNT_SHIFT) - 1;
 pub struct Short {
     key: Key,
     ids: [u32; IDS],
+}
+
+impl Short {
+    /// Write four ids, the last of them garbage if there are fewer; returns how many there are.
+    ///
+    /// # Safety
+    /// `to` has room for four ids.
+    #[inline(always)]
+    pub unsafe fn write_to(&self, to: *mut u32) -> usize {
+        to.cast::<[u32; IDS]>().write_unaligned(self.ids);
+        to.write(self.ids[0] & ID_MASK);
+        (self.ids[0] >> COUNT_SHIFT) as usize
+    }
 }
 
 const LONG_BYTES: usize = 31;
@@ -30,7 +44,8 @@ struct Long {
 }
 
 /// Both tables start small and double while they fill, up to a fixed size: 2^19 short chunks
-/// (16 MB) hold the words of any corpus that matter, 2^14 long ones take 2 MB.
+/// (16 MB) hold the words of any corpus that matter, 2^16 long ones
+/// (8 MB) the rest.
 pub struct Cache {
     short: Vec<Short>,
     short_bits: u32,
@@ -42,7 +57,7 @@ pub struct Cache {
 
 const FIRST_BITS: u32 = 12;
 const SHORT_BITS: u32 = 19;
-const LONG_BITS: u32 = 14;
+const LONG_BITS: u32 = 16;
 const NO_LONG: Long = Long { len: 0, bytes: [0; LONG_BYTES], count: 0, ids: [0; LONG_IDS] };
 
 impl Default for Cache {
@@ -71,19 +86,14 @@ impl Cache {
         (hash >> (64 - self.short_bits)) as usize & !1
     }
 
-    /// Ids of a chunk, with garbage behind the first `n`; n is 0 where the chunk is unknown.
+    /// The entry of a chunk, if it is there.
     #[inline(always)]
-    pub fn find(&self, key: Key, hash: u64) -> ([u32; IDS], usize) {
+    pub fn find(&self, key: Key, hash: u64) -> Option<&Short> {
         let place = self.place(hash);
-        let pair = &self.short[place..place + 2];
-        let slot = if pair[0].key == key { &pair[0] } else { &pair[1] };
-        if slot.key != key {
-            return ([0; IDS], 0);
-        }
-        let mut ids = slot.ids;
-        let count = (ids[0] >> COUNT_SHIFT) as usize;
-        ids[0] &= ID_MASK;
-        (ids, count)
+        // which of the two cannot be predicted: computed, not branched on
+        let second = usize::from(self.short[place].key != key);
+        let slot = &self.short[place + second];
+        (slot.key == key).then_some(slot)
     }
 
     /// Remember a chunk; the older of the two at its place is forgotten. False if it has too
@@ -111,7 +121,7 @@ impl Cache {
     #[cold]
     fn grow(&mut self) {
         self.short_bits += 1;
-        let larger = vec![Short::default(); 1 << self.short_bits];
+        let larger = filled(Short::default(), 1 << self.short_bits);
         let old = std::mem::replace(&mut self.short, larger);
         // the newer of two places comes last, so that it is the newer one again
         for pair in old.chunks_exact(2) {
@@ -149,7 +159,7 @@ impl Cache {
         if self.inserted_long > self.long.len() && self.long_bits < LONG_BITS {
             // not worth keeping the few entries of the smaller table
             self.long_bits += 1;
-            self.long = vec![NO_LONG; 1 << self.long_bits];
+            self.long = filled(NO_LONG, 1 << self.long_bits);
         }
         let place = self.long_place(chunk);
         let entry = &mut self.long[place];

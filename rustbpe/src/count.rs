@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use crate::key::Key;
+use crate::memory::filled;
 
 #[derive(Clone, Copy, Default)]
 struct Slot {
@@ -102,7 +103,7 @@ impl Counts {
 
     #[cold]
     fn grow(&mut self) {
-        let larger = vec![Slot::default(); self.slots.len() * 2];
+        let larger = filled(Slot::default(), self.slots.len() * 2);
         let old = std::mem::replace(&mut self.slots, larger);
         self.used = 0;
         for slot in old.into_iter().filter(|slot| slot.count > 0) {

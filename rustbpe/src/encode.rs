@@ -9,6 +9,7 @@ use std::sync::{Mutex, MutexGuard};
 
 use crate::cache::Cache;
 use crate::key::Key;
+use crate::memory::filled;
 use crate::merge::{Merges, Scratch, MAX_TOKENS, NONE};
 use crate::output::Output;
 use crate::parallel::{run, useful_threads, Blocks};
@@ -138,22 +139,28 @@ impl Encoder {
     #[inline(never)]
     fn flush(&self, text: &[u8], state: &mut State) {
         let waiting = std::mem::take(&mut state.waiting);
+        state.ids.reserve(4 * BATCH);
         for at in 0..waiting {
             let (key, hash) = (state.keys[at], state.hashes[at]);
             if key.is_empty() {
                 let start = key.low as usize;
                 self.encode_long(&text[start..start + hash as usize], state);
+                state.ids.reserve(4 * BATCH);
                 continue;
             }
-            let (ids, count) = state.cache.find(key, hash);
-            if count == 0 {
+            if let Some(known) = state.cache.find(key, hash) {
+                let end = state.ids.len();
+                debug_assert!(end + 4 <= state.ids.capacity());
+                // SAFETY: room for the four of every chunk left was reserved above or after the
+                // last chunk that needed more; as many as count are initialised.
+                unsafe {
+                    let count = known.write_to(state.ids.as_mut_ptr().add(end));
+                    state.ids.set_len(end + count);
+                }
+            } else {
                 self.encode_unknown(key, hash, state);
-                continue;
+                state.ids.reserve(4 * BATCH);
             }
-            // all four at once, then as many as there are
-            let end = state.ids.len() + count;
-            state.ids.extend_from_slice(&ids);
-            state.ids.truncate(end);
         }
     }
 
@@ -210,7 +217,7 @@ impl Encoder {
 impl Whole {
     fn new(tokens: &[&[u8]]) -> Result<Self> {
         let size = (tokens.len() * 2).next_power_of_two().max(16);
-        let mut whole = Whole { slots: vec![(Key::default(), NONE); size], long: HashMap::new() };
+        let mut whole = Whole { slots: filled((Key::default(), NONE), size), long: HashMap::new() };
         for (id, token) in tokens.iter().enumerate() {
             if token.is_empty() || whole.find(token).is_some() {
                 return Err(Error::new(format!("token {} is empty or there twice", id)));

@@ -3,11 +3,13 @@
 //! Python talks to the functions of `ffi`; everything else is ordinary safe-to-call Rust. The
 //! readable specification of every step is `reference.py`, and the tests compare the two.
 
+mod blocks;
 pub mod cache;
 pub mod count;
 pub mod encode;
 pub mod ffi;
 pub mod key;
+pub mod memory;
 pub mod merge;
 pub mod output;
 pub mod parallel;

@@ -3,6 +3,7 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
+use crate::memory::filled;
 use crate::{Error, Result};
 
 pub const NONE: u32 = u32::MAX;
@@ -40,7 +41,7 @@ impl Merges {
         let mut merges = Merges {
             byte_ids,
             byte_pairs: vec![NONE; 1 << 16],
-            pairs: vec![EMPTY; size],
+            pairs: filled(EMPTY, size),
             shift: 64 - size.trailing_zeros(),
         };
         for &(left, right, merged) in pairs {

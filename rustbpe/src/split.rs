@@ -7,6 +7,7 @@
 
 use std::sync::atomic::{AtomicPtr, Ordering};
 
+use crate::blocks;
 use crate::unicode::{LETTERS, NUMBERS, SPACES};
 use crate::{Error, Result};
 
@@ -35,7 +36,6 @@ enum Rules {
 pub struct Splitter {
     rules: Rules,
     classes: &'static [u8],
-    leads: &'static [u8; 256],
 }
 
 impl Splitter {
@@ -56,40 +56,7 @@ impl Splitter {
                 )))
             }
         };
-        let leads = if rules == Rules::Gpt2 { &GPT2_LEADS } else { &GPT4_LEADS };
-        Ok(Splitter { rules, classes: class_table(), leads })
-    }
-
-    /// End of the chunk that starts at byte `start`. `text` is valid UTF-8, `start` the beginning
-    /// of a character and less than the length.
-    #[inline(always)]
-    pub fn next_end(&self, text: &[u8], start: usize) -> usize {
-        if let Some(last) = text.get(start + 31) {
-            let _ = last;
-            if let Some(end) = self.plain_word(text, start) {
-                return end;
-            }
-        }
-        self.any_chunk(text, start)
-    }
-
-    /// The common case: ASCII letters, at most one character before them, something ASCII after.
-    /// At least 32 bytes of text are left.
-    #[inline(always)]
-    fn plain_word(&self, text: &[u8], start: usize) -> Option<usize> {
-        let lead = self.leads[text[start] as usize];
-        let run = letter_run(text, start + 1);
-        let end = start + 1 + run;
-        let found = lead == ALONE || (lead == BEFORE_LETTERS && run > 0);
-        (found && run < 16 && text[end] < 0x80).then_some(end)
-    }
-
-    #[inline(never)]
-    fn any_chunk(&self, text: &[u8], start: usize) -> usize {
-        match self.rules {
-            Rules::Gpt4 { max_digits, keep_end } => self.gpt4(text, start, max_digits, keep_end),
-            Rules::Gpt2 => self.gpt2(text, start),
-        }
+        Ok(Splitter { rules, classes: class_table() })
     }
 
     /// Call `visit` with the bytes of `text` and the beginning and end of every chunk, in order.
@@ -98,9 +65,43 @@ impl Splitter {
         let bytes = text.as_bytes();
         let mut start = 0;
         while start < bytes.len() {
-            let end = self.next_end(bytes, start);
-            visit(bytes, start, end);
-            start = end;
+            let mut starts = self.plain_starts(bytes, start);
+            if starts == 0 {
+                let end = self.next_end(bytes, start);
+                visit(bytes, start, end);
+                start = end;
+                continue;
+            }
+            let block = start;
+            while starts != 0 {
+                let end = block + starts.trailing_zeros() as usize;
+                visit(bytes, start, end);
+                start = end;
+                starts &= starts - 1;
+            }
+        }
+    }
+
+    /// Where chunks begin in the 64 bytes from `start` on, itself a beginning, as a bit mask
+    /// without bit 0. Stops before anything that is not plain English; 0 where that comes first.
+    #[inline(always)]
+    fn plain_starts(&self, text: &[u8], start: usize) -> u64 {
+        match text.get(start..start + 64) {
+            Some(block) if block[0] < 0x80 && block[1] < 0x80 => match self.rules {
+                Rules::Gpt4 { max_digits, .. } => blocks::gpt4_starts(block, max_digits),
+                Rules::Gpt2 => blocks::gpt2_starts(block),
+            },
+            _ => 0,
+        }
+    }
+
+    /// End of the chunk that starts at byte `start`. `text` is valid UTF-8, `start` the beginning
+    /// of a character and less than the length.
+    #[inline(never)]
+    pub fn next_end(&self, text: &[u8], start: usize) -> usize {
+        match self.rules {
+            Rules::Gpt4 { max_digits, keep_end } => self.gpt4(text, start, max_digits, keep_end),
+            Rules::Gpt2 => self.gpt2(text, start),
         }
     }
 
@@ -279,45 +280,6 @@ const fn ascii_classes() -> [u8; 256] {
         byte += 1;
     }
     table
-}
-
-/// What a byte can be at the beginning of a word: nothing, a letter, or a character that is
-/// part of the word when letters follow.
-const ALONE: u8 = 1;
-const BEFORE_LETTERS: u8 = 2;
-static GPT4_LEADS: [u8; 256] = leads(true);
-static GPT2_LEADS: [u8; 256] = leads(false);
-
-const fn leads(any: bool) -> [u8; 256] {
-    let mut table = [0; 256];
-    let mut byte = 0;
-    while byte < 256 {
-        table[byte] = match ASCII[byte] {
-            LETTER => ALONE,
-            SPACE | OTHER if byte as u8 == b' ' || (any && byte as u8 != b'\'') => BEFORE_LETTERS,
-            _ => 0,
-        };
-        byte += 1;
-    }
-    table
-}
-
-/// Number of ASCII letters from `at` on, at most 16; 16 bytes are there.
-#[inline(always)]
-fn letter_run(text: &[u8], at: usize) -> usize {
-    let bytes = &text[at..at + 16];
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: SSE2 belongs to every x86_64, and the slice has 16 bytes.
-    unsafe {
-        use std::arch::x86_64::*;
-        let loaded = _mm_loadu_si128(bytes.as_ptr().cast());
-        let lower = _mm_or_si128(loaded, _mm_set1_epi8(0x20));
-        let from_a = _mm_sub_epi8(lower, _mm_set1_epi8(b'a' as i8));
-        let letters = _mm_cmpeq_epi8(_mm_min_epu8(from_a, _mm_set1_epi8(25)), from_a);
-        (!_mm_movemask_epi8(letters)).trailing_zeros() as usize
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    bytes.iter().position(|byte| ASCII[*byte as usize] != LETTER).unwrap_or(16)
 }
 
 /// One byte per code point up to the last letter, built once per process (210 KB).
