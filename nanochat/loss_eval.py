@@ -14,9 +14,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from nanochat.common import UserError
+from nanochat.dataloader import evaluation_batches
+from nanochat.dataset import DocumentSource, Split
 from nanochat.gpt import GPT
 from nanochat.objectives import IGNORED, token_losses
 from nanochat.runtime import World
+from nanochat.tokenizer import Tokenizer
 
 
 class TargetBatch(Protocol):
@@ -88,3 +92,31 @@ def bits_per_byte(
 ) -> float:
     """`sum_losses` as bits per byte."""
     return sum_losses(model, batches, token_bytes, world).bits_per_byte
+
+
+def evaluate_split(
+    model: GPT,
+    tokenizer: Tokenizer,
+    source: DocumentSource,
+    split: Split,
+    *,
+    num_tokens: int,
+    batch_size: int,
+    world: World,
+) -> LossTotals:
+    """Losses over the first `num_tokens` tokens of a split, in rows of the model's context."""
+    if num_tokens < 1 or batch_size < 1:
+        raise UserError(
+            f"{num_tokens} tokens in batches of {batch_size} rows leave nothing to evaluate; "
+            "give positive --split-tokens and --device-batch-size"
+        )
+    batches = evaluation_batches(
+        source,
+        tokenizer,
+        num_tokens=num_tokens,
+        batch_size=batch_size,
+        sequence_len=model.config.sequence_len,
+        world=world,
+        split=split,
+    )
+    return sum_losses(model, batches, torch.from_numpy(tokenizer.token_bytes), world)

@@ -1,0 +1,156 @@
+"""Evaluate a base model: CORE, bits per byte, and samples.
+
+python -m scripts.base_eval --max-per-task=16
+python -m scripts.base_eval --eval=core
+torchrun --standalone --nproc_per_node=8 -m scripts.base_eval
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from nanochat import checkpoint_manager, configurator, report, runtime
+from nanochat.answers import plain_text
+from nanochat.common import UserError, atomic_write_text, base_dir
+from nanochat.core_eval import CoreResult, evaluate_core
+from nanochat.dataset import open_source
+from nanochat.engine import Engine, sample_prompts
+from nanochat.gpt import GPT
+from nanochat.loss_eval import evaluate_split
+from nanochat.runtime import Runtime
+from nanochat.tokenizer import Tokenizer
+from tasks import mixtures
+
+logger = logging.getLogger(__name__)
+
+PARTS = ("core", "bpb", "sample")
+FREE_SAMPLES, FREE_SAMPLE_TOKENS = 8, 128
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags of base_eval."""
+
+    eval: str = ",".join(PARTS)
+    """What to do: core, bpb and sample, joined with commas."""
+    max_per_task: int = -1
+    """Items of each CORE task; -1 = all."""
+    model_tag: str | None = None
+    """Folder name of the run; default: the one written last."""
+    step: int | None = None
+    """Step of the checkpoint; default: the newest."""
+    device_batch_size: int = 32
+    """Rows of one forward pass on each device, for bpb."""
+    split_tokens: int | None = None
+    """Tokens of each split for bpb; default: as many as the training run validated on."""
+    data: str | None = None
+    """embedded, fineweb-edu, climbmix or a folder of shards; default: what it was trained on."""
+    device_type: str = ""
+    """cuda, cpu or mps; default: the best there is."""
+    dtype: str = ""
+    """Compute dtype: bfloat16 or float32; default: bfloat16 where the hardware is fast at it."""
+
+
+def main(config: Config) -> None:
+    """Do the parts that were asked for, print and report."""
+    parts = parse_parts(config.eval)
+    with runtime.start(config.device_type, dtype=config.dtype) as rt:
+        model, tokenizer, checkpoint = checkpoint_manager.load_model(
+            "base",
+            device=rt.device,
+            dtype=rt.compute_dtype,
+            tag=config.model_tag,
+            step=config.step,
+        )
+        data = config.data or checkpoint.state["data"]
+        sections: list[dict[str, Any]] = [{"Model": f"{checkpoint.tag}, step {checkpoint.step}"}]
+        if "core" in parts:
+            core = evaluate_core(
+                model, tokenizer, mixtures.core_bundle(data), config.max_per_task, rt
+            )
+            if rt.world.is_main:
+                path = base_dir() / "base_eval" / f"base_model_{checkpoint.step:06d}.csv"
+                atomic_write_text(path, core.to_csv())
+                print(core.to_csv(), end="")
+                logger.info("wrote %s", path)
+            sections += core_sections(core)
+        if "bpb" in parts:
+            num_tokens = config.split_tokens or checkpoint.state["config"]["eval_tokens"]
+            values = measure_bpb(model, tokenizer, data, num_tokens, config.device_batch_size, rt)
+            if rt.world.is_main:
+                print("\n".join(f"{name:<10} {value:.4f}" for name, value in values.items()))
+            sections.append(values)
+        if "sample" in parts and rt.world.is_main:
+            samples = draw_samples(model, tokenizer)
+            print("\n".join(f"{name}: {text}" for name, text in samples.items()))
+            sections.append(samples)
+        if rt.world.is_main:
+            report.append("Base model evaluation", [asdict(config), *sections])
+
+
+def parse_parts(text: str) -> list[str]:
+    """The parts of `--eval`, each known."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    for part in parts:
+        if part not in PARTS:
+            nearest = difflib.get_close_matches(part, PARTS, n=1, cutoff=0.0)[0]
+            raise UserError(f"--eval has no part {part!r}; did you mean {nearest!r}?")
+    if not parts:
+        raise UserError(f"--eval is empty; give one or more of {', '.join(PARTS)}")
+    return parts
+
+
+def core_sections(core: CoreResult) -> list[dict[str, Any]]:
+    """What the report says about CORE; a partial score does not go by its name."""
+    name = "CORE metric" if not core.is_partial else core.label
+    rows = [
+        {
+            "task": task.label,
+            "accuracy": task.accuracy,
+            "centered": task.centered,
+            "items": task.num_items,
+        }
+        for task in core.tasks
+    ]
+    sections: list[dict[str, Any]] = [{name: core.core}, {"CORE tasks": rows}]
+    if core.is_partial:
+        sections.append({"Missing tasks": ", ".join(core.missing)})
+    return sections
+
+
+def measure_bpb(
+    model: GPT, tokenizer: Tokenizer, data: str, num_tokens: int, batch_size: int, rt: Runtime
+) -> dict[str, float]:
+    """Bits per byte of both splits."""
+    source = open_source(data)
+    return {
+        f"{split} bpb": evaluate_split(
+            model,
+            tokenizer,
+            source,
+            split,
+            num_tokens=num_tokens,
+            batch_size=batch_size,
+            world=rt.world,
+        ).bits_per_byte
+        for split in ("train", "val")
+    }
+
+
+def draw_samples(model: GPT, tokenizer: Tokenizer) -> dict[str, str]:
+    """The seven prompts continued greedily, and texts drawn from nothing at temperature 1."""
+    texts = sample_prompts(model, tokenizer)
+    sequences, _ = Engine(model, tokenizer).generate_batch(
+        [tokenizer.bos_id], FREE_SAMPLES, max_tokens=FREE_SAMPLE_TOKENS, temperature=1.0
+    )
+    free = [plain_text(tokenizer, sequence) for sequence in sequences]
+    return {f"sample {i}": text for i, text in enumerate(texts)} | {
+        f"sample from nothing {i}": text for i, text in enumerate(free)
+    }
+
+
+if __name__ == "__main__":
+    configurator.run(main, Config)

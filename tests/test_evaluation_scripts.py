@@ -1,0 +1,247 @@
+"""base_loss, base_eval and chat_eval end to end on tiny models, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from scripted_model import byte_tokenizer, save
+
+from nanochat import report
+from nanochat.common import UserError, report_dir
+from nanochat.configurator import UsageError, parse
+from nanochat.gpt import GPT, GPTConfig
+from scripts import base_eval, base_loss, chat_eval
+
+TEXTS = [
+    f"Document {i} tells of {i * 7 % 13} birds and {i * 5 % 11} trees. " * 3 for i in range(40)
+]
+
+
+@pytest.fixture(autouse=True)
+def base_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> str:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for number in range(2):
+        table = pa.table({"text": TEXTS[number * 20 : number * 20 + 20]})
+        pq.write_table(table, folder / f"shard_{number:05d}.parquet", row_group_size=8)
+    return str(folder)
+
+
+def random_model(sequence_len: int = 1024) -> GPT:
+    config = GPTConfig(
+        sequence_len=sequence_len,
+        vocab_size=byte_tokenizer().vocab_size,
+        n_layer=1,
+        n_head=2,
+        n_embd=16,
+    )
+    model = GPT(config)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+    return model
+
+
+def section(title: str) -> dict[str, Any]:
+    """All entries of a report section."""
+    stored = json.loads((report_dir() / f"{report.slug(title)}.json").read_text())
+    return {key: value for item in stored["data"] for key, value in item.items()}
+
+
+def run(script: Any, *arguments: str) -> None:
+    script.main(parse(script.Config, ["--device-type=cpu", "--dtype=float32", *arguments]))
+
+
+# ---- base_loss -----------------------------------------------------------------------------------
+
+
+def test_base_loss_reports_both_splits_perplexity_and_seven_samples(
+    shards: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save("base", random_model(64), data=shards)
+    run(base_loss, "--device_batch_size=2", "--split_tokens=512")
+    result = section("Base model loss")
+    # Uniform guessing over 265 tokens of one byte each costs 8.05 bits; this model is near it.
+    for split in ("train", "val"):
+        assert 7.5 < result[f"{split} bpb"] < 9.5
+        assert result[f"{split} perplexity"] == pytest.approx(2 ** result[f"{split} bpb"], rel=1e-6)
+    assert [key for key in result if key.startswith("sample")] == [f"sample {i}" for i in range(7)]
+    assert result["sample 0"].startswith("The capital of France is")
+    assert f"val bpb          {result['val bpb']:.4f}" in capsys.readouterr().out
+
+
+def test_base_loss_takes_the_tokens_of_the_training_run_by_default(shards: str) -> None:
+    save("base", random_model(64), data=shards)
+    run(base_loss)
+    by_default = section("Base model loss")["val bpb"]
+    run(base_loss, "--split-tokens=256")
+    assert section("Base model loss")["val bpb"] == by_default
+
+
+@pytest.mark.parametrize("flag", ["--split_tokens=0", "--device_batch_size=0"])
+def test_base_loss_refuses_to_evaluate_nothing(shards: str, flag: str) -> None:
+    save("base", random_model(64), data=shards)
+    with pytest.raises(UserError, match="nothing to evaluate"):
+        run(base_loss, flag)
+
+
+# ---- base_eval -----------------------------------------------------------------------------------
+
+
+def write_bundle(folder: Path) -> None:
+    (folder / "eval_data").mkdir(parents=True)
+    tasks = "".join(
+        f"- {{label: {label}, icl_task_type: multiple_choice, dataset_uri: {label}.jsonl, "
+        "num_fewshot: [1]}\n"
+        for label in ("birds", "trees")
+    )
+    (folder / "core.yaml").write_text("icl_tasks:\n" + tasks)
+    (folder / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nbirds,50\ntrees,50\n")
+    items = [{"query": f"{i}?", "choices": ["yes", "no"], "gold": i % 2} for i in range(12)]
+    for label in ("birds", "trees"):
+        lines = "".join(json.dumps(item) + "\n" for item in items)
+        (folder / f"eval_data/{label}.jsonl").write_text(lines)
+
+
+def test_base_eval_does_all_parts_and_writes_the_table(
+    shards: str, base_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save("base", random_model(), data=shards)
+    write_bundle(base_dir / "eval_bundle")
+    run(base_eval, "--max-per-task=6", "--split-tokens=512", "--device-batch-size=2")
+    result = section("Base model evaluation")
+    rows = (base_dir / "base_eval/base_model_000007.csv").read_text().splitlines()
+    assert [row.split(",")[0].strip() for row in rows] == ["Task", "birds", "trees", "CORE"]
+    assert float(rows[-1].split(",")[-1]) == pytest.approx(result["CORE metric"], abs=1e-6)
+    assert [row["items"] for row in result["CORE tasks"]] == [6, 6]
+    assert {"train bpb", "val bpb", "sample 6", "sample from nothing 7"} <= set(result)
+    assert rows[-1] in capsys.readouterr().out
+
+
+def test_a_partial_core_does_not_go_by_the_name_of_core(shards: str, base_dir: Path) -> None:
+    save("base", random_model(), data=shards)
+    write_bundle(base_dir / "eval_bundle")
+    (base_dir / "eval_bundle/eval_data/trees.jsonl").unlink()
+    run(base_eval, "--eval=core")
+    result = section("Base model evaluation")
+    assert "CORE metric" not in result
+    assert "CORE (partial, 1 of 2 tasks)" in result
+    assert result["Missing tasks"] == "trees"
+
+
+def test_the_embedded_bundle_is_made_on_demand(base_dir: Path) -> None:
+    save("base", random_model(2048))
+    run(base_eval, "--eval=core", "--max-per-task=8")
+    assert -1 < section("Base model evaluation")["CORE metric"] < 1
+
+
+def test_a_missing_bundle_is_named(shards: str) -> None:
+    save("base", random_model(), data=shards)
+    with pytest.raises(UserError, match=r"no CORE bundle in .*eval_bundle"):
+        run(base_eval, "--eval=core")
+
+
+@pytest.mark.parametrize(
+    ("text", "named"), [("core,sampel", "did you mean 'sample'"), (" , ", "--eval is empty")]
+)
+def test_unknown_parts_are_refused(text: str, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        run(base_eval, f"--eval={text}")
+
+
+# ---- chat_eval -----------------------------------------------------------------------------------
+
+
+def test_chat_eval_runs_all_embedded_tasks_and_reports_chat_core(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    save("mid", random_model(2048))
+    saved = tmp_path / "answers.jsonl"
+    with caplog.at_level(logging.INFO):
+        run(chat_eval, "-i", "mid", "-x", "3", "-m", "8", f"--save={saved}")
+    result = section("Chat evaluation mid")
+    rows = result["accuracies"]
+    centered = [(row["accuracy"] - row["chance"]) / (1 - row["chance"]) for row in rows]
+    assert result["ChatCORE metric"] == pytest.approx(sum(centered) / len(rows))
+    assert all(row["95 % low"] <= row["accuracy"] <= row["95 % high"] for row in rows)
+    records = [json.loads(line) for line in saved.read_text().splitlines()]
+    assert [(r["task"], r["index"]) for r in records] == [
+        (row["task"], index) for row in rows for index in range(3)
+    ]
+    for row in rows:
+        verdicts = [any(r["correct"]) for r in records if r["task"] == row["task"]]
+        assert sum(verdicts) == row["passed"]
+    output = capsys.readouterr().out
+    assert all(row["task"] in output for row in rows)
+    assert "ChatCORE" in output
+
+
+def test_chat_core_is_not_given_for_a_part_of_the_tasks() -> None:
+    save("sft", random_model(2048))
+    names = [task.name for task in chat_eval.evaluation_tasks("embedded")]
+    run(chat_eval, "--source=sft", "-a", f"{names[1].lower()}|{names[0]}", "-x", "2", "-m", "4")
+    result = section("Chat evaluation sft")
+    assert [row["task"] for row in result["accuracies"]] == names[:2]
+    assert "ChatCORE metric" not in result
+
+
+def test_an_unknown_task_is_answered_with_the_nearest() -> None:
+    save("sft", random_model(2048))
+    names = [task.name for task in chat_eval.evaluation_tasks("embedded")]
+    with pytest.raises(UserError, match=f"did you mean {names[0]}"):
+        run(chat_eval, "-i", "sft", "-a", names[0][:-1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["-b", "0"], "--batch-size is 0"),
+        (["-n", "0"], "0 samples"),
+        (["-a", "|"], "--task-name is empty"),
+        (["-x", "0"], "has no problems"),
+        (["-t", "-1", "-a", "WordProblems", "-x", "1"], "temperature is -1.0"),
+    ],
+)
+def test_chat_eval_refuses_bad_settings(arguments: list[str], named: str) -> None:
+    save("sft", random_model(2048))
+    with pytest.raises(UserError, match=named):
+        run(chat_eval, "-i", "sft", *arguments)
+
+
+def test_chat_eval_needs_a_known_source() -> None:
+    with pytest.raises(UsageError, match="--source is one of base, mid, sft, rl"):
+        parse(chat_eval.Config, ["-i", "stf"])
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "command"),
+    [
+        (base_loss, [], "base_train"),
+        (base_eval, [], "base_train"),
+        (chat_eval, ["-i", "mid"], "mid_train"),
+    ],
+)
+def test_a_missing_checkpoint_names_the_command_that_makes_it(
+    script: Any, arguments: list[str], command: str
+) -> None:
+    with pytest.raises(UserError, match=f"python -m scripts.{command}"):
+        run(script, *arguments)
+
+
+def test_a_prompt_longer_than_the_context_ends_the_evaluation() -> None:
+    save("sft", random_model(16))
+    with pytest.raises(UserError, match="context is 16; evaluate a model with a longer context"):
+        run(chat_eval, "-i", "sft", "-x", "2")
