@@ -187,12 +187,12 @@ class Tokenizer:
         `prepend` and `append` are ids put around every text. Raises ValueError for a text with
         lone surrogates.
         """
-        buffer, offsets = native.pack_texts(texts)
         core = self._core()
         if core is not None:
-            return core.encode(buffer, offsets, prepend, append, num_threads or default_threads())
+            return core.encode(texts, prepend, append, num_threads or default_threads())
         before = [] if prepend is None else [prepend]
         after = [] if append is None else [append]
+        native.Batch.of(texts)  # refuses lone surrogates
         rows = [before + self._encode_slowly(text) + after for text in texts]
         ends = np.zeros(len(rows) + 1, dtype=np.int64)
         np.cumsum([len(row) for row in rows], out=ends[1:])

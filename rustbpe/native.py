@@ -10,6 +10,7 @@ import ctypes
 import itertools
 from collections.abc import Sequence
 from ctypes import POINTER, byref, c_int32, c_int64, c_size_t, c_uint8, c_uint32, c_uint64
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,29 +18,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 _BYTES = ctypes.c_char_p
 _U64S = POINTER(c_uint64)
 _TEXTS = (_BYTES, c_size_t, _U64S, c_size_t)
+_SCATTERED = (POINTER(c_size_t), POINTER(c_size_t), c_size_t)
+_ENCODED = (c_int64, c_int64, c_uint32, POINTER(c_int32), c_size_t, POINTER(c_int64))
+# Shorter texts than this on average are cheaper to copy than to look up one by one.
+_WORTH_AN_ADDRESS = 500
 
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "rbpe_split": (_BYTES, c_size_t, _BYTES, c_size_t, _U64S, c_size_t, POINTER(c_size_t)),
     "rbpe_trainer_new": (_BYTES, c_size_t, POINTER(c_uint32), c_uint32, _U64S),
     "rbpe_trainer_feed": (c_uint64, *_TEXTS),
+    "rbpe_trainer_feed_scattered": (c_uint64, *_SCATTERED),
     "rbpe_trainer_start": (c_uint64, c_uint32, _U64S),
     "rbpe_trainer_step": (c_uint64, c_uint32),
     "rbpe_trainer_merges": (c_uint64, POINTER(c_uint32), c_size_t, POINTER(c_size_t)),
     "rbpe_encoder_new": (_BYTES, c_size_t, *_TEXTS, _U64S),
-    "rbpe_encoder_encode": (
-        c_uint64,
-        *_TEXTS,
-        c_int64,
-        c_int64,
-        c_uint32,
-        POINTER(c_int32),
-        c_size_t,
-        POINTER(c_int64),
-    ),
+    "rbpe_encoder_encode": (c_uint64, *_TEXTS, *_ENCODED),
+    "rbpe_encoder_encode_scattered": (c_uint64, *_SCATTERED, *_ENCODED),
     "rbpe_free": (c_uint64,),
     "rbpe_test_panic": (),
 }
@@ -107,24 +105,74 @@ def pack(pieces: Sequence[bytes]) -> tuple[bytes, NDArray[np.uint64]]:
     return b"".join(pieces), offsets
 
 
-def pack_texts(texts: Sequence[str]) -> tuple[bytes, NDArray[np.uint64]]:
-    """As `pack`, for texts; a lone surrogate is an error that says where."""
+@dataclass(frozen=True)
+class Batch:
+    """Texts as the core takes them: arguments, and what must stay alive while it reads them."""
+
+    arguments: tuple[Any, ...]
+    suffix: str
+    num_texts: int
+    num_bytes: int
+    owner: Any
+
+    @classmethod
+    def of(cls, texts: Sequence[str]) -> Batch:
+        """Make a batch of texts. ValueError for lone surrogates, with their place.
+
+        Long texts are read where they lie, in the UTF-8 form that CPython keeps of a string
+        (for ASCII the string itself); short ones are copied into one buffer.
+        """
+        try:
+            if sum(map(len, texts)) >= _WORTH_AN_ADDRESS * len(texts) and _as_utf8() is not None:
+                return cls._scattered(texts)
+            return cls._packed([text.encode() for text in texts])
+        except UnicodeEncodeError:
+            raise ValueError(_surrogate_message(texts)) from None
+
+    @classmethod
+    def _packed(cls, pieces: Sequence[bytes]) -> Batch:
+        buffer, offsets = pack(pieces)
+        arguments = text_arguments(buffer, offsets)
+        return cls(arguments, "", len(pieces), len(buffer), (buffer, offsets))
+
+    @classmethod
+    def _scattered(cls, texts: Sequence[str]) -> Batch:
+        as_utf8, size = _as_utf8(), ctypes.c_ssize_t()
+        where, lengths, pointer = [], [], byref(size)
+        for text in texts:
+            where.append(as_utf8(text, pointer))
+            lengths.append(size.value)
+        count = len(where)
+        addresses, sizes = (c_size_t * count)(*where), (c_size_t * count)(*lengths)
+        return cls((addresses, sizes, count), "_scattered", count, sum(lengths), texts)
+
+
+@lru_cache(maxsize=1)
+def _as_utf8() -> Any:
+    """Return CPython's function for the UTF-8 form of a string; None on other Pythons."""
     try:
-        return pack([text.encode() for text in texts])
-    except UnicodeEncodeError:
-        for index, text in enumerate(texts):
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(
-                    f"text {index} holds the lone surrogate {text[error.start]!r} at character "
-                    f"{error.start}, which has no UTF-8 form; replace it first"
-                ) from None
-        raise
+        function = ctypes.pythonapi.PyUnicode_AsUTF8AndSize
+    except AttributeError:
+        return None
+    function.argtypes = (ctypes.py_object, POINTER(ctypes.c_ssize_t))
+    function.restype = c_size_t
+    return function
+
+
+def _surrogate_message(texts: Sequence[str]) -> str:
+    for index, text in enumerate(texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            return (
+                f"text {index} holds the lone surrogate {text[error.start]!r} at character "
+                f"{error.start}, which has no UTF-8 form; replace it first"
+            )
+    return "a text cannot be written as UTF-8"
 
 
 def text_arguments(buffer: bytes, offsets: NDArray[np.uint64]) -> tuple[Any, ...]:
-    """Return the four arguments of a batch of texts."""
+    """Return the four arguments of packed texts."""
     return buffer, len(buffer), offsets.ctypes.data_as(_U64S), len(offsets) - 1
 
 
@@ -162,7 +210,8 @@ class Trainer:
 
     def feed(self, texts: Sequence[str]) -> None:
         """Count the chunks of some texts; they can be forgotten afterwards."""
-        call("rbpe_trainer_feed", self._handle.number, *text_arguments(*pack_texts(texts)))
+        batch = Batch.of(texts)
+        call(f"rbpe_trainer_feed{batch.suffix}", self._handle.number, *batch.arguments)
 
     def start(self, num_merges: int) -> tuple[int, int, int]:
         """End the input. Returns numbers of bytes, of chunks and of distinct chunks."""
@@ -192,22 +241,17 @@ class Encoder:
         self._handle = Handle("rbpe_encoder_new", name, len(name), *arguments)
 
     def encode(
-        self,
-        buffer: bytes,
-        offsets: NDArray[np.uint64],
-        prepend: int | None,
-        append: int | None,
-        threads: int,
+        self, texts: Sequence[str], prepend: int | None, append: int | None, threads: int
     ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Return all ids in a row, int32, and the offsets of the texts in them, (texts + 1,)."""
-        num_texts = len(offsets) - 1
+        batch = Batch.of(texts)
         around = (prepend is not None) + (append is not None)
-        ids = np.empty(len(buffer) + around * num_texts, dtype=np.int32)
-        id_offsets = np.zeros(num_texts + 1, dtype=np.int64)
+        ids = np.empty(batch.num_bytes + around * batch.num_texts, dtype=np.int32)
+        id_offsets = np.zeros(batch.num_texts + 1, dtype=np.int64)
         call(
-            "rbpe_encoder_encode",
+            f"rbpe_encoder_encode{batch.suffix}",
             self._handle.number,
-            *text_arguments(buffer, offsets),
+            *batch.arguments,
             -1 if prepend is None else prepend,
             -1 if append is None else append,
             threads,

@@ -43,9 +43,8 @@ struct Long {
     ids: [u32; LONG_IDS],
 }
 
-/// Both tables start small and double while they fill, up to a fixed size: 2^19 short chunks
-/// (16 MB) hold the words of any corpus that matter, 2^16 long ones
-/// (8 MB) the rest.
+/// Both tables start small and grow fourfold while they fill, up to a fixed size: 2^18 short
+/// chunks (8 MB) hold nearly all words of 100 MB of English, 2^14 long ones (2 MB) the rest.
 pub struct Cache {
     short: Vec<Short>,
     short_bits: u32,
@@ -56,8 +55,8 @@ pub struct Cache {
 }
 
 const FIRST_BITS: u32 = 12;
-const SHORT_BITS: u32 = 19;
-const LONG_BITS: u32 = 16;
+const SHORT_BITS: u32 = 18;
+const LONG_BITS: u32 = 14;
 const NO_LONG: Long = Long { len: 0, bytes: [0; LONG_BYTES], count: 0, ids: [0; LONG_IDS] };
 
 impl Default for Cache {
@@ -66,8 +65,8 @@ impl Default for Cache {
             short: vec![Short::default(); 1 << FIRST_BITS],
             short_bits: FIRST_BITS,
             inserted: 0,
-            long: vec![NO_LONG; 1 << (FIRST_BITS - 4)],
-            long_bits: FIRST_BITS - 4,
+            long: vec![NO_LONG; 1 << (FIRST_BITS - 2)],
+            long_bits: FIRST_BITS - 2,
             inserted_long: 0,
         }
     }
@@ -120,7 +119,7 @@ impl Cache {
 
     #[cold]
     fn grow(&mut self) {
-        self.short_bits += 1;
+        self.short_bits += 2;
         let larger = filled(Short::default(), 1 << self.short_bits);
         let old = std::mem::replace(&mut self.short, larger);
         // the newer of two places comes last, so that it is the newer one again
@@ -158,7 +157,7 @@ impl Cache {
         self.inserted_long += 1;
         if self.inserted_long > self.long.len() && self.long_bits < LONG_BITS {
             // not worth keeping the few entries of the smaller table
-            self.long_bits += 1;
+            self.long_bits += 2;
             self.long = filled(NO_LONG, 1 << self.long_bits);
         }
         let place = self.long_place(chunk);

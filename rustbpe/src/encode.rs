@@ -63,17 +63,7 @@ impl Encoder {
             let missing = || Error::new(format!("the byte 0x{:02X} has no token", byte));
             byte_ids[byte as usize] = id.ok_or_else(missing)?;
         }
-        let mut pairs = Vec::new();
-        for (id, token) in pieces.iter().enumerate() {
-            for cut in 1..token.len() {
-                if let Some(left) = whole.find(&token[..cut]) {
-                    if let Some(right) = whole.find(&token[cut..]) {
-                        pairs.push((left, right, id as u32));
-                    }
-                }
-            }
-        }
-        let merges = Merges::new(byte_ids, &pairs)?;
+        let merges = whole.merges(&pieces, byte_ids);
         let (data, offsets) = pack(&pieces);
         Ok(Encoder { splitter, data, offsets, whole, merges, idle: Mutex::default() })
     }
@@ -86,7 +76,7 @@ impl Encoder {
         threads: usize,
         output: &Output,
     ) -> Result<()> {
-        let blocks = Blocks::new(texts.lengths());
+        let blocks = Blocks::new((0..texts.len()).map(|index| texts.bytes(index).len()));
         let threads = useful_threads(threads, texts.num_bytes()).min(blocks.count().max(1));
         let mut states: Vec<State> = {
             let mut idle = lock(&self.idle);
@@ -234,6 +224,41 @@ impl Whole {
             whole.slots[place] = (key, id as u32);
         }
         Ok(whole)
+    }
+
+    /// All ways to make a token of two others.
+    ///
+    /// Where no token has a part with a higher id than its own (true of everything trained by
+    /// merging), only one of the ways can ever happen: the two parts that remain when the token
+    /// is encoded with the tokens before it. The small table of these stays in the cache.
+    fn merges(&self, tokens: &[&[u8]], byte_ids: [u32; 256]) -> Merges {
+        let mut pairs = Vec::new();
+        for (id, token) in tokens.iter().enumerate() {
+            for cut in 1..token.len() {
+                if let Some(left) = self.find(&token[..cut]) {
+                    if let Some(right) = self.find(&token[cut..]) {
+                        pairs.push((left, right, id as u32));
+                    }
+                }
+            }
+        }
+        if pairs.iter().any(|(left, right, merged)| left.max(right) > merged) {
+            let mut merges = Merges::new(byte_ids, pairs.len());
+            for (left, right, merged) in pairs {
+                merges.insert(left, right, merged);
+            }
+            return merges;
+        }
+        let mut merges = Merges::new(byte_ids, tokens.len());
+        let (mut scratch, mut parts) = (Scratch::default(), Vec::new());
+        for (id, token) in tokens.iter().enumerate().filter(|(_, token)| token.len() > 1) {
+            parts.clear();
+            merges.apply(token, &mut scratch, &mut parts);
+            if let [left, right] = parts[..] {
+                merges.insert(left, right, id as u32);
+            }
+        }
+        merges
     }
 
     fn place(&self, key: Key) -> usize {

@@ -22,7 +22,7 @@ use crate::texts::Texts;
 use crate::train::{Counter, Merger};
 use crate::{Error, Result};
 
-const ABI_VERSION: u32 = 1;
+const ABI_VERSION: u32 = 2;
 const OK: i32 = 0;
 const MORE: i32 = 1;
 const REFUSED: i32 = -1;
@@ -106,6 +106,20 @@ fn check<T>(data: *const T, len: usize, what: &str) -> Result<()> {
         return Err(Error::new(format!("{} is misaligned or too long ({})", what, len)));
     }
     Ok(())
+}
+
+/// The texts at some addresses.
+///
+/// # Safety
+/// As `slice`, for both pointers and for each of the addresses with its length.
+unsafe fn gather<'a>(
+    addresses: *const *const u8,
+    lengths: *const usize,
+    num_texts: usize,
+) -> Result<Vec<&'a [u8]>> {
+    let addresses = slice(addresses, num_texts, "addresses")?;
+    let lengths = slice(lengths, num_texts, "lengths")?;
+    addresses.iter().zip(lengths).map(|(address, len)| slice(*address, *len, "a text")).collect()
 }
 
 /// # Safety
@@ -247,19 +261,34 @@ pub unsafe extern "C" fn rbpe_trainer_feed(
     offsets: *const u64,
     num_texts: usize,
 ) -> i32 {
-    guard(|| {
-        let trainer = find::<Mutex<Trainer>>(handle)?;
-        let texts = texts(data, len, offsets, num_texts)?;
-        let mut trainer = lock(&trainer);
-        let result = match &mut *trainer {
-            Trainer::Counting(counter, _) => counter.feed(&texts),
-            _ => return Err(Error::new("this trainer has started merging")),
-        };
-        if result.is_err() {
-            *trainer = Trainer::Broken;
-        }
-        result.map(|()| OK)
-    })
+    guard(|| feed(handle, &texts(data, len, offsets, num_texts)?))
+}
+
+/// As `rbpe_trainer_feed`, for texts that lie at different addresses.
+///
+/// # Safety
+/// Pointers are null or point to `num_texts` values, each address to as many bytes as its length.
+#[no_mangle]
+pub unsafe extern "C" fn rbpe_trainer_feed_scattered(
+    handle: u64,
+    addresses: *const *const u8,
+    lengths: *const usize,
+    num_texts: usize,
+) -> i32 {
+    guard(|| feed(handle, &Texts::Scattered { pieces: &gather(addresses, lengths, num_texts)? }))
+}
+
+fn feed(handle: u64, texts: &Texts) -> Result<i32> {
+    let trainer = find::<Mutex<Trainer>>(handle)?;
+    let mut trainer = lock(&trainer);
+    let result = match &mut *trainer {
+        Trainer::Counting(counter, _) => counter.feed(texts),
+        _ => return Err(Error::new("this trainer has started merging")),
+    };
+    if result.is_err() {
+        *trainer = Trainer::Broken;
+    }
+    result.map(|()| OK)
 }
 
 /// End of the input: prepare `num_merges` merges. `stats` gets bytes, chunks, distinct chunks.
@@ -375,15 +404,50 @@ pub unsafe extern "C" fn rbpe_encoder_encode(
     id_offsets: *mut i64,
 ) -> i32 {
     guard(|| {
-        let encoder = find::<Encoder>(handle)?;
-        let texts = texts(data, len, offsets, num_texts)?;
         let ids = slice_mut(ids, capacity, "ids")?;
         let id_offsets = slice_mut(id_offsets, num_offsets(num_texts)?, "id_offsets")?;
-        let around = (around_id(prepend)?, around_id(append)?);
-        let output = Output::new(ids, id_offsets);
-        encoder.encode(&texts, around, (threads as usize).min(MAX_THREADS), &output)?;
-        Ok(OK)
+        let texts = texts(data, len, offsets, num_texts)?;
+        encode(handle, &texts, (prepend, append), threads, &Output::new(ids, id_offsets))
     })
+}
+
+/// As `rbpe_encoder_encode`, for texts that lie at different addresses.
+///
+/// # Safety
+/// Pointers are null or point to buffers of the lengths given, each address to as many bytes as
+/// its length.
+#[no_mangle]
+pub unsafe extern "C" fn rbpe_encoder_encode_scattered(
+    handle: u64,
+    addresses: *const *const u8,
+    lengths: *const usize,
+    num_texts: usize,
+    prepend: i64,
+    append: i64,
+    threads: u32,
+    ids: *mut i32,
+    capacity: usize,
+    id_offsets: *mut i64,
+) -> i32 {
+    guard(|| {
+        let ids = slice_mut(ids, capacity, "ids")?;
+        let id_offsets = slice_mut(id_offsets, num_offsets(num_texts)?, "id_offsets")?;
+        let texts = Texts::Scattered { pieces: &gather(addresses, lengths, num_texts)? };
+        encode(handle, &texts, (prepend, append), threads, &Output::new(ids, id_offsets))
+    })
+}
+
+fn encode(
+    handle: u64,
+    texts: &Texts,
+    (prepend, append): (i64, i64),
+    threads: u32,
+    output: &Output,
+) -> Result<i32> {
+    let encoder = find::<Encoder>(handle)?;
+    let around = (around_id(prepend)?, around_id(append)?);
+    encoder.encode(texts, around, (threads as usize).min(MAX_THREADS), output)?;
+    Ok(OK)
 }
 
 fn around_id(id: i64) -> Result<Option<u32>> {

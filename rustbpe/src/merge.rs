@@ -1,10 +1,9 @@
 //! The merge loop: bytes of one chunk to the ids of its tokens.
 
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::{BinaryHeap, HashMap};
 
 use crate::memory::filled;
-use crate::{Error, Result};
 
 pub const NONE: u32 = u32::MAX;
 /// Three ids are packed into one word of the pair table.
@@ -17,6 +16,7 @@ const SHORT: usize = 96;
 /// Which neighbours become which token.
 pub struct Merges {
     byte_ids: [u32; 256],
+    bytes_of: HashMap<u32, usize>,
     /// Token of each pair of bytes, or NONE: the first step of every chunk.
     byte_pairs: Vec<u32>,
     /// Open addressing: left, right and merged id in one word.
@@ -35,31 +35,32 @@ pub struct Scratch {
 }
 
 impl Merges {
-    /// `byte_ids`: id of every byte; `pairs`: (left, right, merged) ids below `MAX_TOKENS`.
-    pub fn new(byte_ids: [u32; 256], pairs: &[(u32, u32, u32)]) -> Result<Self> {
-        let size = (pairs.len() * 2).next_power_of_two().max(16);
-        let mut merges = Merges {
+    /// `byte_ids`: id of every byte; room for `capacity` pairs.
+    pub fn new(byte_ids: [u32; 256], capacity: usize) -> Self {
+        let size = (capacity * 2).next_power_of_two().max(16);
+        let mut bytes_of = HashMap::new();
+        for (byte, id) in byte_ids.iter().enumerate() {
+            bytes_of.insert(*id, byte);
+        }
+        Merges {
             byte_ids,
-            byte_pairs: vec![NONE; 1 << 16],
+            bytes_of,
+            byte_pairs: filled(NONE, 1 << 16),
             pairs: filled(EMPTY, size),
             shift: 64 - size.trailing_zeros(),
-        };
-        for &(left, right, merged) in pairs {
-            if [left, right, merged].iter().any(|id| *id as usize >= MAX_TOKENS) {
-                return Err(Error::new(format!("ids must be below {}", MAX_TOKENS)));
-            }
-            let (key, mut place) = merges.place(left, right);
-            while merges.pairs[place] != EMPTY {
-                place = (place + 1) & (size - 1);
-            }
-            merges.pairs[place] = key << ID_BITS | u64::from(merged);
         }
-        for left in 0..256 {
-            for right in 0..256 {
-                merges.byte_pairs[left << 8 | right] = merges.rank(byte_ids[left], byte_ids[right]);
-            }
+    }
+
+    /// Let two neighbours become a token; ids are below `MAX_TOKENS`.
+    pub fn insert(&mut self, left: u32, right: u32, merged: u32) {
+        let (key, mut place) = self.place(left, right);
+        while self.pairs[place] != EMPTY {
+            place = (place + 1) & (self.pairs.len() - 1);
         }
-        Ok(merges)
+        self.pairs[place] = key << ID_BITS | u64::from(merged);
+        if let (Some(left), Some(right)) = (self.bytes_of.get(&left), self.bytes_of.get(&right)) {
+            self.byte_pairs[left << 8 | right] = merged;
+        }
     }
 
     #[inline(always)]
@@ -86,17 +87,19 @@ impl Merges {
 
     /// Append the ids of `chunk`.
     pub fn apply(&self, chunk: &[u8], scratch: &mut Scratch, ids: &mut Vec<u32>) {
-        if chunk.len() <= SHORT {
-            self.apply_short(chunk, ids);
+        if chunk.len() <= 16 {
+            self.apply_short::<16>(chunk, ids);
+        } else if chunk.len() <= SHORT {
+            self.apply_short::<SHORT>(chunk, ids);
         } else {
             self.apply_long(chunk, scratch, ids);
         }
     }
 
     /// Find the lowest rank, merge there, close the gap; repeat.
-    fn apply_short(&self, chunk: &[u8], ids: &mut Vec<u32>) {
-        let mut symbols = [0u32; SHORT];
-        let mut ranks = [NONE; SHORT];
+    fn apply_short<const MOST: usize>(&self, chunk: &[u8], ids: &mut Vec<u32>) {
+        let mut symbols = [0u32; MOST];
+        let mut ranks = [NONE; MOST];
         let mut len = chunk.len();
         for (symbol, byte) in symbols.iter_mut().zip(chunk) {
             *symbol = self.byte_ids[*byte as usize];
@@ -199,7 +202,10 @@ mod tests {
             *id = byte as u32;
         }
         let pairs = [(97, 97, 256), (256, 97, 257), (97, 256, 257), (256, 256, 258), (97, 98, 259)];
-        let merges = Merges::new(byte_ids, &pairs).unwrap();
+        let mut merges = Merges::new(byte_ids, pairs.len());
+        for (left, right, merged) in pairs {
+            merges.insert(left, right, merged);
+        }
         let mut scratch = Scratch::default();
         let mut state = 1u32;
         for len in 1..SHORT {
@@ -214,7 +220,7 @@ mod tests {
                 };
                 let chunk: Vec<u8> = (0..len).map(|_| letter()).collect();
                 let (mut short, mut long) = (Vec::new(), Vec::new());
-                merges.apply_short(&chunk, &mut short);
+                merges.apply_short::<SHORT>(&chunk, &mut short);
                 merges.apply_long(&chunk, &mut scratch, &mut long);
                 assert_eq!(short, long);
             }

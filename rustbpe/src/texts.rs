@@ -1,15 +1,17 @@
-//! A batch of texts: one buffer, and where in it each of them begins and ends.
+//! A batch of texts, without copying them.
 
 use crate::{Error, Result};
 
 #[derive(Clone, Copy)]
-pub struct Texts<'a> {
-    data: &'a [u8],
-    offsets: &'a [u64],
+pub enum Texts<'a> {
+    /// One buffer; text i is `data[offsets[i]..offsets[i + 1]]`.
+    Packed { data: &'a [u8], offsets: &'a [u64] },
+    /// Wherever the texts happen to lie.
+    Scattered { pieces: &'a [&'a [u8]] },
 }
 
 impl<'a> Texts<'a> {
-    /// Piece i is `data[offsets[i]..offsets[i + 1]]`; the offsets must ascend and fit.
+    /// Texts in one buffer; the offsets must ascend and fit.
     pub fn new(data: &'a [u8], offsets: &'a [u64]) -> Result<Self> {
         let size = data.len() as u64;
         for (index, pair) in offsets.windows(2).enumerate() {
@@ -20,11 +22,14 @@ impl<'a> Texts<'a> {
                 )));
             }
         }
-        Ok(Texts { data, offsets })
+        Ok(Texts::Packed { data, offsets })
     }
 
     pub fn len(&self) -> usize {
-        self.offsets.len().saturating_sub(1)
+        match self {
+            Texts::Packed { offsets, .. } => offsets.len().saturating_sub(1),
+            Texts::Scattered { pieces } => pieces.len(),
+        }
     }
 
     pub fn is_empty(&self) -> bool {
@@ -32,18 +37,16 @@ impl<'a> Texts<'a> {
     }
 
     pub fn num_bytes(&self) -> usize {
-        match (self.offsets.first(), self.offsets.last()) {
-            (Some(first), Some(last)) => (last - first) as usize,
-            _ => 0,
-        }
-    }
-
-    pub fn lengths(&self) -> impl Iterator<Item = usize> + 'a {
-        self.offsets.windows(2).map(|pair| (pair[1] - pair[0]) as usize)
+        (0..self.len()).map(|index| self.bytes(index).len()).sum()
     }
 
     pub fn bytes(&self, index: usize) -> &'a [u8] {
-        &self.data[self.offsets[index] as usize..self.offsets[index + 1] as usize]
+        match self {
+            Texts::Packed { data, offsets } => {
+                &data[offsets[index] as usize..offsets[index + 1] as usize]
+            }
+            Texts::Scattered { pieces } => pieces[index],
+        }
     }
 
     pub fn text(&self, index: usize) -> Result<&'a str> {

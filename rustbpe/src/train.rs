@@ -35,7 +35,7 @@ impl Counter {
 
     /// Count the chunks of some texts. After an error the counts are incomplete.
     pub fn feed(&mut self, texts: &Texts) -> Result<()> {
-        let blocks = Blocks::new(texts.lengths());
+        let blocks = Blocks::new((0..texts.len()).map(|index| texts.bytes(index).len()));
         let splitter = self.splitter;
         let threads = useful_threads(self.tables.len(), texts.num_bytes());
         let new = |counts| Worker { counts, num_chunks: 0, result: Ok(()) };
