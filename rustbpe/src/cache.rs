@@ -43,8 +43,8 @@ struct Long {
     ids: [u32; LONG_IDS],
 }
 
-/// Both tables start small and grow fourfold while they fill, up to a fixed size: 2^18 short
-/// chunks (8 MB) hold nearly all words of 100 MB of English, 2^14 long ones (2 MB) the rest.
+/// Both tables start small and grow fourfold while they fill, up to a fixed size: 2^19 short
+/// chunks (16 MB) hold nearly all words of 100 MB of English, 2^14 long ones (2 MB) the rest.
 pub struct Cache {
     short: Vec<Short>,
     short_bits: u32,
@@ -54,8 +54,8 @@ pub struct Cache {
     inserted_long: usize,
 }
 
-const FIRST_BITS: u32 = 12;
-const SHORT_BITS: u32 = 18;
+const FIRST_BITS: u32 = 13;
+const SHORT_BITS: u32 = 19;
 const LONG_BITS: u32 = 14;
 const NO_LONG: Long = Long { len: 0, bytes: [0; LONG_BYTES], count: 0, ids: [0; LONG_IDS] };
 
@@ -65,8 +65,8 @@ impl Default for Cache {
             short: vec![Short::default(); 1 << FIRST_BITS],
             short_bits: FIRST_BITS,
             inserted: 0,
-            long: vec![NO_LONG; 1 << (FIRST_BITS - 2)],
-            long_bits: FIRST_BITS - 2,
+            long: vec![NO_LONG; 1 << (FIRST_BITS - 3)],
+            long_bits: FIRST_BITS - 3,
             inserted_long: 0,
         }
     }

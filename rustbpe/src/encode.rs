@@ -165,13 +165,16 @@ impl Encoder {
         }
         let (bytes, len) = key.bytes();
         let chunk = &bytes[..len];
-        if let Some(known) = state.cache.find_long(chunk) {
-            state.ids.extend_from_slice(known);
-            return;
+        // words of many ids: usual in other scripts, hardly ever met in ASCII
+        let may_be_long = !chunk.is_ascii();
+        if may_be_long {
+            if let Some(known) = state.cache.find_long(chunk) {
+                return state.ids.extend_from_slice(known);
+            }
         }
         self.merges.apply(chunk, &mut state.scratch, &mut state.ids);
         let ids = &state.ids[from..];
-        if !state.cache.insert(key, hash, ids) {
+        if !state.cache.insert(key, hash, ids) && may_be_long {
             state.cache.insert_long(chunk, ids);
         }
     }

@@ -88,18 +88,66 @@ impl Merges {
     /// Append the ids of `chunk`.
     pub fn apply(&self, chunk: &[u8], scratch: &mut Scratch, ids: &mut Vec<u32>) {
         if chunk.len() <= 16 {
-            self.apply_short::<16>(chunk, ids);
+            self.apply_sixteen(chunk, ids);
         } else if chunk.len() <= SHORT {
-            self.apply_short::<SHORT>(chunk, ids);
+            self.apply_short(chunk, ids);
         } else {
             self.apply_long(chunk, scratch, ids);
         }
     }
 
+    /// For nearly every word: nothing moves, nothing branches but the end. A key is a rank with
+    /// its place in the lowest four bits, so the smallest key says what to merge and where.
+    fn apply_sixteen(&self, chunk: &[u8], ids: &mut Vec<u32>) {
+        const NO_KEY: i32 = i32::MAX;
+        const OUTSIDE: usize = 16;
+        let mut symbols = [0u32; 17];
+        let mut keys = [NO_KEY; 16];
+        let mut next = [1u8, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 16];
+        let mut previous = [16u8, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15];
+        let key_of = |rank: u32, at: usize| match rank {
+            NONE => NO_KEY,
+            _ => (rank << 4) as i32 | at as i32,
+        };
+        next[chunk.len() - 1] = OUTSIDE as u8;
+        for (symbol, byte) in symbols.iter_mut().zip(chunk) {
+            *symbol = self.byte_ids[*byte as usize];
+        }
+        for (at, pair) in chunk.windows(2).enumerate() {
+            keys[at] = key_of(self.byte_pairs[(pair[0] as usize) << 8 | pair[1] as usize], at);
+        }
+        loop {
+            let best = keys.iter().fold(NO_KEY, |best, key| best.min(*key));
+            if best == NO_KEY {
+                break;
+            }
+            let (at, merged) = ((best & 15) as usize, (best >> 4) as u32);
+            let gone = next[at] as usize;
+            let after = next[gone] as usize;
+            symbols[at] = merged;
+            keys[gone & 15] = NO_KEY;
+            next[at] = after as u8;
+            previous[after] = at as u8;
+            keys[at] = NO_KEY;
+            if after != OUTSIDE {
+                keys[at] = key_of(self.rank(merged, symbols[after]), at);
+            }
+            let before = previous[at] as usize;
+            if before != OUTSIDE {
+                keys[before] = key_of(self.rank(symbols[before], merged), before);
+            }
+        }
+        let mut at = 0;
+        while at != OUTSIDE {
+            ids.push(symbols[at]);
+            at = next[at] as usize;
+        }
+    }
+
     /// Find the lowest rank, merge there, close the gap; repeat.
-    fn apply_short<const MOST: usize>(&self, chunk: &[u8], ids: &mut Vec<u32>) {
-        let mut symbols = [0u32; MOST];
-        let mut ranks = [NONE; MOST];
+    fn apply_short(&self, chunk: &[u8], ids: &mut Vec<u32>) {
+        let mut symbols = [0u32; SHORT];
+        let mut ranks = [NONE; SHORT];
         let mut len = chunk.len();
         for (symbol, byte) in symbols.iter_mut().zip(chunk) {
             *symbol = self.byte_ids[*byte as usize];
@@ -220,9 +268,14 @@ mod tests {
                 };
                 let chunk: Vec<u8> = (0..len).map(|_| letter()).collect();
                 let (mut short, mut long) = (Vec::new(), Vec::new());
-                merges.apply_short::<SHORT>(&chunk, &mut short);
+                merges.apply_short(&chunk, &mut short);
                 merges.apply_long(&chunk, &mut scratch, &mut long);
                 assert_eq!(short, long);
+                if len <= 16 {
+                    let mut sixteen = Vec::new();
+                    merges.apply_sixteen(&chunk, &mut sixteen);
+                    assert_eq!(short, sixteen);
+                }
             }
         }
     }
