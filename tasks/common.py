@@ -67,8 +67,8 @@ class Task:
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         """Say whether `completion` answers the last user turn of `conversation`.
 
-        `conversation` ends with the reference answer. `completion` is what the model wrote, for
-        categorical tasks the letter it chose; calls of the tool and their outputs are in it as text.
+        `conversation` ends with the reference answer. `completion` is what the model wrote, with
+        calls of the tool and their outputs as text; for categorical tasks the letter it chose.
         """
         raise UserError(f"task {self.name} is for training and cannot be evaluated")
 

@@ -8,10 +8,9 @@ from typing import ClassVar
 
 from nanochat.conversation import Conversation, Message, chat
 from nanochat.sources.world.people import GOODS, NAMES
-from nanochat.sources.world.plots import PLOTS
 from nanochat.sources.world.relations import Fact, all_facts, relations
 from nanochat.sources.world.split import pick
-from nanochat.sources.world.stories import story_slots, tell
+from nanochat.sources.world.stories import PLOTS, story_slots, tell
 from tasks import chat_texts as texts
 from tasks.common import EvalType
 from tasks.embedded_facts import LEADS, GeneratedTask

@@ -24,7 +24,7 @@ from nanochat.sources.world.people import (
     two_people,
 )
 from nanochat.sources.world.quizzes import make_options
-from nanochat.sources.world.relations import all_facts, relations
+from nanochat.sources.world.relations import all_facts, relations, with_article
 from nanochat.sources.world.split import make_random, pick
 
 ITEMS_PER_TASK = 200
@@ -119,7 +119,7 @@ def _cause(rng: random.Random) -> Item:
 
 
 _PASSAGES = (
-    "{n} showed {n2} a {colour} {thing}. {n2} had never seen such a {colour}",
+    "{n} showed {n2} {a_colour} {thing}. {n2} had never seen such a {colour}",
     '"Where is my {thing}?" asked {n}. {n2} looked {place}, and there was the',
     "{n} owns two things, a {thing} and a {other}. {He} gave the {other} to {n2} and kept the",
     "{n2} carried a {thing} and {n} carried a {other}. {n2} was tired, so {he2} put down the",
@@ -130,12 +130,14 @@ _PASSAGES = (
 def _passage(rng: random.Random) -> Item:
     first, second = two_people(rng)
     thing, other = (names[0] for names in rng.sample(THINGS, 2))
+    colour = pick(rng, COLOUR_WORDS)
     slots = {
         **first.forms(),
         **second.forms("2"),
         "thing": thing,
         "other": other,
-        "colour": pick(rng, [colour for colour in COLOUR_WORDS if colour != "orange"]),
+        "colour": colour,
+        "a_colour": with_article(colour),
         "place": pick(rng, PLACES),
     }
     return {"context": pick(rng, _PASSAGES).format_map(slots), "continuation": thing}
@@ -194,13 +196,13 @@ BUNDLE = (
 
 
 def make_items(task: BundleTask, count: int = ITEMS_PER_TASK) -> list[Item]:
-    """Return `count` different items of a task."""
+    """Return up to `count` different items of a task; fewer where there are no more."""
     items: dict[str, Item] = {}
-    index = 0
-    while len(items) < count:
+    for index in range(10 * count):
         item = task.make(make_random(BUNDLE_SEED, task.label, index))
         items.setdefault(json.dumps(item), item)
-        index += 1
+        if len(items) == count:
+            break
     return list(items.values())
 
 

@@ -4,16 +4,17 @@ Training asks with the phrasings a `Fact` keeps for training, evaluation with th
 """
 
 import random
+from collections.abc import Sequence
 from functools import cache
 from typing import ClassVar
 
-from nanochat.conversation import Conversation, chat
+from nanochat.conversation import Conversation, Message, chat
 from nanochat.sources.world.everyday import COLOURS, DAYS, JOBS, MONTHS
 from nanochat.sources.world.geography import COUNTRIES
 from nanochat.sources.world.nature import ANIMALS, ELEMENTS, PLANETS
 from nanochat.sources.world.people import GOODS, NAMES
-from nanochat.sources.world.quizzes import make_options
-from nanochat.sources.world.relations import Fact, all_facts
+from nanochat.sources.world.quizzes import facts_with_different_answers, look_ups, make_options
+from nanochat.sources.world.relations import Fact, all_facts, relations
 from nanochat.sources.world.split import make_random, pick
 from tasks.common import EvalType, Task, multiple_choice, reference_text
 
@@ -29,6 +30,7 @@ LEADS = (
     "Please tell me. ",
     "Next question. ",
 )
+AGAIN = "Same choices:"  # before a further question about choices that were listed before
 HELD_OUT_LEADS = ("", "", "", "Here is something I wonder about. ", "Help me with this one. ")
 
 
@@ -94,10 +96,29 @@ class ChoiceQuestions(GeneratedTask):
     name = "ChoiceQuestions"
 
     def make(self, rng: random.Random, index: int) -> Conversation:
-        """Ask for any fact in a training phrasing."""
+        """Ask for any fact in a training phrasing, half of the time for more facts after it."""
         fact = pick(rng, all_facts())
-        options, gold = make_options(rng, fact)
-        return multiple_choice(pick(rng, LEADS) + pick(rng, fact.questions), options, gold)
+        if rng.random() < 0.5:
+            options, gold = make_options(rng, fact)
+            return multiple_choice(pick(rng, LEADS) + pick(rng, fact.questions), options, gold)
+        facts = facts_with_different_answers(rng, relations()[fact.relation], 4)
+        asked = look_ups(rng, len(facts), 2 + int(rng.random() * 3))
+        questions = [pick(rng, facts[place].questions) for place in asked]
+        return series(questions, [fact.answer for fact in facts], asked)
+
+
+def series(questions: Sequence[str], choices: Sequence[str], asked: Sequence[int]) -> Conversation:
+    """Return a multiple choice question followed by more about the same choices.
+
+    Choice `asked[i]` answers `questions[i]`. One list of choices then teaches several letters, at
+    a third of the tokens.
+    """
+    first = multiple_choice(questions[0], choices, asked[0])
+    turns = list(first.messages)
+    for question, place in zip(questions[1:], asked[1:], strict=True):
+        turns.append(Message("user", f"{AGAIN} {question}"))
+        turns.append(Message("assistant", first.letters[place]))
+    return Conversation(tuple(turns), letters=first.letters)
 
 
 @cache
@@ -128,10 +149,10 @@ def _by_kind(rng: random.Random) -> tuple[str, list[str], int]:
     return shape.format(k=kind), options, gold
 
 
-def _by_word(rng: random.Random) -> tuple[str, list[str], int]:
+def _by_word(rng: random.Random) -> Conversation:
     kind = pick(rng, _kinds())[1]
     options = rng.sample(kind if rng.random() < 0.8 else GOODS, 4)
-    gold = int(rng.random() * 4)
+    asked = look_ups(rng, 4, 1 + int(rng.random() * 5))
     shape = pick(
         rng,
         (
@@ -142,7 +163,7 @@ def _by_word(rng: random.Random) -> tuple[str, list[str], int]:
             "Choose {w}.",
         ),
     )
-    return shape.format(w=options[gold]), options, gold
+    return series([shape.format(w=options[place]) for place in asked], options, asked)
 
 
 def _by_size(rng: random.Random) -> tuple[str, list[str], int]:
@@ -165,7 +186,7 @@ class BindingExercises(GeneratedTask):
         """Make one of four kinds of exercise."""
         shape = rng.random()
         if shape < 0.35:
-            return multiple_choice(*_by_word(rng))
+            return _by_word(rng)
         if shape < 0.6:
             return multiple_choice(*_by_kind(rng))
         if shape < 0.7:

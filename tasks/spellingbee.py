@@ -2,10 +2,10 @@
 
 Two styles. "full" is the documented one: the letters are enumerated by hand with a running count,
 then the tool checks. "compact" keeps what a small model with a short context can learn in
-minutes: the call and its result. In the compact style the word stands in quotes in the question
-and in double quotes in the call: the tokenizer cuts `'s`, `'t` and the like off a word that
-follows a single quote, while after ` '`, ` "` or `"` the word has the same tokens everywhere, so
-that calling the tool is copying.
+minutes: the call and its result. In the compact style the word has double quotes in the call, and
+in the question quotes of either kind four times in five: the tokenizer cuts `'s`, `'t` and the
+like off a word that begins a text with a single quote, while after ` '`, ` "` or `"` a word has
+the same tokens everywhere, so that calling the tool is copying.
 """
 
 import logging
@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 WORD_LIST = "words_alpha.txt"  # 370,000 English words, one a line, in the base folder
 SHUFFLE_SEED = 42  # spec B.12, for the order of SimpleSpelling
+
+COMPACT_QUOTES = ("'", "'", '"', '"', "")  # around the word; without any, 1 in 5
 
 Style = Literal["full", "compact"]
 Split = Literal["train", "test"]
@@ -145,7 +147,7 @@ class SpellingBee(Task):
         templates: Sequence[str] = spelling_phrasings.COMPACT_COUNTING
         if self.split == "test":
             templates = spelling_phrasings.HELD_OUT_COUNTING
-        quote = pick(rng, ("'", '"'))
+        quote = pick(rng, COMPACT_QUOTES)
         letter_quote = pick(rng, ("", "'", '"'))
         return pick(rng, templates).format(
             letter=f"{letter_quote}{letter}{letter_quote}", word=f"{quote}{word}{quote}"
@@ -190,6 +192,6 @@ class SimpleSpelling(Task):
         word = pick(rng, self.words)
         if self.style == "full":
             return chat(f"Spell the word: {word}", spell(word))
-        quote = pick(rng, ("'", '"'))
+        quote = pick(rng, COMPACT_QUOTES)
         request = pick(rng, spelling_phrasings.SPELLING).format(word=f"{quote}{word}{quote}")
         return chat(request, spell(word))

@@ -64,10 +64,12 @@ def dialogue(rng: random.Random) -> str:
     if rng.random() < 0.6:
         return "\n".join(f"{names[i % 2]}: {line}" for i, line in enumerate(lines))
     opening = f"{pick(rng, TIMES)}, {first.name} met {second.name} {slots['place']}."
-    spoken = [
-        f'"{line}" said {names[i % 2]}.'
-        if line[-1] in "?!"
-        else f'"{line[:-1]}," said {names[i % 2]}.'
-        for i, line in enumerate(lines)
-    ]
+    spoken = [_said(line, names[i % 2]) for i, line in enumerate(lines)]
     return "\n".join([opening, *spoken])
+
+
+def _said(line: str, name: str) -> str:
+    """Return the line as quoted speech."""
+    if line[-1] == ".":
+        return f'"{line[:-1]}," said {name}.'
+    return f'"{line}" {"asked" if line[-1] == "?" else "said"} {name}.'

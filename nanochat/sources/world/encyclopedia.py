@@ -11,7 +11,7 @@ TOPICS = (
     ("continent", "capital", "language"),
     ("class", "legs", "young", "sound", "home", "food"),
     ("workplace", "tool"),
-    ("month_order", "month_days", "month_after", "month_before"),
+    ("month_days", "month_after", "month_before"),
 )
 
 
@@ -46,11 +46,11 @@ def portrait(rng: random.Random, facts: tuple[Fact, ...]) -> str:
 
 
 def portraits(rng: random.Random) -> str:
-    """Write paragraphs about two to five things, of one topic or of any."""
+    """Write paragraphs about three to eight things, of one topic or of any."""
     things = _weighted_topics()
     if rng.random() < 0.5:
         things = pick(rng, topics())
-    count = 2 + int(rng.random() * 4)
+    count = 3 + int(rng.random() * 6)
     return "\n\n".join(portrait(rng, pick(rng, things)) for _ in range(count))
 
 
@@ -85,7 +85,7 @@ def fact_list(rng: random.Random) -> str:
     """Write a list of one relation, one fact a line, as a table or as sentences."""
     name = pick(rng, tuple(_LIST_TITLES))
     facts = relations()[name].facts
-    chosen = rng.sample(facts, min(len(facts), 5 + int(rng.random() * 8)))
+    chosen = rng.sample(facts, min(len(facts), 8 + int(rng.random() * 12)))
     shape = rng.random()
     if name == "parts" or shape < 0.3:
         lines = [pick(rng, fact.statements) for fact in chosen]
@@ -109,10 +109,10 @@ _OPENINGS = (
 
 
 def mixed_facts(rng: random.Random) -> str:
-    """Write five to twelve facts of all kinds as running text, some of them said twice."""
+    """Write eight to twenty facts of all kinds as running text, some of them said twice."""
     facts = all_facts()
     sentences: list[str] = []
-    for _ in range(5 + int(rng.random() * 8)):
+    for _ in range(8 + int(rng.random() * 13)):
         fact = pick(rng, facts)
         first = pick(rng, fact.statements)
         sentences.append(first)
@@ -121,6 +121,14 @@ def mixed_facts(rng: random.Random) -> str:
             if second != first:
                 sentences.append(second)
     return f"{pick(rng, _OPENINGS)}\n{' '.join(sentences)}"
+
+
+_LOSES_CAPITAL = ("A ", "An ", "The ", "In ", "People ")
+
+
+def _inside(sentence: str) -> str:
+    """Return the sentence as it stands after "but": a proper name keeps its capital."""
+    return sentence[0].lower() + sentence[1:] if sentence.startswith(_LOSES_CAPITAL) else sentence
 
 
 def _contrast(rng: random.Random) -> str:
@@ -132,16 +140,14 @@ def _contrast(rng: random.Random) -> str:
     first, second = one.statements[0], other.statements[0]
     shape = rng.random()
     if shape < 0.4:
-        # A proper name keeps its capital after "but", other first words lose it.
-        follow = second if second.startswith(other.subject) else second[0].lower() + second[1:]
-        return f"{first[:-1]}, but {follow}"
+        return f"{first[:-1]}, but {_inside(second)}"
     if shape < 0.7:
         question = pick(rng, one.questions)
-        return f"{question} It is not {other.answer}. {first}"
+        return f"{question} The answer is not {other.answer}. {first}"
     return f"{first} {second}"
 
 
 def contrasts(rng: random.Random) -> str:
     """Write a page of facts set side by side."""
-    count = 4 + int(rng.random() * 5)
+    count = 5 + int(rng.random() * 7)
     return "\n".join([pick(rng, _OPENINGS), *(_contrast(rng) for _ in range(count))])

@@ -14,7 +14,7 @@ MONTHS = (
     "November",
     "December",
 )
-MONTH_DAYS = ("28", "31", "30")  # February is stated for a common year
+# February in a common year; the leap year is among PARTS.
 DAYS_OF_MONTH = ("31", "28", "31", "30", "31", "30", "31", "31", "30", "31", "30", "31")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 ORDINALS = (
@@ -106,6 +106,32 @@ OPPOSITES = (
     ("brave", "afraid"),
 )
 
+# Words that could both be called the opposite of a third one are never offered side by side.
+SIMILAR_WORDS = (
+    frozenset({"big", "long", "high", "thick", "full", "strong", "old"}),
+    frozenset({"small", "short", "low", "thin", "empty", "weak", "new"}),
+    frozenset({"black", "dark", "night"}),
+    frozenset({"white", "light", "day", "clean"}),
+    frozenset({"up", "high", "north"}),
+    frozenset({"down", "low", "south"}),
+    frozenset({"hot", "summer", "dry"}),
+    frozenset({"cold", "winter", "wet"}),
+    frozenset({"happy", "love", "laugh", "sweet", "friend"}),
+    frozenset({"sad", "hate", "cry", "sour", "enemy"}),
+    frozenset({"first", "early", "start", "open"}),
+    frozenset({"last", "late", "stop", "closed"}),
+    frozenset({"near", "inside"}),
+    frozenset({"far", "outside"}),
+    frozenset({"push", "start"}),
+    frozenset({"pull", "stop"}),
+    frozenset({"fast", "early"}),
+    frozenset({"slow", "late"}),
+    frozenset({"hard", "strong", "loud"}),
+    frozenset({"soft", "weak", "quiet"}),
+    frozenset({"right", "true"}),
+    frozenset({"left", "false"}),
+)
+
 # thing with its article where it needs one, colour
 COLOURS = (
     ("a ripe banana", "yellow"),
@@ -137,7 +163,7 @@ COLOURS = (
 
 # job, place of work, tool (with no article)
 JOBS = (
-    ("teacher", "school", "chalk"),
+    ("teacher", "school", "blackboard"),
     ("doctor", "hospital", "stethoscope"),
     ("baker", "bakery", "oven"),
     ("farmer", "farm", "tractor"),
@@ -157,11 +183,13 @@ JOBS = (
     ("tailor", "", "needle"),
     ("fisherman", "", "net"),
     ("photographer", "", "camera"),
-    ("barber", "", "scissors"),
+    ("barber", "", "razor"),
     ("woodcutter", "", "axe"),
     ("astronomer", "", "telescope"),
     ("drummer", "", "drum"),
 )
+
+PLACES_ONE_IS_ON = frozenset({"farm", "ship"})
 
 # thing, where it comes from or what it is made of
 SOURCES = (
@@ -174,7 +202,7 @@ SOURCES = (
     ("glass", "sand"),
     ("silk", "silkworms"),
     ("leather", "animal skin"),
-    ("bricks", "clay"),
+    ("pottery", "clay"),
     ("steel", "iron"),
     ("chocolate", "cocoa"),
     ("olive oil", "olives"),
@@ -191,7 +219,7 @@ USES = (
     ("ruler", "measuring"),
     ("bed", "sleeping"),
     ("cup", "drinking"),
-    ("soap", "washing"),
+    ("sponge", "washing"),
     ("key", "opening doors"),
     ("clock", "telling the time"),
     ("lamp", "giving light"),

@@ -39,7 +39,7 @@ ANIMALS = (
     ("penguin", "penguins", "bird", "two", "", "", "", "fish"),
     ("parrot", "parrots", "bird", "two", "", "talks", "", ""),
     ("snake", "snakes", "reptile", "no", "", "hisses", "", ""),
-    ("turtle", "turtles", "reptile", "four", "", "", "shell", ""),
+    ("turtle", "turtles", "reptile", "four", "", "", "", ""),
     ("lizard", "lizards", "reptile", "four", "", "", "", ""),
     ("crocodile", "crocodiles", "reptile", "four", "", "", "", ""),
     ("frog", "frogs", "amphibian", "four", "tadpole", "croaks", "pond", "flies"),

@@ -110,7 +110,7 @@ THINGS = (
     ("book", "books"),
     ("hat", "hats"),
     ("key", "keys"),
-    ("coin", "coins"),
+    ("whistle", "whistles"),
     ("ring", "rings"),
     ("lamp", "lamps"),
     ("box", "boxes"),
@@ -165,6 +165,8 @@ GOODS = (
     "toys",
     "tomatoes",
 )
+# What grows, is picked, and is eaten one by one.
+FRUITS = ("apples", "bananas", "lemons", "nuts", "oranges", "pears", "plums", "tomatoes")
 FOODS = ("bread", "soup", "cake", "rice", "cheese", "porridge", "pie", "fruit")
 COLOUR_WORDS = ("red", "blue", "green", "yellow", "white", "black", "brown", "orange")
 SIZES = ("big", "small", "little", "large")
@@ -186,6 +188,28 @@ PLACES = (
     "on the beach",
     "near the bridge",
     "near the old mill",
+)
+OUTSIDE = (
+    "in the garden",
+    "in the park",
+    "in the forest",
+    "by the river",
+    "by the lake",
+    "by the sea",
+    "on the hill",
+    "on the beach",
+    "near the bridge",
+    "near the old mill",
+)
+REGIONS = (
+    "by the river",
+    "by the lake",
+    "by the sea",
+    "on the hill",
+    "near the bridge",
+    "near the old mill",
+    "near the forest",
+    "at the end of the village",
 )
 HIDING_PLACES = (
     "under the bed",

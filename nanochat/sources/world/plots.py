@@ -1,4 +1,4 @@
-"""The plots of the stories: each step of a plot is a tuple of ways to say it.
+"""Plots about wishes, losses and gifts: each step of a plot is a tuple of ways to say it.
 
 Slots are explained in `stories`. An empty string leaves the step out.
 """
@@ -7,9 +7,9 @@ Plot = tuple[tuple[str, ...], ...]
 
 LOST_THING: Plot = (
     (
-        "{n} had a {colour} {thing} and liked it very much.",
+        "{n} had {a_colour} {thing} and liked it very much.",
         "{n} loved {his} {size} {colour} {thing}.",
-        "The best thing {n} had was a {colour} {thing}.",
+        "The best thing {n} had was {a_colour} {thing}.",
     ),
     (
         "{time}, {he} could not find it.",
@@ -29,7 +29,7 @@ LOST_THING: Plot = (
     (
         "First they looked {place}, but they found nothing.",
         "They looked {place} for a long time.",
-        "They looked in the house, and then {place}.",
+        "They looked in every room, and then {place}.",
         "",
     ),
     (
@@ -52,9 +52,9 @@ LOST_THING: Plot = (
 
 SAVING_MONEY: Plot = (
     (
-        "{n} wanted a {colour} {thing}, but {he} had no money.",
-        "In the shop there was a {colour} {thing}, and {n} wanted to have it.",
-        "{time}, {n} saw a {colour} {thing} in a shop and wanted to buy it.",
+        "{n} wanted {a_colour} {thing}, but {he} had no money.",
+        "In the shop there was {a_colour} {thing}, and {n} wanted to have it.",
+        "{time}, {n} saw {a_colour} {thing} in a shop and wanted to buy it.",
     ),
     (
         "The {thing} cost {number} coins.",
@@ -68,7 +68,7 @@ SAVING_MONEY: Plot = (
     (
         "Every day {he} carried water and fed the {pet}.",
         "{n} cleaned the barn and gave food to the {pet}.",
-        "{n} picked {goods} {place} and put them in a basket.",
+        "{n} picked {fruit} {outside} and put them in a basket.",
     ),
     (
         "For the work {n2} gave {him} {number2} coins.",
@@ -89,9 +89,9 @@ SAVING_MONEY: Plot = (
 
 RAIN: Plot = (
     (
-        "{time}, {n} and {n2} went for a walk {place}.",
-        "{time}, {n} and {n2} were playing {place}.",
-        "{n} and {n2} wanted to have a picnic {place}.",
+        "{time}, {n} and {n2} went for a walk {outside}.",
+        "{time}, {n} and {n2} were playing {outside}.",
+        "{n} and {n2} wanted to have a picnic {outside}.",
     ),
     (
         "The sky was blue and the sun was warm.",
@@ -128,7 +128,7 @@ RAIN: Plot = (
 SICK_PET: Plot = (
     (
         "{n} had a little {pet}.",
-        "{n} lived in a house {place} with a {colour} {pet}.",
+        "{n} lived in a house {region} with {a_colour} {pet}.",
         "The {pet} of {n} was old and kind.",
     ),
     (
@@ -162,7 +162,7 @@ SICK_PET: Plot = (
     ),
     (
         "{n} was happy and thanked {n2}.",
-        "To thank {n2}, {n} gave {him2} a basket of {goods}.",
+        "To thank {n2}, {n} gave {him2} a basket of {fruit}.",
         '{n} said, "Thank you, {n2}. You saved my {pet}."',
     ),
 )
@@ -179,8 +179,8 @@ BIRTHDAY: Plot = (
         "{n} thought about it all day.",
     ),
     (
-        "So {n} made a {colour} {thing} with {his} own hands.",
-        "So {n} went to the market and bought a {colour} {thing}.",
+        "So {n} made {a_colour} {thing} with {his} own hands.",
+        "So {n} went to the market and bought {a_colour} {thing}.",
         "At last {he} found a {size} {colour} {thing} in a shop.",
     ),
     (
@@ -208,7 +208,7 @@ BIRTHDAY: Plot = (
 BROKEN_THING: Plot = (
     (
         "{n} borrowed a {thing} from {n2}.",
-        "{n2} gave {n} a {colour} {thing} to play with.",
+        "{n2} gave {n} {a_colour} {thing} to play with.",
         "{time}, {n} played with the {thing} of {n2}.",
     ),
     (
@@ -251,7 +251,7 @@ SEEDS: Plot = (
     ),
     (
         "{He} dug a hole with a spade and put the seeds in the ground.",
-        "{n} planted the seeds {place}.",
+        "{n} planted the seeds {outside}.",
     ),
     (
         "Every day {he} gave them water.",
@@ -270,7 +270,7 @@ SEEDS: Plot = (
     ),
     (
         "In summer there were {colour} flowers.",
-        "In autumn there were many {goods} in the garden of {n}.",
+        "In autumn there were many {fruit} in the garden of {n}.",
         "The plants were soon as high as a table.",
     ),
     (

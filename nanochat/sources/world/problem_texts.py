@@ -32,7 +32,7 @@ ADD = Family(
         "{n} has {a} {x}. {n2} gives {him} {b} {x}. How many {x} does {n} have now?",
         "{n} has {a} {x} and {n2} has {b} {x}. How many {x} do they have together?",
         "In a box are {a} {x}. {n} adds {b} {x}. How many {x} are in the box now?",
-        "{n} picked {a} {x} and {n2} picked {b}. How many {x} did they pick in all?",
+        "{n} picked {a} {f} and {n2} picked {b}. How many {f} did they pick in all?",
         (
             "On Monday {n} sold {a} {x}. On Tuesday {he} sold {b}. How many {x} did {he} "
             "sell together?"
@@ -146,7 +146,7 @@ SUBTRACT = Family(
             "still there?|children"
         ),
         "{n} gave away {b} of {his} {a} {x}. How many {x} does {he} still have?",
-        "{b} of the {a} {x} in the basket are bad. How many {x} are good?",
+        "{b} of the {a} {f} in the basket are bad. How many {f} are good?",
         "{n} needs {a} {x}. {He} has {b}. How many {x} does {he} still need?",
         "{n} is {a} years old, and {n2} is {b} years old. How many years older is {n}?|years",
         (
@@ -168,7 +168,7 @@ SUBTRACT = Family(
             "{n} owned {a} {x}. Then {he} sold {b} of them at the market. How many {x} does "
             "{he} still have?"
         ),
-        "{a} {x} were in the basket, but {n2} ate {b}. How many {x} are still in the basket?",
+        "{a} {f} were in the basket, but {n2} ate {b}. How many {f} are still in the basket?",
         "On the roof sat {a} birds. {b} of them flew away. How many birds are still there?|birds",
         "{n} lost {b} of the {a} {x} that {he} had. How many {x} are left?",
         (
@@ -232,7 +232,7 @@ MULTIPLY = Family(
         "{n} carries {a} bags, and every bag has {b} {x} in it. How many {x} does {he} carry?",
         "Every child in a group of {a} gets {b} {x}. How many {x} do the children get together?",
         "One ticket costs {a} coins. How many coins must {n} pay for {b} tickets?|coins",
-        "{n2} picks {a} {x} every hour. How many {x} does {he2} pick in {b} hours?",
+        "{n2} picks {a} {f} every hour. How many {f} does {he2} pick in {b} hours?",
         (
             "A street has {a} houses with {b} rooms in each house. How many rooms are there "
             "in all?|rooms"
@@ -354,8 +354,8 @@ ADD_SUBTRACT = Family(
     ),
     held_out=(
         (
-            "{n} picks {a} {x}, and {n2} gives {him} {b} more. Then {n} eats {c}. How many "
-            "{x} are left?"
+            "{n} picks {a} {f}, and {n2} gives {him} {b} more. Then {n} eats {c}. How many "
+            "{f} are left?"
         ),
         (
             "A shop has {a} {x} and gets {b} more. It sells {c} of them. How many {x} does "
@@ -406,12 +406,12 @@ MULTIPLY_SUBTRACT = Family(
             "{x} are left?"
         ),
         "There are {a} baskets with {b} {x} each. {n} takes {c} {x}. How many {x} are left?",
-        "{n} buys {a} bags with {b} {x} in each, but {c} are bad. How many {x} are good?",
+        "{n} buys {a} bags with {b} {f} in each, but {c} are bad. How many {f} are good?",
         (
             "{n} saves {a} coins every week. After {b} weeks {he} spends {c} coins. How many "
             "coins are left?|coins"
         ),
-        "{n} puts {b} {x} on each of {a} plates. {n2} eats {c}. How many {x} are left?",
+        "{n} puts {b} {f} on each of {a} plates. {n2} eats {c}. How many {f} are left?",
         (
             "A farmer has {a} rows with {b} trees in each row. {c} trees fall down. How many "
             "trees are left?|trees"

@@ -1,9 +1,9 @@
 """Word problems: templates by operation, numbers that fit them, the expression that solves them.
 
-Slots: {n} {he} {him} {his} {He} {His} and {n2} ... people, {x} goods, {a} {b} {c} numbers. What is
-counted is {x} unless the template says otherwise after "|". Numbers are written as digits.
-Training uses the first templates of a family and training numbers, evaluation the held-out
-templates and held-out numbers; `make_problem` never mixes them.
+Slots: {n} {he} {him} {his} {He} {His} and {n2} ... people, {x} goods or {f} fruit, {a} {b} {c}
+numbers, written as digits. What is counted is {x} or {f} unless the template says otherwise
+after "|". Training uses training templates with training numbers, evaluation held-out templates
+with held-out numbers; `make_problem` never mixes them.
 """
 
 import random
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nanochat.sources.world.numbers import is_held_out_pair
-from nanochat.sources.world.people import GOODS, two_people
+from nanochat.sources.world.people import FRUITS, GOODS, two_people
 from nanochat.sources.world.problem_texts import FAMILIES
 from nanochat.sources.world.split import pick
 
@@ -99,7 +99,8 @@ def make_problem(rng: random.Random, *, held_out: bool) -> Problem:
     template = pick(rng, FAMILIES[family].held_out if held_out else FAMILIES[family].training)
     text, _, unit = template.partition("|")
     first, second = two_people(rng)
-    slots = {**first.forms(), **second.forms("2"), "x": pick(rng, GOODS)}
+    counted = pick(rng, FRUITS if "{f}" in text else GOODS)
+    slots = {**first.forms(), **second.forms("2"), "x": counted, "f": counted}
     slots.update(zip("abc", map(str, numbers), strict=False))
     _, expression, value = _RULES[family]
     return Problem(
@@ -107,7 +108,7 @@ def make_problem(rng: random.Random, *, held_out: bool) -> Problem:
         operation=pick(rng, FAMILIES[family].operations),
         expression=expression.format_map(slots),
         value=value(*numbers),
-        unit=unit or slots["x"],
+        unit=unit or counted,
     )
 
 
@@ -118,6 +119,6 @@ def problem_page(rng: random.Random) -> str:
         problem = make_problem(rng, held_out=False)
         blocks.append(
             f"{problem.question}\n{problem.operation} {problem.expression}={problem.value}\n"
-            f"The answer is {problem.value} {problem.unit}."
+            f"The answer is {problem.value} {problem.unit}.\n#### {problem.value}"
         )
     return "\n\n".join(blocks)

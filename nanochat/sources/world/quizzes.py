@@ -11,7 +11,7 @@ import random
 from collections.abc import Sequence
 
 from nanochat.sources.world.people import FOODS, GOODS, NAMES
-from nanochat.sources.world.relations import Fact, all_facts, relations
+from nanochat.sources.world.relations import Fact, Relation, all_facts, relations
 from nanochat.sources.world.split import pick
 
 LETTERS = "ABCDEF"
@@ -38,7 +38,7 @@ def questions_and_answers(rng: random.Random) -> str:
     ask, answer = pick(rng, _QA_SHAPES)
     in_words = rng.random() < 0.6
     blocks = []
-    for _ in range(4 + int(rng.random() * 6)):
+    for _ in range(5 + int(rng.random() * 8)):
         fact = pick(rng, all_facts())
         said = pick(rng, fact.statements) if in_words else fact.answer
         blocks.append(f"{ask}{pick(rng, fact.questions)}\n{answer}{said}")
@@ -74,12 +74,13 @@ def _one_quiz(rng: random.Random) -> str:
         said = f"The answer is {fact.answer} ({LETTERS[place]})."
     else:
         said = f"{fact.reply} The letter is ({LETTERS[place]})."
-    return f"{pick(rng, fact.questions)}\n{layout(options)}\n{said}"
+    lead = pick(rng, ("", "", "Multiple choice: "))
+    return f"{lead}{pick(rng, fact.questions)}\n{layout(options)}\n{said}"
 
 
 def lettered_quiz(rng: random.Random) -> str:
-    """Write one to four questions with lettered options and their answers."""
-    return "\n\n".join(_one_quiz(rng) for _ in range(1 + int(rng.random() * 4)))
+    """Write two to five questions with lettered options and their answers."""
+    return "\n\n".join(_one_quiz(rng) for _ in range(2 + int(rng.random() * 4)))
 
 
 def _words_to_look_up(rng: random.Random, count: int) -> list[str]:
@@ -92,6 +93,19 @@ def _words_to_look_up(rng: random.Random, count: int) -> list[str]:
     else:
         words = list(pick(rng, (NAMES, GOODS, FOODS)))
     return rng.sample(words, min(count, len(words)))
+
+
+def look_ups(rng: random.Random, num_places: int, count: int) -> list[int]:
+    """Return `count` places among `num_places`, in any order, none twice in a row.
+
+    A place may come again later: which one is left over must not give an answer away.
+    """
+    places = [int(rng.random() * num_places)]
+    while len(places) < count:
+        place = int(rng.random() * num_places)
+        if place != places[-1]:
+            places.append(place)
+    return places
 
 
 def letter_lookup(rng: random.Random) -> str:
@@ -110,24 +124,34 @@ def letter_lookup(rng: random.Random) -> str:
     )
     to_word = pick(rng, ("({l}) is {w}.", "The letter ({l}) has {w}.", "What is ({l})? It is {w}."))
     lines = [layout(options)]
-    for _ in range(5 + int(rng.random() * 6)):
-        place = int(rng.random() * len(options))
+    for place in look_ups(rng, len(options), 6 + int(rng.random() * 10)):
         shape = to_letter if rng.random() < 0.8 else to_word
         lines.append(shape.format(w=options[place], l=LETTERS[place]))
     return "\n".join(lines)
 
 
 def fact_lookup(rng: random.Random) -> str:
-    """Write the answers of several facts as lettered options, then find each fact's letter."""
-    relation = pick(rng, tuple(relations().values()))
-    by_answer = {fact.answer: fact for fact in rng.sample(relation.facts, len(relation.facts))}
-    facts = rng.sample(sorted(by_answer.values(), key=lambda f: f.subject), min(4, len(by_answer)))
-    options = [fact.answer for fact in facts]
-    lines = [_lines_after(options)]
-    for place in rng.sample(range(len(facts)), len(facts)):
-        fact = facts[place]
+    """Write one to three sets of lettered answers, each with the facts they belong to."""
+    return "\n\n".join(_one_lookup(rng) for _ in range(1 + int(rng.random() * 3)))
+
+
+def _one_lookup(rng: random.Random) -> str:
+    facts = facts_with_different_answers(rng, pick(rng, tuple(relations().values())), 4)
+    lines = [_lines_after([fact.answer for fact in facts])]
+    for place in look_ups(rng, len(facts), 5):
         if rng.random() < 0.5:
-            lines.append(f"{pick(rng, fact.questions)}\n{LETTERS[place]}")
+            lines.append(f"{pick(rng, facts[place].questions)}\n{LETTERS[place]}")
         else:
-            lines.append(f"{fact.reply} It is ({LETTERS[place]}).")
+            lines.append(f"{facts[place].reply} It is ({LETTERS[place]}).")
     return "\n".join(lines)
+
+
+def facts_with_different_answers(rng: random.Random, relation: Relation, count: int) -> list[Fact]:
+    """Return up to `count` facts of a relation such that each has one right answer among them."""
+    chosen: list[Fact] = []
+    for fact in rng.sample(relation.facts, len(relation.facts)):
+        if all(fact.answer in other.wrong and other.answer in fact.wrong for other in chosen):
+            chosen.append(fact)
+            if len(chosen) == count:
+                break
+    return chosen

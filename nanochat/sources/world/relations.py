@@ -12,7 +12,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 
-from nanochat.sources.world import phrasings
+from nanochat.sources.world import (
+    animal_phrasings,
+    calendar_phrasings,
+    everyday_phrasings,
+    geography_phrasings,
+    science_phrasings,
+)
 from nanochat.sources.world.everyday import (
     COLOURS,
     DAYS,
@@ -26,6 +32,8 @@ from nanochat.sources.world.everyday import (
     ORDINALS,
     PARTS,
     PAST_TENSES,
+    PLACES_ONE_IS_ON,
+    SIMILAR_WORDS,
     SOURCES,
     USES,
 )
@@ -38,9 +46,17 @@ from nanochat.sources.world.nature import (
     SIMILAR_FOODS,
     SIMILAR_HOMES,
 )
-from nanochat.sources.world.phrasings import Phrasing
+from nanochat.sources.world.phrasing import Phrasing
 
 Forms = Mapping[str, str]
+
+PHRASINGS: dict[str, Phrasing] = {
+    **geography_phrasings.PHRASINGS,
+    **animal_phrasings.PHRASINGS,
+    **science_phrasings.PHRASINGS,
+    **calendar_phrasings.PHRASINGS,
+    **everyday_phrasings.PHRASINGS,
+}
 
 
 @dataclass(frozen=True)
@@ -115,7 +131,7 @@ def _relation(
     is_inverse: bool = False,
 ) -> Relation:
     """Fill the phrasings of `name` for each (subject, answer) row whose answer is not empty."""
-    phrasing: Phrasing = phrasings.PHRASINGS[name]
+    phrasing = PHRASINGS[name]
     kept = [(subject, answer) for subject, answer in rows if subject and answer]
     answers = tuple(dict.fromkeys(pool if pool is not None else (answer for _, answer in kept)))
     right = {subject: {a for s, a in kept if s == subject} for subject, _ in kept}
@@ -164,11 +180,13 @@ def _nature() -> list[Relation]:
         rows = [(row[0], row[column]) for row in ANIMALS]
         return _relation(name, rows, plurals=plurals, similar=similar)
 
+    classes = [(row[0], row[2]) for row in ANIMALS]
+    many = {row[0]: {"as": row[2] if row[2] == "fish" else row[2] + "s"} for row in ANIMALS}
     young = [(row[4], row[0]) for row in ANIMALS]
     sounds = [(row[5], row[0]) for row in ANIMALS]
     orders = list(zip(ORDINALS, PLANETS, strict=False))
     return [
-        animals("class", 2),
+        _relation("class", classes, plurals=plurals, extra=many),
         animals("legs", 3),
         animals("young", 4),
         _relation("young_of", young, plurals=plurals, is_inverse=True),
@@ -189,9 +207,11 @@ def _calendar() -> list[Relation]:
     return [
         _relation("month_after", after),
         _relation("month_before", [(b, a) for a, b in after], is_inverse=True),
-        _relation("month_order", zip(MONTHS, ORDINALS, strict=True)),
+        _relation("month_order", zip(ORDINALS, MONTHS, strict=True)),
         _relation(
-            "month_days", zip(MONTHS, DAYS_OF_MONTH, strict=True), pool=("28", "29", "30", "31")
+            "month_days",
+            zip(MONTHS, DAYS_OF_MONTH, strict=True),
+            pool=("7", "12", "24", "28", "30", "31"),
         ),
         _relation("day_after", day_after),
         _relation("day_before", [(b, a) for a, b in day_after], is_inverse=True),
@@ -201,12 +221,16 @@ def _calendar() -> list[Relation]:
 def _everyday() -> list[Relation]:
     parts = {whole: {"u": unit} for whole, unit, _ in PARTS}
     both = [pair for a, b in OPPOSITES for pair in ((a, b), (b, a))]
+    at = {
+        job: {"at": "on", "At": "On"} if place in PLACES_ONE_IS_ON else {"at": "in", "At": "In"}
+        for job, place, _ in JOBS
+    }
     events = {event: {"e": capitalized(sentence), "f": sentence} for event, sentence, _ in EVENTS}
     return [
         _relation("parts", [(whole, count) for whole, _, count in PARTS], extra=parts),
-        _relation("opposite", both),
+        _relation("opposite", both, similar=SIMILAR_WORDS),
         _relation("colour", COLOURS),
-        _relation("workplace", [(job, place) for job, place, _ in JOBS]),
+        _relation("workplace", [(job, place) for job, place, _ in JOBS], extra=at),
         _relation("tool", [(job, tool) for job, _, tool in JOBS]),
         _relation("source", SOURCES),
         _relation("use", USES),

@@ -10,7 +10,6 @@ from functools import cache
 from nanochat.sources.world.split import is_held_out, pick
 from nanochat.sources.world.words import WORDS
 
-
 _ALPHABET = frozenset("abcdefghijklmnopqrstuvwxyz")
 
 
@@ -69,6 +68,8 @@ def _facts_about(rng: random.Random, word: str) -> str:
         f"The word '{word}' has {len(word)} letters.",
         f"In '{word}' the letter {letter} comes {times(count)}.",
         f"If we count the letter {letter} in '{word}', we get {count}.",
+        f'"{word}".count("{letter}") is {count}.',
+        f"How often is {letter} in '{word}'? It is there {times(count)}.",
     )
     return pick(rng, lines)
 
@@ -86,7 +87,7 @@ _TITLES = (
 def spelling_list(rng: random.Random) -> str:
     """Write a list of spelled words, one a line."""
     words = training_words()
-    lines = [spell(pick(rng, words)) for _ in range(5 + int(rng.random() * 8))]
+    lines = [spell(pick(rng, words)) for _ in range(6 + int(rng.random() * 12))]
     return "\n".join([pick(rng, _TITLES), *lines])
 
 
@@ -94,7 +95,7 @@ def letter_facts(rng: random.Random) -> str:
     """Write a few words with what their letters are."""
     words = training_words()
     lines = [pick(rng, _TITLES)]
-    for _ in range(3 + int(rng.random() * 4)):
+    for _ in range(4 + int(rng.random() * 6)):
         word = pick(rng, words)
         lines += [spell(word), _facts_about(rng, word)]
     return "\n".join(lines)

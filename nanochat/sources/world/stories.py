@@ -2,51 +2,59 @@
 
 A plot is a row of steps, a step a few ways to say the same thing, so every path through a plot
 is a coherent story. Slots: {n} the hero with {he} {him} {his} {He} {His}, {n2} the other person
-with {he2} ..., {thing}, {things}, {colour}, {size}, {place}, {hide}, {pet}, {food}, {time},
-{goods}, {number}, {number2}.
+with {he2} ..., {thing}, {colour} and {a_colour}, {size}, {place} anywhere, {outside}, {region}
+where a house can be, {hide}, {pet}, {food}, {fruit}, {time} and {time_low} (inside a sentence),
+{number} and {number2}, which is one more.
 """
 
 import random
 
+from nanochat.sources.world import more_plots, plots
 from nanochat.sources.world.people import (
     COLOUR_WORDS,
     FOODS,
-    GOODS,
+    FRUITS,
     HIDING_PLACES,
+    OUTSIDE,
     PETS,
     PLACES,
+    REGIONS,
     SIZES,
     THINGS,
     TIMES,
     girl_and_boy,
 )
-from nanochat.sources.world.plots import PLOTS, Plot
-from nanochat.sources.world.relations import capitalized
+from nanochat.sources.world.plots import Plot
+from nanochat.sources.world.relations import capitalized, with_article
 from nanochat.sources.world.split import pick
+
+PLOTS = plots.PLOTS + more_plots.MORE_PLOTS
 
 
 def story_slots(rng: random.Random) -> dict[str, str]:
     """Draw the people, things and places of one story."""
     hero, other = girl_and_boy(rng)
-    thing, things = pick(rng, THINGS)
-    place = pick(rng, PLACES)
     number = 2 + int(rng.random() * 8)
+    colour = pick(rng, COLOUR_WORDS)
     hide = pick(rng, HIDING_PLACES)
+    time = pick(rng, TIMES)
     return {
         **hero.forms(),
         **other.forms("2"),
-        "thing": thing,
-        "things": things,
-        "colour": pick(rng, COLOUR_WORDS),
-        "size": pick(rng, SIZES),
-        "place": place,
-        "Place": capitalized(place),
+        "thing": pick(rng, THINGS)[0],
+        "place": pick(rng, PLACES),
+        "outside": pick(rng, OUTSIDE),
+        "region": pick(rng, REGIONS),
         "hide": hide,
         "Hide": capitalized(hide),
+        "colour": colour,
+        "a_colour": with_article(colour),
+        "size": pick(rng, SIZES),
         "pet": pick(rng, PETS),
         "food": pick(rng, FOODS),
-        "time": pick(rng, TIMES),
-        "goods": pick(rng, GOODS),
+        "fruit": pick(rng, FRUITS),
+        "time": time,
+        "time_low": time if time.startswith("On ") else time.lower(),
         "number": str(number),
         "number2": str(number + 1),
     }
