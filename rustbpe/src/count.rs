@@ -11,8 +11,44 @@ struct Slot {
     count: u64,
 }
 
-/// A chunk and how often it was seen.
-pub type Word = (Box<[u8]>, u64);
+/// Distinct chunks with their counts, one after the other.
+#[derive(Default)]
+pub struct Words {
+    bytes: Vec<u8>,
+    ends: Vec<usize>,
+    counts: Vec<u32>,
+}
+
+impl Words {
+    /// Counts of more than 32 bits are kept in parts, as if there were two equal words.
+    pub fn push(&mut self, word: &[u8], mut count: u64) {
+        while count > 0 {
+            let part = count.min(u64::from(u32::MAX));
+            self.bytes.extend_from_slice(word);
+            self.ends.push(self.bytes.len());
+            self.counts.push(part as u32);
+            count -= part;
+        }
+    }
+
+    pub fn len(&self) -> usize {
+        self.ends.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.ends.is_empty()
+    }
+
+    pub fn num_bytes(&self) -> usize {
+        self.bytes.len()
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = (&[u8], u32)> {
+        let begins = std::iter::once(0).chain(self.ends.iter().copied());
+        let spans = begins.zip(&self.ends).zip(&self.counts);
+        spans.map(move |((begin, end), count)| (&self.bytes[begin..*end], *count))
+    }
+}
 
 pub struct Counts {
     slots: Vec<Slot>,
@@ -57,16 +93,20 @@ impl Counts {
         }
     }
 
-    /// All chunks of at least `shortest` bytes, most frequent first, ties by their bytes.
-    pub fn into_words(self, shortest: usize) -> Vec<Word> {
-        let mut words: Vec<Word> = Vec::with_capacity(self.num_distinct());
-        for slot in self.slots.into_iter().filter(|slot| slot.count > 0) {
+    /// All chunks of two and more bytes, most frequent first: neighbours in memory are then
+    /// needed together. Shorter chunks have nothing to merge.
+    pub fn into_words(self) -> Words {
+        let mut slots = self.slots;
+        slots.retain(|slot| slot.key.len() > 1);
+        slots.sort_unstable_by_key(|slot| std::cmp::Reverse(slot.count));
+        let mut words = Words::default();
+        for slot in slots {
             let (bytes, len) = slot.key.bytes();
-            words.push((bytes[..len].into(), slot.count));
+            words.push(&bytes[..len], slot.count);
         }
-        words.extend(self.long);
-        words.retain(|word| word.0.len() >= shortest);
-        words.sort_unstable_by(|left, right| right.1.cmp(&left.1).then(left.0.cmp(&right.0)));
+        for (chunk, count) in self.long {
+            words.push(&chunk, count);
+        }
         words
     }
 

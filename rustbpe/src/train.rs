@@ -6,7 +6,8 @@
 
 use std::collections::BinaryHeap;
 
-use crate::count::{Counts, Word};
+use crate::count::{Counts, Words};
+use crate::memory::with_capacity;
 use crate::parallel::{run, useful_threads, Blocks};
 use crate::split::Splitter;
 use crate::texts::Texts;
@@ -62,16 +63,15 @@ impl Counter {
         Ok(())
     }
 
-    /// Number of distinct chunks, and those of two and more bytes with their counts; shorter
-    /// ones have nothing to merge.
-    pub fn into_words(self) -> (usize, Vec<Word>) {
+    /// Number of distinct chunks, and those that have something to merge.
+    pub fn into_words(self) -> (usize, Words) {
         let mut tables = self.tables;
         tables.sort_by_key(Counts::num_distinct);
         let mut total = tables.pop().unwrap_or_default();
         for table in tables {
             total.absorb(table);
         }
-        (total.num_distinct(), total.into_words(2))
+        (total.num_distinct(), total.into_words())
     }
 }
 
@@ -80,8 +80,8 @@ impl Counter {
 struct Candidate {
     count: u64,
     pair: (u32, u32),
-    start: usize,
-    len: usize,
+    start: u32,
+    len: u32,
 }
 
 impl Ord for Candidate {
@@ -102,7 +102,8 @@ impl PartialOrd for Candidate {
 #[derive(Clone, Copy)]
 struct Cell {
     symbol: u32,
-    word: u32,
+    /// How often the word was seen.
+    weight: u32,
 }
 
 const INSIDE: u32 = 1 << 31;
@@ -116,7 +117,6 @@ const WALL: u32 = INSIDE - 1;
 /// stored count is an upper bound: the top of the heap is recounted before it is believed.
 pub struct Merger {
     cells: Vec<Cell>,
-    counts: Vec<u64>,
     /// Positions of all candidates, one after the other.
     positions: Vec<u32>,
     heap: BinaryHeap<Candidate>,
@@ -159,27 +159,25 @@ impl Side {
 
 impl Merger {
     /// `byte_ids`: the symbol of each byte, a permutation of 0..256.
-    pub fn new(words: &[Word], byte_ids: &[u32; 256], num_merges: usize) -> Result<Self> {
-        let num_cells = words.iter().map(|word| word.0.len() + 1).sum::<usize>() + 1;
-        if num_cells >= INSIDE as usize {
+    pub fn new(words: &Words, byte_ids: &[u32; 256], num_merges: usize) -> Result<Self> {
+        let num_cells = words.num_bytes() + words.len() + 1;
+        // a cell is in at most three lists of positions, which are indexed by 32 bits
+        if num_cells > u32::MAX as usize / 3 {
             return Err(Error::new(format!(
-                "{} bytes of distinct words are more than the trainer can index (2 GB)",
+                "{} bytes of distinct words are more than the trainer can index (1.4 GB)",
                 num_cells
             )));
         }
-        let wall = Cell { symbol: WALL, word: 0 };
-        let mut cells = Vec::with_capacity(num_cells);
-        let mut counts = Vec::with_capacity(words.len());
+        let wall = Cell { symbol: WALL, weight: 0 };
+        let mut cells = with_capacity(num_cells);
         cells.push(wall);
-        for (index, (word, count)) in words.iter().enumerate() {
-            counts.push(*count);
-            let cell = |byte: &u8| Cell { symbol: byte_ids[*byte as usize], word: index as u32 };
+        for (word, weight) in words.iter() {
+            let cell = |byte: &u8| Cell { symbol: byte_ids[*byte as usize], weight };
             cells.extend(word.iter().map(cell));
             cells.push(wall);
         }
         let mut merger = Merger {
             cells,
-            counts,
             positions: Vec::new(),
             heap: BinaryHeap::new(),
             lengths: vec![1; 256],
@@ -210,13 +208,14 @@ impl Merger {
         let mut weight = vec![0u64; 1 << 16];
         let mut starts = vec![0usize; (1 << 16) + 1];
         for pair in self.cells.windows(2).filter(|pair| inside(pair)) {
-            weight[key(pair)] += self.counts[pair[0].word as usize];
+            weight[key(pair)] += u64::from(pair[0].weight);
             starts[key(pair) + 1] += 1;
         }
         for at in 0..1 << 16 {
             starts[at + 1] += starts[at];
         }
-        self.positions = vec![0; starts[1 << 16]];
+        self.positions = with_capacity(starts[1 << 16] * 3);
+        self.positions.resize(starts[1 << 16], 0);
         let mut next = starts.clone();
         for (position, pair) in self.cells.windows(2).enumerate().filter(|(_, pair)| inside(pair)) {
             self.positions[next[key(pair)]] = position as u32;
@@ -225,7 +224,12 @@ impl Merger {
         for at in (0..1 << 16).filter(|at| weight[*at] > 0) {
             let pair = ((at >> 8) as u32, (at & 0xFF) as u32);
             let (start, len) = (starts[at], starts[at + 1] - starts[at]);
-            self.heap.push(Candidate { count: weight[at], pair, start, len });
+            self.heap.push(Candidate {
+                count: weight[at],
+                pair,
+                start: start as u32,
+                len: len as u32,
+            });
         }
     }
 
@@ -236,17 +240,18 @@ impl Merger {
             let mut top = self.heap.pop()?;
             let (first, second) = top.pair;
             let step = self.lengths[first as usize] as usize;
-            let (mut kept, mut count) = (top.start, 0);
-            for index in top.start..top.start + top.len {
+            let start = top.start as usize;
+            let (mut kept, mut count) = (start, 0);
+            for index in start..start + top.len as usize {
                 let position = self.positions[index] as usize;
                 let cell = self.cells[position];
                 if cell.symbol == first && self.cells[position + step].symbol == second {
                     self.positions[kept] = position as u32;
                     kept += 1;
-                    count += self.counts[cell.word as usize];
+                    count += u64::from(cell.weight);
                 }
             }
-            top.len = kept - top.start;
+            top.len = (kept - start) as u32;
             if count == top.count {
                 return Some(top);
             }
@@ -266,7 +271,8 @@ impl Merger {
         self.merges.push(best.pair);
         let mut tally = std::mem::take(&mut self.tally);
         // left to right: in aaaa the first two and the last two merge
-        for index in best.start..best.start + best.len {
+        let start = best.start as usize;
+        for index in start..start + best.len as usize {
             let position = self.positions[index];
             let at = position as usize;
             let next = at + step as usize;
@@ -285,7 +291,7 @@ impl Merger {
     fn add_neighbours(&mut self, symbol: u32, length: u32, tally: &mut Tally) {
         for &position in &tally.merged {
             let at = position as usize;
-            let weight = self.counts[self.cells[at].word as usize];
+            let weight = u64::from(self.cells[at].weight);
             let (left, _) = self.before(at);
             if left != WALL {
                 tally.left.add(left, weight);
@@ -299,12 +305,12 @@ impl Merger {
         for (side, is_left) in [(&mut tally.left, true), (&mut tally.right, false)] {
             for &other in &side.symbols {
                 let pair = if is_left { (other, symbol) } else { (symbol, other) };
-                let len = side.seen[other as usize] as usize;
+                let len = side.seen[other as usize];
                 let count = side.weight[other as usize];
-                self.heap.push(Candidate { count, pair, start: end, len });
+                self.heap.push(Candidate { count, pair, start: end as u32, len });
                 // from now on: where the next position of this pair goes
                 side.weight[other as usize] = end as u64;
-                end += len;
+                end += len as usize;
             }
         }
         self.positions.resize(end, 0);
@@ -358,8 +364,11 @@ mod tests {
     }
 
     fn train(words: &[(&str, u64)], num_merges: usize) -> Vec<(u32, u32)> {
-        let words: Vec<_> = words.iter().map(|(word, n)| (word.as_bytes().into(), *n)).collect();
-        let mut merger = Merger::new(&words, &identity(), num_merges).unwrap();
+        let mut list = Words::default();
+        for (word, count) in words {
+            list.push(word.as_bytes(), *count);
+        }
+        let mut merger = Merger::new(&list, &identity(), num_merges).unwrap();
         while merger.step(1) {}
         merger.merges
     }
@@ -383,7 +392,10 @@ mod tests {
             let long = "four five six ".repeat(100_000);
             let (data, offsets) = crate::texts::pack(&[texts[0], texts[1], &long, texts[3], &long]);
             counter.feed(&Texts::new(&data, &offsets).unwrap()).unwrap();
-            counter.into_words()
+            let words = counter.into_words().1;
+            let mut sorted: Vec<_> = words.iter().map(|word| (word.0.to_vec(), word.1)).collect();
+            sorted.sort();
+            sorted
         };
         assert_eq!(count(1), count(2));
         assert_eq!(count(1), count(7));
