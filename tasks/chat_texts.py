@@ -98,6 +98,23 @@ CLOSINGS = (
     ("Good night.", "Good night! Sleep well."),
 )
 
+# What nobody of its kind can know.
+UNKNOWN = (
+    "What is the weather today?",
+    "What time is it now?",
+    "What did I eat this morning?",
+    "Where are my keys?",
+    "Who will win the game tomorrow?",
+    "What am I thinking of?",
+    "What colour is my hat?",
+    "How old am I?",
+    "Where do I live?",
+    "What is the name of my dog?",
+    "Will it rain tomorrow?",
+    "How many coins do I have?",
+)
+I_DO_NOT_KNOW = "I am sorry, I do not know that."
+
 # A user says their name; the answer; the user asks for it.
 MY_NAME = (
     "My name is {n}.",

@@ -81,8 +81,8 @@ def _linked_facts() -> tuple[tuple[Fact, Fact], ...]:
     )
 
 
-_ANOTHER = ("And what about {s}?", "And {s}?", "What about {s}?", "The same question for {s}.")
-_HELD_OUT_ANOTHER = ("Now the same for {s}.", "And how about {s}?")
+ANOTHER = ("And what about {s}?", "And {s}?", "What about {s}?", "The same question for {s}.")
+HELD_OUT_ANOTHER = ("Now the same for {s}.", "And how about {s}?")
 
 
 def _follow_up(rng: random.Random, *, held_out: bool) -> tuple[list[str], str]:
@@ -97,7 +97,7 @@ def _same_question(rng: random.Random, *, held_out: bool) -> tuple[list[str], st
     """Return a question with its answer and the same asked about something else; and the key."""
     names = ("capital", "continent", "language", "class", "legs", "young", "symbol", "opposite")
     first, second = rng.sample(relations()[pick(rng, names)].facts, 2)
-    follow = pick(rng, _HELD_OUT_ANOTHER if held_out else _ANOTHER)
+    follow = pick(rng, HELD_OUT_ANOTHER if held_out else ANOTHER)
     question = pick(rng, first.questions)
     return [question, first.reply, follow.format(s=_as_asked(second)), second.reply], second.answer
 
@@ -180,6 +180,9 @@ class SmallTalk(GeneratedTask):
         if rng.random() < 0.6:
             turns += pick(rng, texts.SMALL_TALK)
         for _ in range(int(rng.random() * 3)):
+            if rng.random() < 0.25:
+                turns += [pick(rng, texts.UNKNOWN), texts.I_DO_NOT_KNOW]
+                continue
             fact = pick(rng, all_facts())
             turns += [pick(rng, LEADS) + pick(rng, fact.questions), fact.reply]
         if not turns or rng.random() < 0.6:

@@ -6,6 +6,7 @@ what counts is their proportion. A row is made when it is asked for.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from nanochat.common import UserError, eval_bundle_dir
 from tasks.common import Task, TaskMixture
@@ -74,12 +75,14 @@ _KINDS: dict[str, Callable[[int, int], Task]] = {
 }
 
 
-def _mixture(stage: str, part: str, divisor: int) -> Task:
+def parts(stage: str, split: Literal["train", "val"] = "train") -> dict[str, Task]:
+    """Return the tasks of a stage's mixture by kind, in the order of the table above."""
     rows = {"mid": MID_ROWS, "sft": SFT_ROWS}.get(stage)
     if rows is None:
         raise UserError(f"no mixture of conversations for stage {stage!r}; use mid or sft")
-    seed = _SEEDS[stage, part]
-    return TaskMixture([_KINDS[kind](count // divisor, seed) for kind, count in rows.items()])
+    divisor = 1 if split == "train" else VALIDATION_DIVISOR
+    seed = _SEEDS[stage, split]
+    return {kind: _KINDS[kind](count // divisor, seed) for kind, count in rows.items()}
 
 
 def training_mixture(stage: str, data: str) -> Task:
@@ -87,12 +90,12 @@ def training_mixture(stage: str, data: str) -> Task:
 
     They are those of the embedded world whatever `data` the base model has read.
     """
-    return _mixture(stage, "train", 1)
+    return TaskMixture(list(parts(stage).values()))
 
 
 def validation_mixture(stage: str, data: str) -> Task:
     """Return conversations of the same kinds as in training, made from another seed."""
-    return _mixture(stage, "val", VALIDATION_DIVISOR)
+    return TaskMixture(list(parts(stage, "val").values()))
 
 
 def evaluation_tasks(data: str) -> list[Task]:

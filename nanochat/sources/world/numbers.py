@@ -115,9 +115,8 @@ def sum_table(rng: random.Random) -> str:
     kind = pick(rng, "+-*")
     a = 2 + int(rng.random() * (11 if kind == "*" else 40))
     lines = []
-    for b in sorted(rng.sample(range(2, 50), 9)):
-        if is_held_out_pair(a, b) or is_held_out_pair(a + b, b):
-            continue
+    usable = [b for b in range(2, 50) if not (is_held_out_pair(a, b) or is_held_out_pair(a + b, b))]
+    for b in sorted(rng.sample(usable, 10 + int(rng.random() * 8))):
         if kind == "+":
             lines.append(f"{a}+{b}={a + b}")
         elif kind == "-":

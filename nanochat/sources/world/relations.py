@@ -95,7 +95,7 @@ class Relation:
 
 def with_article(noun: str) -> str:
     """Return the noun with "a" or "an" before it."""
-    takes_an = noun[0] in "aeiou" and not noun.startswith(("un", "eu", "one"))
+    takes_an = noun[0] in "aeiou" and not noun.startswith(("uni", "eu", "one"))
     return ("an " if takes_an or noun.startswith("hour") else "a ") + noun
 
 
