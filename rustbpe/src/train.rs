@@ -6,7 +6,7 @@
 
 use std::collections::BinaryHeap;
 
-use crate::count::{Counts, Words};
+use crate::count::{prefetch, Counts, Words};
 use crate::memory::with_capacity;
 use crate::parallel::{run, useful_threads, Blocks};
 use crate::split::Splitter;
@@ -76,7 +76,7 @@ impl Counter {
 }
 
 /// A pair with an upper bound of its count, and where it was when it came into being.
-#[derive(PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 struct Candidate {
     count: u64,
     pair: (u32, u32),
@@ -106,6 +106,9 @@ struct Cell {
     weight: u32,
 }
 
+/// How many positions before their turn cells are fetched.
+const AHEAD: usize = 8;
+
 const INSIDE: u32 = 1 << 31;
 /// Between words.
 const WALL: u32 = INSIDE - 1;
@@ -119,7 +122,11 @@ pub struct Merger {
     cells: Vec<Cell>,
     /// Positions of all candidates, one after the other.
     positions: Vec<u32>,
+    /// Candidates worth ordering: those seen at least `threshold` times.
     heap: BinaryHeap<Candidate>,
+    /// The many rare ones, whose turn may never come.
+    parked: Vec<Candidate>,
+    threshold: u64,
     /// Length in bytes of every symbol.
     lengths: Vec<u32>,
     pub merges: Vec<(u32, u32)>,
@@ -140,6 +147,7 @@ struct Tally {
     left: Side,
     right: Side,
     merged: Vec<u32>,
+    entries: Vec<Candidate>,
 }
 
 impl Side {
@@ -180,6 +188,8 @@ impl Merger {
             cells,
             positions: Vec::new(),
             heap: BinaryHeap::new(),
+            parked: Vec::new(),
+            threshold: 1,
             lengths: vec![1; 256],
             merges: Vec::new(),
             limit: num_merges,
@@ -221,15 +231,11 @@ impl Merger {
             self.positions[next[key(pair)]] = position as u32;
             next[key(pair)] += 1;
         }
+        self.threshold = weight.iter().max().map_or(1, |highest| highest / 2).max(1);
         for at in (0..1 << 16).filter(|at| weight[*at] > 0) {
             let pair = ((at >> 8) as u32, (at & 0xFF) as u32);
             let (start, len) = (starts[at], starts[at + 1] - starts[at]);
-            self.heap.push(Candidate {
-                count: weight[at],
-                pair,
-                start: start as u32,
-                len: len as u32,
-            });
+            self.enter(Candidate { count: weight[at], pair, start: start as u32, len: len as u32 });
         }
     }
 
@@ -237,12 +243,16 @@ impl Merger {
     /// and go back into the heap.
     fn pop(&mut self) -> Option<Candidate> {
         loop {
-            let mut top = self.heap.pop()?;
+            let mut top = self.next_candidate()?;
             let (first, second) = top.pair;
             let step = self.lengths[first as usize] as usize;
             let start = top.start as usize;
             let (mut kept, mut count) = (start, 0);
-            for index in start..start + top.len as usize {
+            let end = start + top.len as usize;
+            for index in start..end {
+                if index + AHEAD < end {
+                    prefetch(&self.cells, self.positions[index + AHEAD] as usize);
+                }
                 let position = self.positions[index] as usize;
                 let cell = self.cells[position];
                 if cell.symbol == first && self.cells[position + step].symbol == second {
@@ -257,9 +267,35 @@ impl Merger {
             }
             if count > 0 {
                 top.count = count;
-                self.heap.push(top);
+                self.enter(top);
             }
         }
+    }
+
+    fn enter(&mut self, candidate: Candidate) {
+        if candidate.count >= self.threshold {
+            self.heap.push(candidate);
+        } else {
+            self.parked.push(candidate);
+        }
+    }
+
+    /// The greatest candidate. When the heap runs dry, those parked that are at least half as
+    /// frequent move in.
+    fn next_candidate(&mut self) -> Option<Candidate> {
+        while self.heap.is_empty() && !self.parked.is_empty() {
+            let highest = self.parked.iter().map(|candidate| candidate.count).max();
+            self.threshold = (highest.unwrap_or(0) / 2).max(1);
+            let (heap, threshold) = (&mut self.heap, self.threshold);
+            self.parked.retain(|candidate| {
+                let enters = candidate.count >= threshold;
+                if enters {
+                    heap.push(*candidate);
+                }
+                !enters
+            });
+        }
+        self.heap.pop()
     }
 
     fn merge(&mut self, best: Candidate) {
@@ -302,17 +338,22 @@ impl Merger {
             }
         }
         let mut end = self.positions.len();
+        let mut entries = std::mem::take(&mut tally.entries);
         for (side, is_left) in [(&mut tally.left, true), (&mut tally.right, false)] {
             for &other in &side.symbols {
                 let pair = if is_left { (other, symbol) } else { (symbol, other) };
                 let len = side.seen[other as usize];
                 let count = side.weight[other as usize];
-                self.heap.push(Candidate { count, pair, start: end as u32, len });
+                entries.push(Candidate { count, pair, start: end as u32, len });
                 // from now on: where the next position of this pair goes
                 side.weight[other as usize] = end as u64;
                 end += len as usize;
             }
         }
+        for entry in entries.drain(..) {
+            self.enter(entry);
+        }
+        tally.entries = entries;
         self.positions.resize(end, 0);
         for &position in &tally.merged {
             let at = position as usize;
