@@ -26,7 +26,8 @@ from nanochat.sampling import check_settings, sample_at
 from nanochat.tokenizer import Tokenizer
 from nanochat.tools import calculate
 
-# Decoding is bound by memory traffic: 64 rows cost little more than one, 128 gain little more.
+# Tokens/s of one CPU core at depth 4, 128 new tokens: 1 row 218, 16 rows 1,226, 64 rows 2,052,
+# 128 rows 2,148 (2026-11-21). More rows than 64 cost memory and gain nothing.
 MAX_ROWS = 64
 
 # What a model that has only read text should know how to continue, greedily, after training.
