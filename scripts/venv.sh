@@ -5,7 +5,7 @@
 # The install is skipped while pyproject.toml, the Rust sources, the compiler and the interpreter are
 # those of the last install. Needs Python >= 3.10; uses uv where it is, and python -m venv with pip
 # where it is not. PYTHON names another interpreter, TORCH_INDEX_URL one more package index to look for
-# torch in (pip's own settings are respected as they are).
+# torch in (pip's own settings are respected as they are). SKIP_SETUP=1 uses the active Python as it is.
 
 find_python() {
     local candidate
@@ -43,10 +43,19 @@ install_project() {
     fi
 }
 
+# Whether EXTRA, or dev, which needs all that the others need, was installed from what is here now.
+is_installed() {
+    local now stamp
+    now="$(install_fingerprint)"
+    for stamp in ".venv/nanochat-$1.stamp" .venv/nanochat-dev.stamp; do
+        [ "$(cat "$stamp" 2>/dev/null)" != "$now" ] || return 0
+    done
+    return 1
+}
+
 ensure_venv() {
-    local extra="$1"
-    local stamp=".venv/nanochat-$extra.stamp"
-    local python
+    local extra="$1" python
+    [ "${SKIP_SETUP:-0}" != 1 ] || return 0
     if [ ! -x .venv/bin/python ]; then
         python="$(find_python)"
         echo "making .venv with $python"
@@ -56,13 +65,13 @@ ensure_venv() {
             "$python" -m venv .venv
         fi
     fi
-    if [ "$(cat "$stamp" 2>/dev/null)" != "$(install_fingerprint)" ]; then
+    if ! is_installed "$extra"; then
         echo "installing nanochat and what it needs into .venv (extra: $extra)"
         if ! command -v cargo >/dev/null; then
             echo "no cargo: the tokenizer will run in Python, slower, with the same result"
         fi
         install_project "$extra"
-        install_fingerprint >"$stamp"
+        install_fingerprint >".venv/nanochat-$extra.stamp"
     fi
     # activate reads variables that may be unset
     set +u
