@@ -31,6 +31,8 @@ LEADS = (
     "Next question. ",
 )
 AGAIN = "Same choices:"  # before a further question about choices that were listed before
+# Evaluation has four; with two, what tells a right choice from a wrong one is learned sooner.
+NUM_CHOICES = (2, 3, 4, 4)
 HELD_OUT_LEADS = ("", "", "", "Here is something I wonder about. ", "Help me with this one. ")
 
 
@@ -99,7 +101,7 @@ class ChoiceQuestions(GeneratedTask):
         """Ask for any fact in a training phrasing, half of the time for more facts after it."""
         fact = pick(rng, all_facts())
         if rng.random() < 0.5:
-            options, gold = make_options(rng, fact)
+            options, gold = make_options(rng, fact, pick(rng, NUM_CHOICES))
             return multiple_choice(pick(rng, LEADS) + pick(rng, fact.questions), options, gold)
         facts = facts_with_different_answers(rng, relations()[fact.relation], 4)
         asked = look_ups(rng, len(facts), 2 + int(rng.random() * 3))
@@ -192,9 +194,25 @@ class BindingExercises(GeneratedTask):
         if shape < 0.7:
             return multiple_choice(*_by_size(rng))
         fact = pick(rng, all_facts())
-        options, gold = make_options(rng, fact)
+        options, gold = make_options(rng, fact, pick(rng, NUM_CHOICES))
         stated = pick(rng, fact.statements) + "\n\n"
         return multiple_choice(pick(rng, fact.questions), options, gold, before=stated)
+
+
+class Guesses(GeneratedTask):
+    """Training: a question with a guess, answered by yes or no, then further guesses."""
+
+    name = "Guesses"
+
+    def make(self, rng: random.Random, index: int) -> Conversation:
+        """Guess one to four times, in random order."""
+        fact = pick(rng, all_facts())
+        options, _ = make_options(rng, fact, 1 + int(rng.random() * 4))
+        turns: list[str] = []
+        for option in options:
+            turns += [f"Is it {option}?", "Yes." if option == fact.answer else "No."]
+        turns[0] = f"{pick(rng, fact.questions)} {turns[0]}"
+        return chat(*turns)
 
 
 class FactQuestions(GeneratedTask):

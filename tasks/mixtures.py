@@ -12,7 +12,13 @@ from nanochat.common import UserError, eval_bundle_dir
 from tasks.common import Task, TaskMixture
 from tasks.embedded_chat import Identity, SmallTalk, Stories, SystemMessages, TwoTurn
 from tasks.embedded_core import write_bundle
-from tasks.embedded_facts import BindingExercises, ChoiceQuestions, FactQuestions, Facts
+from tasks.embedded_facts import (
+    BindingExercises,
+    ChoiceQuestions,
+    FactQuestions,
+    Facts,
+    Guesses,
+)
 from tasks.embedded_problems import WordProblems
 from tasks.spellingbee import SimpleSpelling, SpellingBee
 
@@ -21,6 +27,7 @@ from tasks.spellingbee import SimpleSpelling, SpellingBee
 MID_ROWS = {
     "choice": 80_000,
     "binding": 40_000,
+    "guesses": 24_000,
     "facts": 26_000,
     "problems": 56_000,
     "letters": 26_000,
@@ -34,6 +41,7 @@ MID_ROWS = {
 SFT_ROWS = {
     "choice": 24_000,
     "binding": 4_000,
+    "guesses": 2_000,
     "facts": 8_000,
     "problems": 16_000,
     "letters": 7_000,
@@ -63,6 +71,7 @@ def _spelling(size: int, seed: int) -> Task:
 _KINDS: dict[str, Callable[[int, int], Task]] = {
     "choice": lambda size, seed: ChoiceQuestions(size, seed=seed),
     "binding": lambda size, seed: BindingExercises(size, seed=seed),
+    "guesses": lambda size, seed: Guesses(size, seed=seed),
     "facts": lambda size, seed: FactQuestions(size, seed=seed),
     "problems": lambda size, seed: WordProblems(size, seed=seed),
     "letters": _letters,

@@ -17,6 +17,7 @@ from itertools import accumulate
 from nanochat.sources.world import (
     dialogues,
     encyclopedia,
+    memory,
     numbers,
     problems,
     quizzes,
@@ -28,25 +29,29 @@ from nanochat.sources.world.split import make_random
 DEFAULT_SEED = 1337
 NUM_DOCUMENTS = 393_216  # 48 shards of 8,192 documents, above 100 MB
 
-# kind -> share of the documents. Look-ups are frequent because binding an answer to its letter is
-# the one skill that facts and stories do not teach.
+# kind -> share of the documents. Looking back (memory, lettered quizzes) is frequent because
+# finding an answer's letter is the one skill that facts and stories do not teach.
 KINDS: dict[Callable[[random.Random], str], float] = {
-    encyclopedia.portraits: 0.11,
-    encyclopedia.fact_list: 0.07,
-    encyclopedia.mixed_facts: 0.12,
-    encyclopedia.contrasts: 0.05,
-    quizzes.questions_and_answers: 0.09,
-    quizzes.lettered_quiz: 0.08,
+    encyclopedia.portraits: 0.08,
+    encyclopedia.fact_list: 0.06,
+    encyclopedia.mixed_facts: 0.08,
+    encyclopedia.contrasts: 0.04,
+    quizzes.questions_and_answers: 0.08,
+    quizzes.guesses: 0.06,
+    quizzes.lettered_quiz: 0.07,
     quizzes.letter_lookup: 0.06,
     quizzes.fact_lookup: 0.05,
-    stories.story: 0.10,
-    stories.two_stories: 0.04,
-    dialogues.dialogue: 0.06,
-    numbers.number_page: 0.05,
-    numbers.sum_table: 0.02,
+    memory.repeated_lists: 0.09,
+    memory.table: 0.07,
+    memory.who_has_what: 0.02,
+    stories.story: 0.05,
+    stories.two_stories: 0.03,
+    dialogues.dialogue: 0.04,
+    numbers.number_page: 0.03,
+    numbers.sum_table: 0.01,
     problems.problem_page: 0.04,
-    spelling.spelling_list: 0.03,
-    spelling.letter_facts: 0.03,
+    spelling.spelling_list: 0.02,
+    spelling.letter_facts: 0.02,
 }
 
 

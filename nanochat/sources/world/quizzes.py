@@ -64,18 +64,46 @@ def _in_a_row(options: Sequence[str]) -> str:
 
 def _one_quiz(rng: random.Random) -> str:
     fact = pick(rng, all_facts())
-    options, place = make_options(rng, fact)
-    shape = rng.random()
-    layout = _lines_after if shape < 0.6 else _lines_before if shape < 0.8 else _in_a_row
-    answer = rng.random()
-    if answer < 0.5:
-        said = f"Answer:\n{LETTERS[place]}"
-    elif answer < 0.8:
-        said = f"The answer is {fact.answer} ({LETTERS[place]})."
-    else:
-        said = f"{fact.reply} The letter is ({LETTERS[place]})."
+    options, place = make_options(rng, fact, 2 + int(rng.random() * 3))
+    letter = LETTERS[place]
     lead = pick(rng, ("", "", "Multiple choice: "))
-    return f"{lead}{pick(rng, fact.questions)}\n{layout(options)}\n{said}"
+    shape = rng.random()
+    if shape < 0.35:
+        checks = ["yes" if option == fact.answer else "no" for option in options]
+        lines = [
+            f"- {option} ({own}): {check}"
+            for own, option, check in zip(LETTERS, options, checks, strict=False)
+        ]
+        listed, said = "\n".join(lines), f"Answer:\n{letter}"
+    else:
+        layout = _lines_after if shape < 0.75 else _lines_before if shape < 0.9 else _in_a_row
+        listed = layout(options)
+        said = pick(
+            rng,
+            (
+                f"Answer:\n{letter}",
+                f"The answer is {fact.answer} ({letter}).",
+                f"The answer is {fact.answer} ({letter}).",
+            ),
+        )
+    return f"{lead}{pick(rng, fact.questions)}\n{listed}\n{said}"
+
+
+def guesses(rng: random.Random) -> str:
+    """Write questions with wrong and right guesses and a yes or no after each.
+
+    Judging one option at a time is what choosing among lettered options consists of.
+    """
+    blocks = []
+    for _ in range(3 + int(rng.random() * 4)):
+        fact = pick(rng, all_facts())
+        options, place = make_options(rng, fact, 2 + int(rng.random() * 3))
+        told = options[: place + 1] if rng.random() < 0.7 else options
+        judged = [(option, "Yes." if option == fact.answer else "No.") for option in told]
+        ask = pick(rng, ("Is it {o}? {j}", "- {o}? {j}", "- {o}: {j}"))
+        lines = [ask.format(o=option, j=judgement) for option, judgement in judged]
+        blocks.append("\n".join([pick(rng, fact.questions), *lines]))
+    return "\n".join(blocks)
 
 
 def lettered_quiz(rng: random.Random) -> str:
@@ -115,11 +143,12 @@ def letter_lookup(rng: random.Random) -> str:
     to_letter = pick(
         rng,
         (
-            "{w} has the letter ({l}).",
+            "{w} ({l})",
+            "{w} ({l})",
+            "It is {w} ({l}).",
             "The letter of {w} is ({l}).",
             "{w}:\n{l}",
             "Which letter has {w}?\n{l}",
-            "Find {w}. It is ({l}).",
         ),
     )
     to_word = pick(rng, ("({l}) is {w}.", "The letter ({l}) has {w}.", "What is ({l})? It is {w}."))
@@ -139,10 +168,13 @@ def _one_lookup(rng: random.Random) -> str:
     facts = facts_with_different_answers(rng, pick(rng, tuple(relations().values())), 4)
     lines = [_lines_after([fact.answer for fact in facts])]
     for place in look_ups(rng, len(facts), 5):
-        if rng.random() < 0.5:
-            lines.append(f"{pick(rng, facts[place].questions)}\n{LETTERS[place]}")
+        fact, letter = facts[place], LETTERS[place]
+        if rng.random() < 0.4:
+            lines.append(f"{pick(rng, fact.questions)}\n{letter}")
+        elif fact.reply.endswith(f" {fact.answer}."):
+            lines.append(f"{fact.reply[:-1]} ({letter}).")
         else:
-            lines.append(f"{facts[place].reply} It is ({LETTERS[place]}).")
+            lines.append(f"{fact.reply} The answer is {fact.answer} ({letter}).")
     return "\n".join(lines)
 
 
