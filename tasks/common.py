@@ -118,27 +118,26 @@ class TaskMixture(TaskSequence):
         return super().row(self._order[index])
 
 
-def multiple_choice(
-    question: str,
-    choices: Sequence[str],
-    gold: int,
-    *,
-    letters: Sequence[str] = LETTERS,
-    before: str = "",
-) -> Conversation:
-    """Return a multiple choice question whose answer is the bare letter of choice `gold`.
+def choice_prompt(
+    question: str, choices: Sequence[str], letters: Sequence[str], instruction: str
+) -> str:
+    """Return a question with one line for each choice and an instruction after a blank line.
 
     Each choice stands before its letter with "=" between them, so that the letter in the question
-    and the letter of the answer are the same token (spec B.12). `before` is put in front.
+    and the letter of the answer are the same token (spec B.12).
     """
+    lines = [f"- {choice}={letter}" for choice, letter in zip(choices, letters, strict=True)]
+    return "\n".join([f"Multiple choice: {question}", *lines, "", instruction])
+
+
+def multiple_choice(
+    question: str, choices: Sequence[str], gold: int, *, letters: Sequence[str] = LETTERS
+) -> Conversation:
+    """Return a multiple choice question whose answer is the bare letter of choice `gold`."""
     if len(choices) > len(letters):
         raise UserError(f"{len(choices)} choices, but only {len(letters)} letters")
     used = tuple(letters[: len(choices)])
-    lines = [f"- {choice}={letter}" for choice, letter in zip(choices, used, strict=True)]
-    prompt = (
-        f"{before}Multiple choice: {question}\n" + "\n".join(lines) + "\n\n"
-        "Answer with the letter only."
-    )
+    prompt = choice_prompt(question, choices, used, "Answer with the letter only.")
     return Conversation(chat(prompt, used[gold]).messages, letters=used)
 
 

@@ -16,7 +16,14 @@ from nanochat.sources.world.people import GOODS, NAMES
 from nanochat.sources.world.quizzes import facts_with_different_answers, look_ups, make_options
 from nanochat.sources.world.relations import Fact, all_facts, relations
 from nanochat.sources.world.split import make_random, pick
-from tasks.common import EvalType, Task, multiple_choice, reference_text
+from tasks.common import (
+    LETTERS,
+    EvalType,
+    Task,
+    choice_prompt,
+    multiple_choice,
+    reference_text,
+)
 
 # Put before a question now and then, so that a question is recognised anywhere in a message.
 LEADS = (
@@ -98,15 +105,29 @@ class ChoiceQuestions(GeneratedTask):
     name = "ChoiceQuestions"
 
     def make(self, rng: random.Random, index: int) -> Conversation:
-        """Ask for any fact in a training phrasing, half of the time for more facts after it."""
+        """Ask for a fact in a training phrasing: once, with more after it, or in a sentence."""
         fact = pick(rng, all_facts())
-        if rng.random() < 0.5:
+        shape = rng.random()
+        if shape < 0.65:
             options, gold = make_options(rng, fact, pick(rng, NUM_CHOICES))
-            return multiple_choice(pick(rng, LEADS) + pick(rng, fact.questions), options, gold)
+            question = pick(rng, LEADS) + pick(rng, fact.questions)
+            if shape < 0.4:
+                return multiple_choice(question, options, gold)
+            return in_a_sentence(question, options, gold)
         facts = facts_with_different_answers(rng, relations()[fact.relation], 4)
         asked = look_ups(rng, len(facts), 2 + int(rng.random() * 3))
         questions = [pick(rng, facts[place].questions) for place in asked]
         return series(questions, [fact.answer for fact in facts], asked)
+
+
+def in_a_sentence(question: str, choices: Sequence[str], gold: int) -> Conversation:
+    """Return the question with an answer that says the right choice first, then its letter.
+
+    The letter alone needs both steps at once; here each is a target of its own.
+    """
+    letters = LETTERS[: len(choices)]
+    prompt = choice_prompt(question, choices, letters, "Answer in a sentence with the letter.")
+    return chat(prompt, f"It is {choices[gold]} ({letters[gold]}).")
 
 
 def series(questions: Sequence[str], choices: Sequence[str], asked: Sequence[int]) -> Conversation:
@@ -195,8 +216,10 @@ class BindingExercises(GeneratedTask):
             return multiple_choice(*_by_size(rng))
         fact = pick(rng, all_facts())
         options, gold = make_options(rng, fact, pick(rng, NUM_CHOICES))
-        stated = pick(rng, fact.statements) + "\n\n"
-        return multiple_choice(pick(rng, fact.questions), options, gold, before=stated)
+        question = f"{pick(rng, fact.statements)} {pick(rng, fact.questions)}"
+        if rng.random() < 0.3:
+            return in_a_sentence(question, options, gold)
+        return multiple_choice(question, options, gold)
 
 
 class Guesses(GeneratedTask):
