@@ -4,8 +4,8 @@ from nanochat.sources.world.plots import Plot
 
 RUNAWAY_PET: Plot = (
     (
-        "{n2} had {a_colour} {pet} that liked to run.",
-        "In the barn of {n2} lived {a_colour} {pet}.",
+        "{n2} had a {coat} {pet} that liked to run.",
+        "In the barn of {n2} lived a {coat} {pet}.",
         "{n2} took care of an old {pet}.",
     ),
     (
@@ -117,7 +117,7 @@ JOURNEY: Plot = (
     (
         '"How good that you are here!" said {n2}.',
         "{n2} ran to meet {him} and carried {his} bag.",
-        "{n2} had waited for {him} and had cooked some {food}.",
+        "{n2} had waited for {him} and had made some {food}.",
     ),
     (
         "They talked all night about what {n} had seen.",
@@ -256,8 +256,8 @@ NIGHT_NOISE: Plot = (
         "Slowly they opened the door.",
     ),
     (
-        "There sat the {pet} and ate the {food}!",
-        "It was only the {pet}, which had fallen into a basket.",
+        "There sat the {small_pet} and ate the {food}!",
+        "It was only the {small_pet}, which had fallen into a basket.",
         "It was the wind that moved an old {thing}.",
     ),
     (

@@ -226,6 +226,8 @@ HIDING_PLACES = (
     "under the stairs",
 )
 PETS = ("dog", "cat", "rabbit", "horse", "donkey", "goat", "duck", "hen")
+SMALL_PETS = ("cat", "rabbit", "duck", "hen")
+COAT_COLOURS = ("brown", "white", "black", "grey")
 TIMES = (
     "One morning",
     "One day",

@@ -128,7 +128,7 @@ RAIN: Plot = (
 SICK_PET: Plot = (
     (
         "{n} had a little {pet}.",
-        "{n} lived in a house {region} with {a_colour} {pet}.",
+        "{n} lived in a house {region} with a {coat} {pet}.",
         "The {pet} of {n} was old and kind.",
     ),
     (

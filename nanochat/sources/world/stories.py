@@ -3,14 +3,15 @@
 A plot is a row of steps, a step a few ways to say the same thing, so every path through a plot
 is a coherent story. Slots: {n} the hero with {he} {him} {his} {He} {His}, {n2} the other person
 with {he2} ..., {thing}, {colour} and {a_colour}, {size}, {place} anywhere, {outside}, {region}
-where a house can be, {hide}, {pet}, {food}, {fruit}, {time} and {time_low} (inside a sentence),
-{number} and {number2}, which is one more.
+where a house can be, {hide}, {pet} and its colour {coat}, {small_pet}, {food}, {fruit}, {time}
+and {time_low} (inside a sentence), {number} and {number2}, which is one more.
 """
 
 import random
 
 from nanochat.sources.world import more_plots, plots
 from nanochat.sources.world.people import (
+    COAT_COLOURS,
     COLOUR_WORDS,
     FOODS,
     FRUITS,
@@ -20,6 +21,7 @@ from nanochat.sources.world.people import (
     PLACES,
     REGIONS,
     SIZES,
+    SMALL_PETS,
     THINGS,
     TIMES,
     girl_and_boy,
@@ -51,6 +53,8 @@ def story_slots(rng: random.Random) -> dict[str, str]:
         "a_colour": with_article(colour),
         "size": pick(rng, SIZES),
         "pet": pick(rng, PETS),
+        "small_pet": pick(rng, SMALL_PETS),
+        "coat": pick(rng, COAT_COLOURS),
         "food": pick(rng, FOODS),
         "fruit": pick(rng, FRUITS),
         "time": time,
@@ -72,7 +76,7 @@ def story(rng: random.Random) -> str:
     plot = pick(rng, PLOTS)
     text = tell(rng, plot, slots)
     if rng.random() < 0.3:
-        title = pick(rng, ("{n} and {n2}", "A story about {n}", "A day of {n}", "{n} {place}"))
+        title = pick(rng, ("{n} and {n2}", "A story about {n}", "What {n} and {n2} did"))
         return f"{title.format_map(slots)}\n\n{text}"
     return text
 
