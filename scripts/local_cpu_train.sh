@@ -99,7 +99,7 @@ pipeline() {
         python -m scripts.base_loss --model_tag="$tag" \
         --device_batch_size="$DEVICE_BATCH_SIZE" --split_tokens="$EVAL_TOKENS"
     evaluation base_eval "report/base-model-evaluation.json" \
-        python -m scripts.base_eval --model-tag="$tag" --max-per-task="$CORE_MAX_PER_TASK"
+        python -m scripts.base_eval --model-tag="$tag" --max-per-task="$CORE_MAX_PER_TASK" --eval="$BASE_EVAL"
     evaluation chat_eval_base "report/chat-evaluation-base.json" \
         python -m scripts.chat_eval --source=base --model-tag="$tag" \
         --max-new-tokens="$MAX_NEW_TOKENS" --max-problems="$MAX_PROBLEMS"
@@ -227,6 +227,13 @@ fit_batch
 WANDB_RUN="${WANDB_RUN:-dummy}"
 NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
 export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR/#\~/$HOME}"
+
+# base_loss has measured bits per byte. The embedded world brings its own CORE tasks.
+BASE_EVAL=core,sample
+if [ "$DATA" != embedded ] && [ ! -f "$NANOCHAT_BASE_DIR/eval_bundle/core.yaml" ]; then
+    BASE_EVAL=sample
+    echo "note: no CORE tasks in $NANOCHAT_BASE_DIR/eval_bundle, so CORE is left out" >&2
+fi
 
 if [ "$DRY_RUN" = 1 ] || [ "$LIST" = 1 ]; then
     run_pipeline pipeline

@@ -119,6 +119,18 @@ def test_data_folder_is_found_from_where_the_user_stands(tmp_path: Path) -> None
     assert f"--data={tmp_path / 'texts'}" in line
 
 
+def test_core_is_measured_where_its_tasks_are(tmp_path: Path) -> None:
+    def base_eval(*arguments: str) -> list[str]:
+        line, *_ = commands("--only=base_eval", *arguments, NANOCHAT_BASE_DIR=str(tmp_path))
+        return line
+
+    assert "--eval=core,sample" in base_eval()
+    assert "--eval=sample" in base_eval("--data=climbmix")
+    (tmp_path / "eval_bundle").mkdir()
+    (tmp_path / "eval_bundle" / "core.yaml").write_text("icl_tasks: []\n")
+    assert "--eval=core,sample" in base_eval("--data=climbmix")
+
+
 def test_run_name_comes_from_the_environment() -> None:
     assert flags_of("scripts.base_train")["run"] == "dummy"
     line = commands("--only=base_train", WANDB_RUN="12")[0]
