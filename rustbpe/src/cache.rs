@@ -28,6 +28,12 @@ impl Short {
         to.write(self.ids[0] & ID_MASK);
         (self.ids[0] >> COUNT_SHIFT) as usize
     }
+
+    pub fn append_to(&self, out: &mut Vec<u32>) {
+        let count = (self.ids[0] >> COUNT_SHIFT) as usize;
+        out.push(self.ids[0] & ID_MASK);
+        out.extend_from_slice(&self.ids[1..count]);
+    }
 }
 
 const LONG_BYTES: usize = 31;
@@ -95,8 +101,14 @@ impl Cache {
         (slot.key == key).then_some(slot)
     }
 
-    /// Remember a chunk; the older of the two at its place is forgotten. False if it has too
-    /// many ids.
+    /// As `find`, in the neighbouring pair of places, where a chunk goes when its own is full.
+    pub fn find_displaced(&self, key: Key, hash: u64) -> Option<&Short> {
+        let place = self.place(hash) ^ 2;
+        self.short[place..place + 2].iter().find(|entry| entry.key == key)
+    }
+
+    /// Remember a chunk; where all four places are taken, the older at its own is forgotten.
+    /// False if it has too many ids.
     pub fn insert(&mut self, key: Key, hash: u64, ids: &[u32]) -> bool {
         if ids.len() > IDS {
             return false;
@@ -113,8 +125,14 @@ impl Cache {
     }
 
     fn put(&mut self, place: usize, entry: Short) {
-        self.short[place + 1] = self.short[place];
-        self.short[place] = entry;
+        let places = [place, place + 1, place ^ 2, (place ^ 2) + 1];
+        match places.iter().find(|place| self.short[**place].key.is_empty()) {
+            Some(&free) => self.short[free] = entry,
+            None => {
+                self.short[place + 1] = self.short[place];
+                self.short[place] = entry;
+            }
+        }
     }
 
     #[cold]
@@ -122,11 +140,8 @@ impl Cache {
         self.short_bits += 2;
         let larger = filled(Short::default(), 1 << self.short_bits);
         let old = std::mem::replace(&mut self.short, larger);
-        // the newer of two places comes last, so that it is the newer one again
-        for pair in old.chunks_exact(2) {
-            for entry in pair.iter().rev().filter(|entry| !entry.key.is_empty()) {
-                self.put(self.place(entry.key.hash()), *entry);
-            }
+        for entry in old.iter().filter(|entry| !entry.key.is_empty()) {
+            self.put(self.place(entry.key.hash()), *entry);
         }
     }
 

@@ -157,6 +157,9 @@ impl Encoder {
     #[cold]
     #[inline(never)]
     fn encode_unknown(&self, key: Key, hash: u64, state: &mut State) {
+        if let Some(known) = state.cache.find_displaced(key, hash) {
+            return known.append_to(&mut state.ids);
+        }
         let from = state.ids.len();
         if let Some(id) = self.whole.find_short(key) {
             state.ids.push(id);
