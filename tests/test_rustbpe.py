@@ -4,8 +4,10 @@ import ctypes
 import itertools
 import json
 import logging
+import os
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 import unicodedata
@@ -390,6 +392,37 @@ def test_without_a_core_everything_works_with_one_notice(tmp_path):
     compiled.train_from_iterator(["low lower lowest"] * 3, 262, pattern="nanochat")
     assert [tuple(pair) for pair in merges] == compiled.merges
     assert ids == compiled.encode("lowest slow")
+
+
+@pytest.mark.slow
+def test_installing_without_cargo_gives_a_working_package(tmp_path):
+    """The sources of this tree, installed by pip with cargo hidden from PATH."""
+    pytest.importorskip("setuptools_rust")
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns(".git", "target", "*.so", "build", "*.egg-info", ".venv")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    environment = {**os.environ, "PATH": str(tools), "PIP_NO_INDEX": "1"}
+    environment["CARGO_HOME"] = environment["RUSTUP_HOME"] = str(tmp_path / "nothing")
+    options = ["--no-deps", "--no-build-isolation", "--target", str(tmp_path / "site")]
+    install = [sys.executable, "-m", "pip", "install", "--quiet", *options, str(source)]
+    subprocess.run(install, env=environment, check=True, capture_output=True, cwd=tmp_path)
+    program = "import rustbpe; t = rustbpe.Tokenizer(); print(rustbpe.has_core(), t.encode('hi'))"
+    environment["PYTHONPATH"] = str(tmp_path / "site")
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(
+        command, env=environment, check=True, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.stdout.strip() == "False [104, 105]"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cargo-clippy") is None, reason="no clippy")
+def test_the_crate_is_formatted_and_free_of_lints():
+    cargo = ["cargo", "clippy", "--offline", "--all-targets", "--release", "--", "-D", "warnings"]
+    subprocess.run(cargo, cwd=ROOT / "rustbpe", check=True, capture_output=True)
+    subprocess.run(["cargo", "fmt", "--check"], cwd=ROOT / "rustbpe", check=True)
 
 
 # ---- the C ABI --------------------------------------------------------------------------------
