@@ -51,6 +51,8 @@ _REPEATS = (
     ("Learn this: {list}.", "Say it: {list}. Once more: {list}."),
     ("In the bag of {n} are {list}.", "In the bag of {n2} are the same: {list}."),
     ("{list}", "{list}"),
+    ("{list}", "{list}", "{list}"),
+    ("{n}: {list}", "{n2}: {list}", "{n}: {list}"),
     ("Read: {list}.", "Write: {quoted}."),
     ("{n} reads {quoted}.", "{n2} reads {list}."),
     ("The words {quoted} are new.", "Write them again: {quoted}."),
@@ -58,10 +60,10 @@ _REPEATS = (
 
 
 def repeated_lists(rng: random.Random) -> str:
-    """Write two to five lists of words, each said twice."""
+    """Write two or three lists of words, each said two or three times."""
     lines = []
-    for _ in range(2 + int(rng.random() * 4)):
-        words = draw_words(rng, 3 + int(rng.random() * 6))
+    for _ in range(2 + int(rng.random() * 2)):
+        words = draw_words(rng, 4 + int(rng.random() * 9))
         quote = pick(rng, "'\"")
         slots = {
             "n": pick(rng, NAMES),
