@@ -14,6 +14,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 
 import numpy as np
@@ -25,7 +26,7 @@ __all__ = ["StreamDecoder", "Tokenizer", "default_threads", "has_core"]
 logger = logging.getLogger(__name__)
 
 DEFAULT_PATTERN = reference.PATTERNS["gpt4-2023"]
-FEED_CHARACTERS = 1 << 23  # handed to the core at once: bounds memory, keeps two threads busy
+FEED_CHARACTERS = 1 << 22  # handed to the core at once: bounds memory, keeps threads busy
 MERGES_PER_STEP = 64  # between two looks at the clock and at Ctrl-C
 Progress = Callable[[int, int], None]
 
@@ -116,7 +117,7 @@ class Tokenizer:
     ) -> None:
         """Learn `vocab_size - 256` merges from texts, fewer when nothing is left to merge.
 
-        Texts are forgotten once counted; at most `buffer_size` of them, or 8 MB, wait at a time.
+        Texts are forgotten once counted; two batches of at most `buffer_size` texts or 4 MB wait.
         `progress(done, total)` is called between steps of merging, where Ctrl-C stops it too.
         `byte_ids[b]` is the id of byte b (for vocabularies that permute the bytes).
         """
@@ -133,8 +134,7 @@ class Tokenizer:
             merges = reference.learn_merges(counts, num_merges, order)
         else:
             trainer = native.Trainer(core, threads, byte_ids)
-            for batch in batches:
-                trainer.feed(batch)
+            _feed(trainer, batches)
             merges = _run(trainer, num_merges, progress)
         self._pattern, self._merges = pattern, merges
         self._tokens = reference.tokens_of(merges, order)
@@ -275,6 +275,18 @@ def _batches(texts: Iterable[str], most: int) -> Iterator[list[str]]:
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def _feed(trainer: native.Trainer, batches: Iterable[list[str]]) -> None:
+    """Count one batch while the caller's iterator produces the next (the core holds no GIL)."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        pending: Future[None] | None = None
+        for batch in batches:
+            if pending is not None:
+                pending.result()
+            pending = pool.submit(trainer.feed, batch)
+        if pending is not None:
+            pending.result()
 
 
 def _run(trainer: native.Trainer, total: int, progress: Progress | None) -> list[tuple[int, int]]:

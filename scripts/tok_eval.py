@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nanochat import configurator, report
@@ -111,7 +112,7 @@ def texts_to_compare(tokenizer: Tokenizer) -> dict[str, str]:
         logger.warning("skipping the rows of the training data: %s", error)
         source = None
     if source is not None:
-        label = "fwe" if data == "fineweb-edu" else source.name
+        label = "fwe" if data == "fineweb-edu" else Path(source.name).name
         for split in ("train", "val"):
             documents, _ = next(iter(source.documents(split, endless=False)))
             texts[f"{label}-{split}"] = "\n".join(documents)
