@@ -49,16 +49,9 @@ ONCE = {("train-nanochat", "tokenizers"), ("encode-nanochat", "tokenizers")}
 
 def documents(path: Path) -> Iterator[str]:
     """Yield the file in pieces of whole lines."""
-    lines: list[str] = []
-    size = 0
     with path.open(encoding="utf-8") as file:
-        for line in file:
-            lines.append(line)
-            size += len(line)
-            if size >= DOCUMENT_BYTES:
-                yield "".join(lines)
-                lines, size = [], 0
-    yield "".join(lines)
+        while text := file.read(DOCUMENT_BYTES):
+            yield text + file.readline()
 
 
 def peak_mb() -> float:
