@@ -37,11 +37,11 @@ OURS, DOCUMENT_BYTES, VOCAB_SIZE = "ours", 5000, 65_536
 ROWS = {
     "train-nanochat": ("pypi-rustbpe", "tokenizers"),
     "train-gpt2": ("gigabpe",),
-    "encode-nanochat": ("tiktoken", "fastokens", "tokenizers"),
+    "encode-nanochat": ("tiktoken", "fastokens"),
     "encode-cl100k": ("gigatoken",),
 }
 # Too slow to repeat: measured in the first round only.
-ONCE = {("train-nanochat", "tokenizers"), ("encode-nanochat", "tokenizers")}
+ONCE = {("train-nanochat", "tokenizers")}
 
 
 # ---- in the child: one measurement ------------------------------------------------------------
@@ -135,11 +135,6 @@ def encoder_of(peer: str, pattern: str, folder: Path, threads: int) -> Callable[
 
         fast = fastokens.Tokenizer.from_file(exported)
         return lambda texts: np.frombuffer(fast.encode_batch_flat(texts)[0], np.uint32)
-    if peer == "tokenizers":
-        import tokenizers
-
-        model = tokenizers.Tokenizer.from_file(exported)
-        return lambda texts: [row.ids for row in model.encode_batch_fast(texts)]
     import gigatoken
 
     giga = gigatoken.Tokenizer(exported)

@@ -198,15 +198,19 @@ class Tokenizer:
         np.cumsum([len(row) for row in rows], out=ends[1:])
         return np.array([i for row in rows for i in row], dtype=np.int32), ends
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+    def decode_bytes(self, ids: Iterable[int] | NDArray[np.int32]) -> bytes:
         """Return the bytes of some ids. Raises ValueError for an id out of range."""
         tokens = self._tokens
+        if isinstance(ids, np.ndarray) and ids.dtype == np.int32:
+            core = self._core()
+            if core is not None:
+                return core.decode(ids)
         try:
             return b"".join([tokens[_index(i)] for i in ids])
         except IndexError:
             raise ValueError(f"an id is not below the vocabulary size {len(tokens)}") from None
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int] | NDArray[np.int32]) -> str:
         """Return the text of some ids; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 _BYTES = ctypes.c_char_p
 _U64S = POINTER(c_uint64)
 _TEXTS = (_BYTES, c_size_t, _U64S, c_size_t)
@@ -38,6 +38,14 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "rbpe_encoder_new": (_BYTES, c_size_t, *_TEXTS, _U64S),
     "rbpe_encoder_encode": (c_uint64, *_TEXTS, *_ENCODED),
     "rbpe_encoder_encode_scattered": (c_uint64, *_SCATTERED, *_ENCODED),
+    "rbpe_encoder_decode": (
+        c_uint64,
+        POINTER(c_int32),
+        c_size_t,
+        POINTER(c_uint8),
+        c_size_t,
+        POINTER(c_size_t),
+    ),
     "rbpe_free": (c_uint64,),
     "rbpe_test_panic": (),
 }
@@ -262,3 +270,14 @@ class Encoder:
         # one id per byte was the worst case: give back what was not needed
         ids.resize(int(id_offsets[-1]), refcheck=False)
         return ids, id_offsets
+
+    def decode(self, ids: NDArray[np.int32]) -> bytes:
+        """Return the bytes of some ids. ValueError for an id out of range."""
+        ids = np.ascontiguousarray(ids, dtype=np.int32)
+        pointer, needed = ids.ctypes.data_as(POINTER(c_int32)), c_size_t()
+        arguments = (self._handle.number, pointer, len(ids))
+        call("rbpe_encoder_decode", *arguments, None, 0, byref(needed))
+        out = np.empty(needed.value, dtype=np.uint8)
+        where = out.ctypes.data_as(POINTER(c_uint8))
+        call("rbpe_encoder_decode", *arguments, where, len(out), byref(needed))
+        return out.tobytes()

@@ -1,8 +1,7 @@
 //! What a thread remembers of the chunks it has seen: two tables of fixed size.
 
-use crate::count::prefetch;
 use crate::key::Key;
-use crate::memory::filled;
+use crate::memory::{filled, prefetch};
 
 const IDS: usize = 4;
 /// The number of ids sits above the first id.

@@ -1,9 +1,79 @@
-//! Exact counts of chunks: an open-addressing table for short ones, a map for the rare long ones.
+//! Exact counts of the chunks of a stream of texts.
+//!
+//! Only how often each distinct chunk was seen is kept, so memory grows with the vocabulary of the
+//! language and not with the corpus. Short chunks are in an open-addressing table, the rare long
+//! ones in a map.
 
 use std::collections::HashMap;
 
 use crate::key::Key;
-use crate::memory::filled;
+use crate::memory::{filled, prefetch};
+use crate::parallel::{run, useful_threads, Blocks};
+use crate::split::Splitter;
+use crate::texts::Texts;
+use crate::Result;
+
+/// Counts chunks of everything it is fed.
+pub struct Counter {
+    splitter: Splitter,
+    /// One table per thread; the sums do not depend on who counted what.
+    tables: Vec<Counts>,
+    pub num_bytes: u64,
+    pub num_chunks: u64,
+}
+
+struct Worker<'c> {
+    counts: &'c mut Counts,
+    num_chunks: u64,
+    result: Result<()>,
+}
+
+impl Counter {
+    pub fn new(splitter: Splitter, threads: usize) -> Self {
+        let tables = (0..threads.max(1)).map(|_| Counts::default()).collect();
+        Counter { splitter, tables, num_bytes: 0, num_chunks: 0 }
+    }
+
+    /// Count the chunks of some texts. After an error the counts are incomplete.
+    pub fn feed(&mut self, texts: &Texts) -> Result<()> {
+        let blocks = Blocks::new((0..texts.len()).map(|index| texts.bytes(index).len()));
+        let splitter = self.splitter;
+        let threads = useful_threads(self.tables.len(), texts.num_bytes());
+        let new = |counts| Worker { counts, num_chunks: 0, result: Ok(()) };
+        let mut workers: Vec<Worker> = self.tables.iter_mut().take(threads).map(new).collect();
+        run(&mut workers, |worker| {
+            let mut tally = worker.counts.tally();
+            while let Some((_, range)) = blocks.take() {
+                for index in range {
+                    match texts.text(index) {
+                        Ok(text) => splitter.for_each(text, |bytes, start, end| {
+                            worker.num_chunks += 1;
+                            tally.add(bytes, start, end);
+                        }),
+                        Err(error) => worker.result = Err(error),
+                    }
+                }
+            }
+        });
+        for worker in workers {
+            self.num_chunks += worker.num_chunks;
+            worker.result?;
+        }
+        self.num_bytes += texts.num_bytes() as u64;
+        Ok(())
+    }
+
+    /// Number of distinct chunks, and those that have something to merge.
+    pub fn into_words(self) -> (usize, Words) {
+        let mut tables = self.tables;
+        tables.sort_by_key(Counts::num_distinct);
+        let mut total = tables.pop().unwrap_or_default();
+        for table in tables {
+            total.absorb(table);
+        }
+        (total.num_distinct(), total.into_words())
+    }
+}
 
 #[derive(Clone, Copy, Default)]
 struct Slot {
@@ -195,15 +265,25 @@ impl Drop for Tally<'_> {
     }
 }
 
-/// Ask for the cache line of an element that is needed soon.
-#[inline(always)]
-pub fn prefetch<T>(table: &[T], index: usize) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: a prefetch reads nothing, and any address is allowed.
-    unsafe {
-        use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
-        _mm_prefetch::<_MM_HINT_T0>(table.as_ptr().wrapping_add(index).cast());
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn same_counts_for_every_number_of_threads() {
+        let splitter = Splitter::named("nanochat").unwrap();
+        let texts = ["one two three two one", "three two", "", "one, 12345"];
+        let count = |threads| {
+            let mut counter = Counter::new(splitter, threads);
+            let long = "four five six ".repeat(100_000);
+            let (data, offsets) = crate::texts::pack(&[texts[0], texts[1], &long, texts[3], &long]);
+            counter.feed(&Texts::new(&data, &offsets).unwrap()).unwrap();
+            let words = counter.into_words().1;
+            let mut sorted: Vec<_> = words.iter().map(|word| (word.0.to_vec(), word.1)).collect();
+            sorted.sort();
+            sorted
+        };
+        assert_eq!(count(1), count(2));
+        assert_eq!(count(1), count(7));
     }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (table, index);
 }

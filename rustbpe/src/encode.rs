@@ -195,18 +195,22 @@ impl Encoder {
         state.cache.insert_long(chunk, &state.ids[from..]);
     }
 
-    /// Bytes of some ids; `names` are those of ids from `num_tokens` on.
-    pub fn decode(&self, ids: &[i32]) -> Result<Vec<u8>> {
-        let tokens = Texts::new(&self.data, &self.offsets)?;
-        let mut out = Vec::with_capacity(ids.len() * 4);
+    /// Write the bytes of some ids to `out` if they fit; returns how many they are.
+    pub fn decode(&self, ids: &[i32], out: &mut [u8]) -> Result<usize> {
+        let tokens = Texts::Packed { data: &self.data, offsets: &self.offsets };
+        let mut len = 0;
         for &id in ids {
             if id < 0 || id as usize >= tokens.len() {
                 let message = format!("id {} is not below the {} tokens", id, tokens.len());
                 return Err(Error::new(message));
             }
-            out.extend_from_slice(tokens.bytes(id as usize));
+            let token = tokens.bytes(id as usize);
+            if let Some(room) = out.get_mut(len..len + token.len()) {
+                room.copy_from_slice(token);
+            }
+            len += token.len();
         }
-        Ok(out)
+        Ok(len)
     }
 }
 

@@ -8,30 +8,19 @@
 //! What cannot be checked is left to the caller: a non-null pointer with its length must be a
 //! buffer of that length.
 
-use std::any::Any;
-use std::cell::RefCell;
-use std::collections::HashMap;
-use std::panic::{catch_unwind, AssertUnwindSafe};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 
+use crate::boundary::*;
+use crate::count::Counter;
 use crate::encode::Encoder;
 use crate::output::Output;
 use crate::split::Splitter;
 use crate::texts::Texts;
-use crate::train::{Counter, Merger};
+use crate::train::Merger;
 use crate::{Error, Result};
 
-const ABI_VERSION: u32 = 2;
-const OK: i32 = 0;
-const MORE: i32 = 1;
-const REFUSED: i32 = -1;
-const PANICKED: i32 = -2;
+const ABI_VERSION: u32 = 3;
 const MAX_THREADS: usize = 256;
-
-thread_local! {
-    static LAST_ERROR: RefCell<String> = const { RefCell::new(String::new()) };
-}
 
 /// A trainer is counting until `rbpe_trainer_start`, then merging.
 enum Trainer {
@@ -39,102 +28,6 @@ enum Trainer {
     Merging(Box<Merger>),
     /// Left behind when starting failed half way.
     Broken,
-}
-
-type Object = Arc<dyn Any + Send + Sync>;
-static NEXT_HANDLE: AtomicU64 = AtomicU64::new(1);
-static OBJECTS: Mutex<Option<HashMap<u64, Object>>> = Mutex::new(None);
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
-}
-
-fn store(object: Object) -> u64 {
-    let handle = NEXT_HANDLE.fetch_add(1, Ordering::Relaxed);
-    lock(&OBJECTS).get_or_insert_with(HashMap::new).insert(handle, object);
-    handle
-}
-
-fn find<T: Any + Send + Sync>(handle: u64) -> Result<Arc<T>> {
-    let object = lock(&OBJECTS).as_ref().and_then(|objects| objects.get(&handle).cloned());
-    let typed = object.and_then(|object| object.downcast::<T>().ok());
-    typed.ok_or_else(|| Error::new(format!("handle {} is unknown or of another kind", handle)))
-}
-
-/// Run `work`; keep the text of an error or a panic for `rbpe_last_error`.
-fn guard(work: impl FnOnce() -> Result<i32>) -> i32 {
-    let (status, message) = match catch_unwind(AssertUnwindSafe(work)) {
-        Ok(Ok(status)) => return status,
-        Ok(Err(error)) => (REFUSED, error.0),
-        Err(payload) => {
-            let text = payload.downcast_ref::<String>().map(String::as_str);
-            let text = text.or_else(|| payload.downcast_ref::<&str>().copied());
-            (PANICKED, format!("panic in the Rust core: {}", text.unwrap_or("no message")))
-        }
-    };
-    LAST_ERROR.with(|last| *last.borrow_mut() = message);
-    status
-}
-
-/// # Safety
-/// `data` is null or points to `len` readable values.
-unsafe fn slice<'a, T>(data: *const T, len: usize, what: &str) -> Result<&'a [T]> {
-    if len == 0 {
-        return Ok(&[]);
-    }
-    check(data, len, what)?;
-    Ok(std::slice::from_raw_parts(data, len))
-}
-
-/// # Safety
-/// `data` is null or points to `len` writable values that nobody else uses.
-unsafe fn slice_mut<'a, T>(data: *mut T, len: usize, what: &str) -> Result<&'a mut [T]> {
-    if len == 0 {
-        return Ok(&mut []);
-    }
-    check(data, len, what)?;
-    Ok(std::slice::from_raw_parts_mut(data, len))
-}
-
-fn check<T>(data: *const T, len: usize, what: &str) -> Result<()> {
-    if data.is_null() {
-        return Err(Error::new(format!("{} is null but has length {}", what, len)));
-    }
-    let fits =
-        len.checked_mul(std::mem::size_of::<T>()).map_or(false, |n| n <= isize::MAX as usize);
-    if !fits || data as usize % std::mem::align_of::<T>() != 0 {
-        return Err(Error::new(format!("{} is misaligned or too long ({})", what, len)));
-    }
-    Ok(())
-}
-
-/// The texts at some addresses.
-///
-/// # Safety
-/// As `slice`, for both pointers and for each of the addresses with its length.
-unsafe fn gather<'a>(
-    addresses: *const *const u8,
-    lengths: *const usize,
-    num_texts: usize,
-) -> Result<Vec<&'a [u8]>> {
-    let addresses = slice(addresses, num_texts, "addresses")?;
-    let lengths = slice(lengths, num_texts, "lengths")?;
-    addresses.iter().zip(lengths).map(|(address, len)| slice(*address, *len, "a text")).collect()
-}
-
-/// # Safety
-/// As `slice`, for both pointers.
-unsafe fn texts<'a>(
-    data: *const u8,
-    len: usize,
-    offsets: *const u64,
-    num_texts: usize,
-) -> Result<Texts<'a>> {
-    Texts::new(slice(data, len, "data")?, slice(offsets, num_offsets(num_texts)?, "offsets")?)
-}
-
-fn num_offsets(num_pieces: usize) -> Result<usize> {
-    num_pieces.checked_add(1).ok_or_else(|| Error::new("too many pieces"))
 }
 
 /// # Safety
@@ -156,8 +49,7 @@ pub extern "C" fn rbpe_abi_version() -> u32 {
 /// `out` is null or has room for `capacity` bytes.
 #[no_mangle]
 pub unsafe extern "C" fn rbpe_last_error(out: *mut u8, capacity: usize) -> usize {
-    LAST_ERROR.with(|last| {
-        let message = last.borrow();
+    with_last_error(|message| {
         if let Ok(out) = slice_mut(out, capacity, "out") {
             let len = message.len().min(out.len());
             out[..len].copy_from_slice(&message.as_bytes()[..len]);
@@ -175,9 +67,9 @@ pub extern "C" fn rbpe_test_panic() -> i32 {
 /// Forget an object. Unknown handles are refused.
 #[no_mangle]
 pub extern "C" fn rbpe_free(handle: u64) -> i32 {
-    guard(|| {
-        let removed = lock(&OBJECTS).as_mut().and_then(|objects| objects.remove(&handle));
-        removed.map(|_| OK).ok_or_else(|| Error::new(format!("handle {} is unknown", handle)))
+    guard(|| match remove(handle) {
+        true => Ok(OK),
+        false => Err(Error::new(format!("handle {} is unknown", handle))),
     })
 }
 
@@ -448,6 +340,29 @@ fn encode(
     let around = (around_id(prepend)?, around_id(append)?);
     encoder.encode(texts, around, (threads as usize).min(MAX_THREADS), output)?;
     Ok(OK)
+}
+
+/// Bytes of some ids: `out` gets them if there is room, `len` how many there are either way.
+///
+/// # Safety
+/// Pointers are null or point to buffers of the lengths given.
+#[no_mangle]
+pub unsafe extern "C" fn rbpe_encoder_decode(
+    handle: u64,
+    ids: *const i32,
+    num_ids: usize,
+    out: *mut u8,
+    capacity: usize,
+    len: *mut usize,
+) -> i32 {
+    guard(|| {
+        let encoder = find::<Encoder>(handle)?;
+        let ids = slice(ids, num_ids, "ids")?;
+        let len = slice_mut(len, 1, "len")?;
+        let out = slice_mut(out, capacity, "out")?;
+        len[0] = encoder.decode(ids, out)?;
+        Ok(OK)
+    })
 }
 
 fn around_id(id: i64) -> Result<Option<u32>> {

@@ -4,6 +4,7 @@
 //! readable specification of every step is `reference.py`, and the tests compare the two.
 
 mod blocks;
+mod boundary;
 pub mod cache;
 pub mod count;
 pub mod encode;

@@ -40,3 +40,16 @@ fn advise(address: usize, num_bytes: usize) {
 fn advise(_address: usize, num_bytes: usize) {
     let _ = num_bytes >= LARGE;
 }
+
+/// Ask for the cache line of an element that is needed soon.
+#[inline(always)]
+pub fn prefetch<T>(table: &[T], index: usize) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch reads nothing, and any address is allowed.
+    unsafe {
+        use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
+        _mm_prefetch::<_MM_HINT_T0>(table.as_ptr().wrapping_add(index).cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (table, index);
+}

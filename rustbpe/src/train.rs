@@ -1,79 +1,10 @@
-//! Learn merges from a stream of texts.
-//!
-//! Two phases. `feed` splits texts into chunks and keeps only how often each distinct chunk was
-//! seen, so memory grows with the vocabulary of the language and not with the corpus. `Merger`
-//! then replaces the most frequent neighbouring pair by a new symbol, again and again.
+//! Learn merges: replace the most frequent neighbouring pair by a new symbol, again and again.
 
 use std::collections::BinaryHeap;
 
-use crate::count::{prefetch, Counts, Words};
-use crate::memory::with_capacity;
-use crate::parallel::{run, useful_threads, Blocks};
-use crate::split::Splitter;
-use crate::texts::Texts;
+use crate::count::Words;
+use crate::memory::{prefetch, with_capacity};
 use crate::{Error, Result};
-
-/// Counts chunks of everything it is fed.
-pub struct Counter {
-    splitter: Splitter,
-    /// One table per thread; the sums do not depend on who counted what.
-    tables: Vec<Counts>,
-    pub num_bytes: u64,
-    pub num_chunks: u64,
-}
-
-struct Worker<'c> {
-    counts: &'c mut Counts,
-    num_chunks: u64,
-    result: Result<()>,
-}
-
-impl Counter {
-    pub fn new(splitter: Splitter, threads: usize) -> Self {
-        let tables = (0..threads.max(1)).map(|_| Counts::default()).collect();
-        Counter { splitter, tables, num_bytes: 0, num_chunks: 0 }
-    }
-
-    /// Count the chunks of some texts. After an error the counts are incomplete.
-    pub fn feed(&mut self, texts: &Texts) -> Result<()> {
-        let blocks = Blocks::new((0..texts.len()).map(|index| texts.bytes(index).len()));
-        let splitter = self.splitter;
-        let threads = useful_threads(self.tables.len(), texts.num_bytes());
-        let new = |counts| Worker { counts, num_chunks: 0, result: Ok(()) };
-        let mut workers: Vec<Worker> = self.tables.iter_mut().take(threads).map(new).collect();
-        run(&mut workers, |worker| {
-            let mut tally = worker.counts.tally();
-            while let Some((_, range)) = blocks.take() {
-                for index in range {
-                    match texts.text(index) {
-                        Ok(text) => splitter.for_each(text, |bytes, start, end| {
-                            worker.num_chunks += 1;
-                            tally.add(bytes, start, end);
-                        }),
-                        Err(error) => worker.result = Err(error),
-                    }
-                }
-            }
-        });
-        for worker in workers {
-            self.num_chunks += worker.num_chunks;
-            worker.result?;
-        }
-        self.num_bytes += texts.num_bytes() as u64;
-        Ok(())
-    }
-
-    /// Number of distinct chunks, and those that have something to merge.
-    pub fn into_words(self) -> (usize, Words) {
-        let mut tables = self.tables;
-        tables.sort_by_key(Counts::num_distinct);
-        let mut total = tables.pop().unwrap_or_default();
-        for table in tables {
-            total.absorb(table);
-        }
-        (total.num_distinct(), total.into_words())
-    }
-}
 
 /// A pair with an upper bound of its count, and where it was when it came into being.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -422,23 +353,5 @@ mod tests {
     #[test]
     fn ties_go_to_the_smallest_pair() {
         assert_eq!(train(&[("cd", 2), ("ab", 2), ("xy", 3)], 3), [(120, 121), (97, 98), (99, 100)]);
-    }
-
-    #[test]
-    fn same_counts_for_every_number_of_threads() {
-        let splitter = Splitter::named("nanochat").unwrap();
-        let texts = ["one two three two one", "three two", "", "one, 12345"];
-        let count = |threads| {
-            let mut counter = Counter::new(splitter, threads);
-            let long = "four five six ".repeat(100_000);
-            let (data, offsets) = crate::texts::pack(&[texts[0], texts[1], &long, texts[3], &long]);
-            counter.feed(&Texts::new(&data, &offsets).unwrap()).unwrap();
-            let words = counter.into_words().1;
-            let mut sorted: Vec<_> = words.iter().map(|word| (word.0.to_vec(), word.1)).collect();
-            sorted.sort();
-            sorted
-        };
-        assert_eq!(count(1), count(2));
-        assert_eq!(count(1), count(7));
     }
 }
