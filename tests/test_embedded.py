@@ -54,6 +54,12 @@ def test_fifty_thousand_documents_are_all_different_and_there_are_over_100_mb_of
     assert num_bytes / len(seen) * NUM_DOCUMENTS > 100e6
 
 
+@pytest.mark.slow
+def test_no_document_of_the_default_seed_repeats():
+    seen = {hash(text) for text in generate_documents(DEFAULT_SEED, 0, NUM_DOCUMENTS)}
+    assert len(seen) == NUM_DOCUMENTS
+
+
 def test_shares_of_the_kinds_add_up_to_one():
     assert sum(KINDS.values()) == pytest.approx(1.0)
 
