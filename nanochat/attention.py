@@ -85,6 +85,7 @@ class KVCache:
         """Reserve (layers, 2, B, K, capacity, D) of `dtype`, all rows empty."""
         shape = (num_layers, 2, batch_size, num_kv_heads, capacity, head_dim)
         self.storage = torch.zeros(shape, device=device, dtype=dtype)
+        self.tokens = torch.zeros(batch_size, capacity, dtype=torch.int64, device=device)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.longest = (
             0  # upper bound of lengths kept on the host, so that no step waits for the device
@@ -104,6 +105,15 @@ class KVCache:
         """Index of each of `num_new` appended tokens in its own row: (B, num_new) int64."""
         steps = torch.arange(num_new, device=self.lengths.device)
         return self.lengths[:, None] + steps[None, :]
+
+    def append_tokens(self, idx: Tensor, positions: Tensor) -> Tensor:
+        """Note the appended token ids (B, T); return each one's predecessor, its own at position 0.
+
+        Only a model with a token shift reads them.
+        """
+        rows = torch.arange(self.batch_size, device=idx.device)[:, None]
+        self.tokens[rows, positions] = idx
+        return self.tokens[rows, (positions - 1).clamp_min(0)]
 
     def append(self, layer: int, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, T, K, D) of one layer; return views (B, K, S, D) up to the longest row.
@@ -139,6 +149,7 @@ class KVCache:
         """A copy with the given rows (R,) int64, repeated or dropped as the indices say."""
         chosen = KVCache.__new__(KVCache)
         chosen.storage = self.storage.index_select(2, rows)
+        chosen.tokens = self.tokens.index_select(0, rows)
         chosen.lengths = self.lengths.index_select(0, rows)
         chosen.longest = self.longest
         return chosen

@@ -49,12 +49,14 @@ class GPTConfig:
     """Key/value heads of each block; a divisor of n_head, which is also the default."""
     n_embd: int = 768
     """Width of the residual stream."""
+    token_shift: float = 0.0
+    """Share of the previous token's embedding that is added to each one; 0 = off (classic)."""
 
     def __post_init__(self) -> None:
         if self.n_kv_head is None:
             object.__setattr__(self, "n_kv_head", self.n_head)
         for name, value in asdict(self).items():
-            if value < 1:
+            if name != "token_shift" and value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1")
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
@@ -298,12 +300,30 @@ class GPT(nn.Module):
             self._check_length(kv_cache.longest + num_new)
             cached = CachedStep(kv_cache, kv_cache.positions(num_new))
             rotary = self.cos[cached.positions], self.sin[cached.positions]
-        x = rms_norm(self.transformer.wte(idx)).to(self.compute_dtype)
+        x = self._embed(idx, cached).to(self.compute_dtype)
         for block in self.transformer.h:
             x = block(x, rotary, cached)
         if kv_cache is not None:
             kv_cache.advance(num_new)
         return rms_norm(x)
+
+    def _embed(self, idx: Tensor, cached: CachedStep | None) -> Tensor:
+        """Normed embeddings (B, T, C) in fp32, each with its share of its predecessor's.
+
+        The token shift (RWKV, arXiv:2305.13048, section 3) hands every position the token before
+        it. Looking up "what followed this word" is then one attention step instead of two layers
+        that must be learned together, which a small model otherwise takes very long to find.
+        """
+        x = rms_norm(self.transformer.wte(idx))
+        shift = self.config.token_shift
+        if cached is not None:
+            before = cached.cache.append_tokens(idx, cached.positions)
+            if shift:
+                is_later = (cached.positions > 0).unsqueeze(-1)
+                x = x + shift * is_later * rms_norm(self.transformer.wte(before))
+        elif shift:
+            x = x + shift * F.pad(x[:, :-1], (0, 0, 1, 0))
+        return x
 
     def _check_length(self, length: int) -> None:
         if length > self.cos.size(0):

@@ -14,6 +14,7 @@ def model_config(
     aspect_ratio: int = 64,
     head_dim: int = 128,
     model_dim: int | None = None,
+    token_shift: float = 0.0,
 ) -> GPTConfig:
     """Sizes of the model at a depth: width depth * aspect_ratio, heads of about head_dim features.
 
@@ -31,6 +32,7 @@ def model_config(
         n_layer=depth,
         n_head=num_heads,
         n_embd=width,
+        token_shift=token_shift,
     )
 
 

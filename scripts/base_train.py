@@ -41,6 +41,8 @@ class Config(StageConfig):
     """Features of one attention head, at most."""
     model_dim: int | None = None
     """Width, instead of depth x aspect ratio."""
+    token_shift: float = 0.0
+    """Share of the previous token's embedding added to each one; 0 = the classic model."""
     max_seq_len: int = 2048
     """Context in tokens."""
     total_batch_size: int = 524_288
@@ -77,6 +79,7 @@ def main(config: Config) -> int:
             aspect_ratio=config.aspect_ratio,
             head_dim=config.head_dim,
             model_dim=config.model_dim,
+            token_shift=config.token_shift,
         )
         scaling.gradient_accumulation(
             config.total_batch_size, config.device_batch_size, config.max_seq_len, rt.world.size

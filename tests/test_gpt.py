@@ -17,10 +17,11 @@ from nanochat.objectives import next_token_loss_sum, token_losses
 from nanochat.scaling import model_config
 
 
-def random_model(seed: int = 0, **sizes: int) -> GPT:
+def random_model(seed: int = 0, *, token_shift: float = 0.0, **sizes: int) -> GPT:
     """A small fp32 model whose every weight is random, output projections and head included."""
     config = GPTConfig(
-        **{"sequence_len": 96, "vocab_size": 61, "n_layer": 3, "n_head": 4, "n_embd": 64} | sizes
+        **{"sequence_len": 96, "vocab_size": 61, "n_layer": 3, "n_head": 4, "n_embd": 64} | sizes,
+        token_shift=token_shift,
     )
     model = GPT(config)
     generator = torch.Generator().manual_seed(seed)
@@ -102,10 +103,14 @@ def test_future_tokens_do_not_change_logits() -> None:
     assert difference[25:].min() > 1e-3
 
 
+@pytest.mark.parametrize("token_shift", [0.0, 0.5])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("cuts", [(1, 2, 3), (20, 21), (39,)])
-def test_cached_decode_equals_full_forward(kv_heads: int, cuts: tuple[int, ...]) -> None:
-    model, ids = random_model(n_kv_head=kv_heads), random_ids((3, 40))
+def test_cached_decode_equals_full_forward(
+    kv_heads: int, cuts: tuple[int, ...], token_shift: float
+) -> None:
+    model = random_model(n_kv_head=kv_heads, token_shift=token_shift)
+    ids = random_ids((3, 40))
     cache = model.new_cache(3, 40)
     edges = (0, *cuts, 40)
     with torch.no_grad():
@@ -114,8 +119,9 @@ def test_cached_decode_equals_full_forward(kv_heads: int, cuts: tuple[int, ...])
     torch.testing.assert_close(torch.cat(parts, dim=1), full, rtol=0, atol=1e-4)
 
 
-def test_cached_rows_of_different_lengths_do_not_touch_each_other() -> None:
-    model, ids = random_model(), random_ids((2, 30))
+@pytest.mark.parametrize("token_shift", [0.0, 0.5])
+def test_cached_rows_of_different_lengths_do_not_touch_each_other(token_shift: float) -> None:
+    model, ids = random_model(token_shift=token_shift), random_ids((2, 30))
     cache = model.new_cache(2, 30)
     with torch.no_grad():
         model(ids[:, :20], kv_cache=cache)

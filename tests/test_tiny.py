@@ -48,12 +48,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--depth=2",
         "--max_seq_len=256",
         "--total_batch_size=2048",
-        "--core_metric_max_per_task=4",
+        "--core_metric_max_per_task=8",
         "--core_metric_every=20",
         *SIZES,
     )
     command(base, "scripts.base_loss", "--device_batch_size=8", "--split_tokens=4096")
-    command(base, "scripts.base_eval", "--max-per-task=4")
+    command(base, "scripts.base_eval", "--max-per-task=8")
     command(base, "scripts.mid_train", "--total_batch_size=2048", *SIZES)
     command(base, "scripts.chat_eval", "-i", "mid", "-x", "4", "-m", "16")
     command(base, "scripts.chat_sft", "--target_examples_per_step=8", *SIZES)
