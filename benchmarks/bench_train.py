@@ -140,6 +140,7 @@ def _measure_peer(config: Config, work: Path) -> None:
     for name in [n for n in sys.modules if n == "nanochat" or n.startswith("nanochat.")]:
         del sys.modules[name]
     import torch
+
     from nanochat.gpt import GPT, GPTConfig  # type: ignore[assignment]
 
     torch.manual_seed(42)

@@ -38,6 +38,8 @@ class ConversationStageConfig(StageConfig):
     """Checkpoint to start from; default: the newest."""
     max_seq_len: int | None = None
     """Context in tokens; default: the model's."""
+    eval_steps: int | None = None
+    """Validation by batches of --device-batch-size rows, instead of --eval-tokens."""
     num_epochs: int = 1
     """Passes over the mixture, if --num-iterations is -1."""
     masked: bool = False
@@ -76,6 +78,9 @@ def train_on_conversations(
     model = _load(parent, config.max_seq_len).to(runtime.device)
     sequence_len = model.config.sequence_len
     token_bytes = torch.from_numpy(tokenizer.token_bytes).to(runtime.device)
+    eval_tokens = config.eval_tokens
+    if config.eval_steps is not None:
+        eval_tokens = config.eval_steps * config.device_batch_size * sequence_len
     num_iterations = config.num_iterations
     if num_iterations <= 0:
         steps = _steps_per_epoch(config, train_task, tokenizer, rows_per_step, sequence_len)
@@ -85,7 +90,7 @@ def train_on_conversations(
         batches = conversation_evaluation_batches(
             validation_task,
             tokenizer,
-            num_tokens=config.eval_tokens,
+            num_tokens=eval_tokens,
             batch_size=config.device_batch_size,
             sequence_len=sequence_len,
             world=runtime.world,

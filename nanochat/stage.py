@@ -36,7 +36,16 @@ logger = logging.getLogger(__name__)
 
 # Settings that change how a run is carried out but not what it computes: a resumed run may differ.
 _FREE_ON_RESUME = frozenset(
-    {"run", "resume", "device_batch_size", "device_type", "save_every", "keep_last", "log_every"}
+    {
+        "run",
+        "resume",
+        "dry_run",
+        "device_batch_size",
+        "device_type",
+        "save_every",
+        "keep_last",
+        "log_every",
+    }
 )
 
 
@@ -70,6 +79,8 @@ class StageConfig:
     """Multiplies all learning rates."""
     warmup_steps: int = 0
     """Steps of linear warmup."""
+    warmup_ratio: float = 0.0
+    """Warmup as a share of the run, if --warmup-steps is 0."""
     warmdown_ratio: float = 0.2
     """Share of the run over which learning rates fall at its end."""
     final_lr_frac: float = 0.0
@@ -88,6 +99,8 @@ class StageConfig:
     """Steps between console lines."""
     resume: bool = False
     """Continue from this run's newest valid checkpoint, if there is one."""
+    dry_run: bool = False
+    """Print sizes, steps and where results would go; train nothing."""
     compile: str = "auto"
     """Compile the step: auto, on or off."""
     seed: int = 42
@@ -106,7 +119,7 @@ class StageConfig:
         """The schedule part of the flags."""
         return Schedule(
             num_iterations=num_iterations,
-            warmup_steps=self.warmup_steps,
+            warmup_steps=self.warmup_steps or round(self.warmup_ratio * num_iterations),
             warmdown_ratio=self.warmdown_ratio,
             peak=self.init_lr_frac,
             final_fraction=self.final_lr_frac,
@@ -159,6 +172,9 @@ def train_stage(
         "tokenizer_hash": tokenizer.hash,
     }
     _announce(title, model, plan, facts)
+    if config.dry_run:
+        logger.info("dry run: nothing trained; checkpoints would go to %s", run_dir)
+        return 0
     with checkpoint_manager.lock_run(run_dir, runtime.world):
         checkpoint = _previous_run(run_dir, facts, resume=config.resume, runtime=runtime)
         metrics = None

@@ -98,6 +98,12 @@ def test_chat_cli_answers_on_standard_output_alone(trained: Path) -> None:
     assert "<|" not in answer
 
 
+def test_dry_run_trains_nothing(trained: Path) -> None:
+    before = sorted(path.name for path in (trained / "base_checkpoints").iterdir())
+    command(trained, "scripts.base_train", "--depth=3", "--dry_run", *SIZES[:2])
+    assert sorted(path.name for path in (trained / "base_checkpoints").iterdir()) == before
+
+
 def test_second_run_with_resume_has_nothing_left_to_do(trained: Path) -> None:
     weights = trained / "chatsft_checkpoints" / "d2" / "step_000020" / "model.safetensors"
     before = weights.stat().st_mtime_ns
