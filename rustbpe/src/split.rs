@@ -232,7 +232,8 @@ impl Splitter {
 
 /// `'s 'd 'm 't 'll 've 're`; with `any_case` also upper case and the long s (U+017F), which
 /// Unicode folds to s.
-fn contraction_end(text: &[u8], start: usize, any_case: bool) -> Option<usize> {
+#[inline]
+pub fn contraction_end(text: &[u8], start: usize, any_case: bool) -> Option<usize> {
     if text[start] != b'\'' {
         return None;
     }
