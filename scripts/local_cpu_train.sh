@@ -24,26 +24,29 @@ source scripts/stages.sh
 
 quick_sizes() {
     DATA=embedded                  # embedded, fineweb-edu, climbmix, or a folder of parquet shards
-    NUM_SHARDS=16                  # training shards to generate or fetch
-    MAX_CHARS=20000000             # text the tokenizer is trained on
+    NUM_SHARDS=8                   # training shards to generate or fetch
+    MAX_CHARS=10000000             # text the tokenizer is trained on
     VOCAB_SIZE=4096
 
     DEPTH=4                        # layers; width = 64 x depth
-    MAX_SEQ_LEN=512                # tokens of context
+    TOKEN_SHIFT=0.5                # each token also sees half of the one before it (0 = classic)
+    MAX_SEQ_LEN=256                # tokens of context
     DEVICE_BATCH_SIZE=16           # rows of one forward pass
-    TOTAL_BATCH_SIZE=8192          # tokens of one optimizer step
-    NUM_ITERATIONS=300             # optimizer steps of pretraining
-    SAVE_EVERY=50                  # steps between checkpoints: what an interruption costs at most
-    EVAL_EVERY=100
-    EVAL_TOKENS=131072
+    TOTAL_BATCH_SIZE=4096          # tokens of one optimizer step
+    NUM_ITERATIONS=400             # optimizer steps of pretraining
+    SAVE_EVERY=100                 # steps between checkpoints: what an interruption costs at most
+    EVAL_EVERY=130
+    EVAL_TOKENS=65536
     CORE_MAX_PER_TASK=100          # items of each CORE task
 
-    MID_ITERATIONS=200
-    SFT_ITERATIONS=150
+    MID_ITERATIONS=400
+    SFT_ITERATIONS=200
     SFT_DEVICE_BATCH_SIZE=16
-    SFT_EXAMPLES_PER_STEP=32
+    SFT_EXAMPLES_PER_STEP=16       # rows of a step; a row holds several conversations
+    SFT_PACKING=best-fit           # rows = one conversation a row
+    SFT_LR_FRACTION=0.5            # learning rates of finetuning, as a share of pretraining's
 
-    MAX_PROBLEMS=200               # problems of each chat evaluation
+    MAX_PROBLEMS=300               # problems of each chat evaluation
     MAX_NEW_TOKENS=128             # longest answer in them
 }
 
@@ -54,6 +57,7 @@ full_sizes() {
     VOCAB_SIZE=65536
 
     DEPTH=4
+    TOKEN_SHIFT=0
     MAX_SEQ_LEN=1024
     DEVICE_BATCH_SIZE=8
     TOTAL_BATCH_SIZE=8192
@@ -69,6 +73,8 @@ full_sizes() {
     SFT_ITERATIONS=300
     SFT_DEVICE_BATCH_SIZE=8
     SFT_EXAMPLES_PER_STEP=32
+    SFT_PACKING=rows
+    SFT_LR_FRACTION=0.02
 
     MAX_PROBLEMS=100
     MAX_NEW_TOKENS=128
@@ -92,6 +98,7 @@ pipeline() {
     # [2/5] base model
     training base_train "base_checkpoints/$tag/step_*/manifest.json" \
         python -m scripts.base_train --data="$DATA" --depth="$DEPTH" --max_seq_len="$MAX_SEQ_LEN" \
+        --token_shift="$TOKEN_SHIFT" --final_lr_frac=0.2 \
         --device_batch_size="$DEVICE_BATCH_SIZE" --total_batch_size="$TOTAL_BATCH_SIZE" \
         --num_iterations="$NUM_ITERATIONS" --eval_every="$EVAL_EVERY" --eval_tokens="$EVAL_TOKENS" \
         --core_metric_every=-1 --sample_every=-1 --save_every="$SAVE_EVERY" --run="$WANDB_RUN"
@@ -108,7 +115,8 @@ pipeline() {
     training mid_train "mid_checkpoints/$tag/step_*/manifest.json" \
         python -m scripts.mid_train --model_tag="$tag" --max_seq_len="$MAX_SEQ_LEN" \
         --device_batch_size="$DEVICE_BATCH_SIZE" --total_batch_size="$TOTAL_BATCH_SIZE" \
-        --num_iterations="$MID_ITERATIONS" --eval_every="$EVAL_EVERY" --eval_tokens="$EVAL_TOKENS" \
+        --num_iterations="$MID_ITERATIONS" --final_lr_frac=0.5 \
+        --eval_every="$EVAL_EVERY" --eval_tokens="$EVAL_TOKENS" \
         --save_every="$SAVE_EVERY" --run="$WANDB_RUN"
     evaluation chat_eval_mid "report/chat-evaluation-mid.json" \
         python -m scripts.chat_eval --source=mid --model-tag="$tag" \
@@ -118,7 +126,8 @@ pipeline() {
     training chat_sft "chatsft_checkpoints/$tag/step_*/manifest.json" \
         python -m scripts.chat_sft --model_tag="$tag" \
         --device_batch_size="$SFT_DEVICE_BATCH_SIZE" --target_examples_per_step="$SFT_EXAMPLES_PER_STEP" \
-        --num_iterations="$SFT_ITERATIONS" --eval_every="$EVAL_EVERY" --eval_tokens="$EVAL_TOKENS" \
+        --packing="$SFT_PACKING" --init_lr_frac="$SFT_LR_FRACTION" --num_iterations="$SFT_ITERATIONS" \
+        --eval_every="$EVAL_EVERY" --eval_tokens="$EVAL_TOKENS" \
         --save_every="$SAVE_EVERY" --run="$WANDB_RUN"
     evaluation chat_eval_sft "report/chat-evaluation-sft.json" \
         python -m scripts.chat_eval --source=sft --model-tag="$tag" \
