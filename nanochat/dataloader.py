@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 STEPS_AHEAD = 2
 # Documents and conversations that wait for a place in best-fit packing; both are the newest
-# nanochat's (spec B.4).
+# nanochat's.
 WAITING_DOCUMENTS = 1000
 WAITING_CONVERSATIONS = 100
 # Steps in a row without any target after which the data, not bad luck, is to blame.
@@ -134,7 +134,7 @@ class DocumentLoader(Loader):
     """Pretraining: documents behind a BOS, every token a target.
 
     packing: "stream" wastes nothing; "best-fit" begins every row with the beginning of a document
-    and loses the ends of some (about a third of the tokens at T = 2,048, spec B.4).
+    and loses the ends of some (about a third of the tokens at T = 2,048).
     """
 
     def __init__(

@@ -250,7 +250,7 @@ class BestFitPacker:
 
     What is left of a row when none fits is filled with the beginning of the shortest waiting
     document, whose end is lost (overflow="crop"), or padded ("pad"). Every row begins with the
-    beginning of a document. (The newest nanochat's loaders; spec B.4.)
+    beginning of a document. (As in the newest nanochat.s loaders.)
     """
 
     def __init__(

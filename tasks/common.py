@@ -1,4 +1,4 @@
-"""What a task is, slices of it, and mixtures of several (spec B.12).
+"""What a task is, slices of it, and mixtures of several.
 
 A task is a sequence of conversations, each made when it is asked for. Tasks that are evaluated
 say how (`eval_type`) and judge a completion; tasks that only train leave `evaluate` alone.
@@ -18,7 +18,7 @@ from nanochat.conversation import Conversation, Message, chat
 EvalType = Literal["categorical", "generative", "training"]
 
 LETTERS = ("A", "B", "C", "D")
-MIXTURE_SEED = 42  # spec B.12
+MIXTURE_SEED = 42  # of the 2025 nanochat
 
 _FINAL_ANSWER = re.compile(r"#### (-?[0-9.,]+)")
 
@@ -124,7 +124,7 @@ def choice_prompt(
     """Return a question with one line for each choice and an instruction after a blank line.
 
     Each choice stands before its letter with "=" between them, so that the letter in the question
-    and the letter of the answer are the same token (spec B.12).
+    and the letter of the answer are the same token.
     """
     lines = [f"- {choice}={letter}" for choice, letter in zip(choices, letters, strict=True)]
     return "\n".join([f"Multiple choice: {question}", *lines, "", instruction])

@@ -1,4 +1,4 @@
-"""Conversations of your own: a file with one JSON array of messages a line (spec B.12)."""
+"""Conversations of your own: a file with one JSON array of messages a line."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""A miniature CORE bundle about the embedded world, in the layout of the real one (spec B.10).
+"""A miniature CORE bundle about the embedded world, in the layout of the real one.
 
 `write_bundle` writes core.yaml, eval_meta_data.csv and eval_data/*.jsonl. Facts are asked as no
 document asks them; passages are told as no document tells them.

@@ -1,4 +1,4 @@
-"""Word problems solved with the calculator, in the form of GSM8K (spec B.12)."""
+"""Word problems solved with the calculator, in the form of GSM8K."""
 
 import random
 from typing import ClassVar

@@ -1,6 +1,6 @@
 """How one asks for the letters of a word.
 
-COUNTING holds the 51 phrasings of spec B.12, 30 in English and 21 in other languages. The compact
+COUNTING holds the 51 phrasings of the 2025 nanochat: 30 English ones, 21 in others. The compact
 style uses COMPACT_COUNTING for training and HELD_OUT_COUNTING for evaluation only.
 """
 

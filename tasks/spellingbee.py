@@ -1,4 +1,4 @@
-"""Spelling a word, and counting a letter in it with the tool (spec B.12).
+"""Spelling a word, and counting a letter in it with the tool.
 
 Two styles. "full" is the documented one: the letters are enumerated by hand with a running count,
 then the tool checks. "compact" keeps what a small model with a short context can learn in
@@ -31,7 +31,7 @@ from tasks.common import EvalType, Task, same_final_answer
 logger = logging.getLogger(__name__)
 
 WORD_LIST = "words_alpha.txt"  # 370,000 English words, one a line, in the base folder
-SHUFFLE_SEED = 42  # spec B.12, for the order of SimpleSpelling
+SHUFFLE_SEED = 42  # of the 2025 nanochat, for the order of SimpleSpelling
 
 COMPACT_QUOTES = ("'", "'", '"', '"', "")  # around the word; without any, 1 in 5
 

@@ -73,7 +73,7 @@ def test_text_is_clean(kind):
         assert "  " not in text.replace("\n  ", "\n")
         assert not re.search(r"[{}|]", text)
         assert 60 <= len(text) <= 2500
-        # A token such as "=A" would hide the letter of a choice from the answer (spec B.12).
+        # A token such as "=A" would hide the letter of a choice from the answer.
         assert not re.search(r"=[A-Za-z]", text)
         assert not WRONG_ARTICLE.search(text), text
 

@@ -1,4 +1,4 @@
-"""Tasks: slices and mixtures, the formats of spec B.12, scoring, and what evaluation keeps back."""
+"""Tasks: slices, mixtures, the formats of the 2025 nanochat, scoring, what is kept back."""
 
 import json
 import random

@@ -17,7 +17,7 @@ from nanochat.sources import START, Position, Split
 
 TEXT_COLUMN = "text"
 # Small enough that tokenizing one list never makes a training step wait, large enough to keep
-# the threads of the tokenizer busy. The same batch as the seed-era loader (spec B.4).
+# the threads of the tokenizer busy. The same batch as the seed-era loader.
 DOCUMENTS_PER_LIST = 128
 FOOTER_THREADS = 8
 
@@ -156,7 +156,7 @@ def write_shard(
     rows_per_group: int = 1024,
     note: dict[str, str],
 ) -> None:
-    """Write a shard in the layout of FineWeb-Edu (zstd, spec A.1), whole or not at all.
+    """Write a shard in the layout of FineWeb-Edu (zstd), whole or not at all.
 
     note: kept in the file's key-value metadata.
     """

@@ -26,7 +26,7 @@ def held_out_words() -> tuple[str, ...]:
 
 
 def spell(word: str) -> str:
-    """Return `word:w,o,r,d`, the notation of spec B.12."""
+    """Return `word:w,o,r,d`, the notation of the 2025 nanochat."""
     return f"{word}:{','.join(word)}"
 
 
@@ -36,7 +36,7 @@ def times(count: int) -> str:
 
 
 def pick_letter(rng: random.Random, word: str) -> str:
-    """Return a letter of the word, or one time in ten any letter (spec B.12)."""
+    """Return a letter of the word, or one time in ten any letter."""
     if rng.random() < 0.9:
         return pick(rng, word)
     return pick(rng, sorted(_ALPHABET))
