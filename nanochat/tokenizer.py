@@ -97,6 +97,11 @@ class Tokenizer:
                 f"{len(SPECIAL_TOKENS)} special tokens need {NUM_BYTES + len(SPECIAL_TOKENS)}; "
                 "raise --vocab-size"
             )
+        if vocab_size > rustbpe.MAX_VOCAB_SIZE:
+            raise UserError(
+                f"a vocabulary of {vocab_size:,} tokens was asked for; at most "
+                f"{rustbpe.MAX_VOCAB_SIZE:,} are possible: lower --vocab-size"
+            )
         vocabulary = rustbpe.Tokenizer()
         vocabulary.train_from_iterator(
             texts, num_mergeable, pattern=SPLIT_PATTERN, num_threads=num_threads
@@ -124,7 +129,7 @@ class Tokenizer:
             raise UserError(f"{path} is not a {FORMAT} file; train again with scripts.tok_train")
         try:
             return cls._from_json(value)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise UserError(f"{path} is damaged ({error}); train again or restore it") from error
 
     @classmethod
@@ -139,6 +144,12 @@ class Tokenizer:
             tokens = [bytes.fromhex(token) for token in value["tokens"]]
             vocabulary = rustbpe.Tokenizer.from_tokens(tokens, name)
         specials = {str(name): int(i) for name, i in value["special_tokens"].items()}
+        ids = set(specials.values())
+        if len(ids) < len(specials) or max(ids) > rustbpe.MAX_VOCAB_SIZE:
+            raise ValueError(f"the ids of its special tokens are {sorted(specials.values())}")
+        if not isinstance(pattern, str) or not isinstance(value["trained_on"], str):
+            raise TypeError("pattern and trained_on must be text")
+        vocabulary.encode("a")  # a pattern that is no pattern shows here
         return cls(vocabulary, specials, bos=value["bos"], trained_on=value["trained_on"])
 
     def save(self, directory: str | Path) -> None:
@@ -264,7 +275,11 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def _id_of(self, token: int | str | None) -> int | None:
-        return self.encode_special(token) if isinstance(token, str) else token
+        if isinstance(token, str):
+            return self.encode_special(token)
+        if token is not None and not 0 <= token < self.vocab_size:
+            raise ValueError(f"the id {token} is not below the vocabulary size {self.vocab_size}")
+        return token
 
     # ---- conversations ------------------------------------------------------------------------
 

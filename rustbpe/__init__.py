@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,6 +68,10 @@ def _core_pattern(pattern: str) -> str | None:
     return name
 
 
+MAX_VOCAB_SIZE = 1 << 24  # 40 times the largest vocabulary in use; a typing error beyond that
+MAX_ID = (1 << 31) - 1  # ids are int32
+
+
 class Tokenizer:
     """A byte level BPE vocabulary with its split pattern.
 
@@ -81,6 +86,10 @@ class Tokenizer:
         self._ranks: dict[bytes, int] | None = None
         self._encoder: native.Encoder | None = None
         self._cache: dict[str, list[int]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but what lives in the core, which a copy makes anew."""
+        return {**self.__dict__, "_encoder": None, "_cache": {}}
 
     @classmethod
     def from_merges(cls, merges: Sequence[tuple[int, int]], pattern: str) -> Tokenizer:
@@ -123,6 +132,11 @@ class Tokenizer:
         """
         if vocab_size < 256:
             raise ValueError(f"a vocabulary of {vocab_size} has no room for the 256 bytes")
+        if vocab_size > MAX_VOCAB_SIZE:
+            raise ValueError(
+                f"a vocabulary of {vocab_size:,} tokens was asked for; at most "
+                f"{MAX_VOCAB_SIZE:,} are possible"
+            )
         pattern = DEFAULT_PATTERN if pattern is None else pattern
         threads = num_threads or default_threads()
         num_merges = vocab_size - 256
@@ -187,6 +201,9 @@ class Tokenizer:
         `prepend` and `append` are ids put around every text. Raises ValueError for a text with
         lone surrogates.
         """
+        for around in (prepend, append):
+            if around is not None and not 0 <= around <= MAX_ID:
+                raise ValueError(f"the id {around} cannot be put around texts: not an int32")
         core = self._core()
         if core is not None:
             return core.encode(texts, prepend, append, num_threads or default_threads())

@@ -130,6 +130,9 @@ class Batch:
         Long texts are read where they lie, in the UTF-8 form that CPython keeps of a string
         (for ASCII the string itself); short ones are copied into one buffer.
         """
+        # A list of our own: the core reads the strings without the interpreter's lock, so they
+        # have to outlive whatever the caller does to his, or was never going to keep.
+        texts = list(texts)
         try:
             if sum(map(len, texts)) >= _WORTH_AN_ADDRESS * len(texts) and _as_utf8() is not None:
                 return cls._scattered(texts)
@@ -191,6 +194,9 @@ class Handle:
         number = c_uint64()
         call(constructor, *arguments, byref(number))
         self.number = number.value
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        raise TypeError("an object of the core cannot be copied; copy its owner")
 
     def __del__(self) -> None:
         core = load() if load is not None else None  # None while the interpreter shuts down
