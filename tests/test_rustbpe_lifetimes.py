@@ -100,7 +100,7 @@ def test_damaged_tokenizer_file_is_named_in_one_sentence(
     content = json.loads(path.read_text())
     assert field in content
     path.write_text(json.dumps(content | {field: value}))
-    with pytest.raises(UserError, match="tokenizer.json"):
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
         Tokenizer.from_directory(tmp_path)
 
 
@@ -110,5 +110,5 @@ def test_special_tokens_that_share_an_id_are_refused(tokenizer: Tokenizer, tmp_p
     content = json.loads(path.read_text())
     content["special_tokens"] = dict.fromkeys(content["special_tokens"], 291)
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="tokenizer.json"):
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
         Tokenizer.from_directory(tmp_path)
