@@ -119,7 +119,7 @@ def main(config: Config) -> int:
                 max_per_task=config.core_metric_max_per_task,
                 runtime=rt,
             )
-            logger.info("step %d  CORE %.4f", trainer.state.step, result.core)
+            logger.info("step %d  %s %.4f", trainer.state.step, result.label, result.core)
             return {"core": result.core}
 
         def sample(trainer: Trainer) -> dict[str, float]:
