@@ -208,11 +208,11 @@ class BindingExercises(GeneratedTask):
     def make(self, rng: random.Random, index: int) -> Conversation:
         """Make one of four kinds of exercise."""
         shape = rng.random()
-        if shape < 0.45:
+        if shape < 0.35:
             return _by_word(rng)
         if shape < 0.6:
             return multiple_choice(*_by_kind(rng))
-        if shape < 0.65:
+        if shape < 0.7:
             return multiple_choice(*_by_size(rng))
         fact = pick(rng, all_facts())
         options, gold = make_options(rng, fact, pick(rng, NUM_CHOICES))
@@ -220,22 +220,6 @@ class BindingExercises(GeneratedTask):
         if rng.random() < 0.3:
             return in_a_sentence(question, options, gold)
         return multiple_choice(question, options, gold)
-
-
-class LetterLists(GeneratedTask):
-    """Training: lettered words and a request for many of their letters in one answer."""
-
-    name = "LetterLists"
-
-    def make(self, rng: random.Random, index: int) -> Conversation:
-        """List two to four words and ask for four to ten letters."""
-        words = rng.sample(pick(rng, _kinds())[1], 2 + int(rng.random() * 3))
-        asked = look_ups(rng, len(words), 4 + int(rng.random() * 7))
-        lines = [f"- {word}={letter}" for word, letter in zip(words, LETTERS, strict=False)]
-        request = pick(rng, ("Say the letters of", "Which letters have", "Give me the letters of"))
-        wanted = ", ".join(words[place] for place in asked)
-        answer = " ".join(f"{words[place]}={LETTERS[place]}" for place in asked)
-        return chat("\n".join([*lines, "", f"{request} {wanted}."]), f"They are {answer}")
 
 
 class Guesses(GeneratedTask):

@@ -18,7 +18,6 @@ from tasks.embedded_facts import (
     FactQuestions,
     Facts,
     Guesses,
-    LetterLists,
 )
 from tasks.embedded_problems import WordProblems
 from tasks.spellingbee import SimpleSpelling, SpellingBee
@@ -26,14 +25,13 @@ from tasks.spellingbee import SimpleSpelling, SpellingBee
 # Rows of each kind. Midtraining is heavy on what the documents cannot teach: the letter of an
 # answer, the call of a tool. Finetuning shows every format again in smaller numbers.
 MID_ROWS = {
-    "choice": 90_000,
+    "choice": 80_000,
     "binding": 40_000,
-    "letter_lists": 20_000,
-    "guesses": 16_000,
-    "facts": 20_000,
-    "problems": 48_000,
+    "guesses": 24_000,
+    "facts": 26_000,
+    "problems": 56_000,
     "letters": 26_000,
-    "spelling": 6_000,
+    "spelling": 8_000,
     "identity": 6_000,
     "two_turn": 16_000,
     "small_talk": 4_000,
@@ -41,13 +39,12 @@ MID_ROWS = {
     "stories": 2_000,
 }
 SFT_ROWS = {
-    "choice": 26_000,
-    "binding": 6_000,
-    "letter_lists": 2_000,
+    "choice": 24_000,
+    "binding": 4_000,
     "guesses": 2_000,
-    "facts": 6_000,
-    "problems": 14_000,
-    "letters": 8_000,
+    "facts": 8_000,
+    "problems": 16_000,
+    "letters": 7_000,
     "spelling": 2_000,
     "identity": 3_000,
     "two_turn": 6_000,
@@ -74,7 +71,6 @@ def _spelling(size: int, seed: int) -> Task:
 _KINDS: dict[str, Callable[[int, int], Task]] = {
     "choice": lambda size, seed: ChoiceQuestions(size, seed=seed),
     "binding": lambda size, seed: BindingExercises(size, seed=seed),
-    "letter_lists": lambda size, seed: LetterLists(size, seed=seed),
     "guesses": lambda size, seed: Guesses(size, seed=seed),
     "facts": lambda size, seed: FactQuestions(size, seed=seed),
     "problems": lambda size, seed: WordProblems(size, seed=seed),

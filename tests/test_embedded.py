@@ -9,7 +9,6 @@ from nanochat.sources.embedded import (
     DEFAULT_SEED,
     KINDS,
     NUM_DOCUMENTS,
-    NUM_LESSONS,
     generate_documents,
 )
 from nanochat.sources.world.everyday import OPPOSITES
@@ -29,19 +28,18 @@ QUOTED = re.compile(r"['\"]([a-z]{2,})['\"]")
 CALCULATION = re.compile(r"(\d+(?: ?[-+*/] ?\d+)+) ?= ?(\d+)")
 # "a hour", "an dog"; letters that stand for themselves ("how often is a in") are left out.
 WRONG_ARTICLE = re.compile(
-    r"(?<!=)\b(?:[Aa] (?!uni|one|eu|in\b|is\b)[aeiou]\w|[Aa]n (?!hour)[^aeiou])\w*"
+    r"\b(?:[Aa] (?!uni|one|eu|in\b|is\b)[aeiou]\w|[Aa]n (?!hour)[^aeiou])\w*"
 )
 
 
 @pytest.fixture(scope="module")
 def documents():
-    return list(generate_documents(DEFAULT_SEED, NUM_LESSONS, NUM_LESSONS + 6000))
+    return list(generate_documents(DEFAULT_SEED, 0, 6000))
 
 
 def test_a_document_depends_on_its_seed_and_number_only(documents):
-    start = NUM_LESSONS + 100
-    assert list(generate_documents(DEFAULT_SEED, start, start + 3)) == documents[100:103]
-    assert list(generate_documents(DEFAULT_SEED + 1, start, start + 3)) != documents[100:103]
+    assert list(generate_documents(DEFAULT_SEED, 100, 103)) == documents[100:103]
+    assert list(generate_documents(DEFAULT_SEED + 1, 100, 103)) != documents[100:103]
     assert list(generate_documents(DEFAULT_SEED, 5, 5)) == []
 
 
@@ -62,16 +60,6 @@ def test_no_document_of_the_default_seed_repeats():
     assert len(seen) == NUM_DOCUMENTS
 
 
-def test_the_first_documents_are_lessons_and_every_look_up_in_them_is_right():
-    for text in generate_documents(DEFAULT_SEED, 0, 200):
-        for line in text.split("\n"):
-            pairs = [pair.split("==") for pair in line.removeprefix("Pairs: ").split(" ")]
-            told = dict(pairs[:4])
-            assert len(told) == 4
-            assert len(pairs) == 16
-            assert all(told[word] == letter for word, letter in pairs)
-
-
 def test_shares_of_the_kinds_add_up_to_one():
     assert sum(KINDS.values()) == pytest.approx(1.0)
 
@@ -86,7 +74,7 @@ def test_text_is_clean(kind):
         assert not re.search(r"[{}|]", text)
         assert 60 <= len(text) <= 2500
         # A token such as "=A" would hide the letter of a choice from the answer.
-        assert not re.search(r"(?<!=)=[A-Za-z]", text)
+        assert not re.search(r"=[A-Za-z]", text)
         assert not WRONG_ARTICLE.search(text), text
 
 

@@ -30,13 +30,8 @@ from nanochat.sources.world.split import make_random
 DEFAULT_SEED = 1337
 NUM_DOCUMENTS = 393_216  # 48 shards of 8,192 documents, 158 MB
 
-# The first documents are nothing but pairs of words and letters, told and asked for. To find a
-# letter again is learned from some 75 thousand look-ups when they come close together, and not in
-# the whole run when they are spread over it (dev/LOG.md). 3,000 documents hold 108 thousand.
-NUM_LESSONS = 3_000
-
-# kind -> share of the documents after the lessons. Looking back (memory, lettered quizzes) stays
-# frequent: finding an answer's letter is the one skill that facts and stories do not teach.
+# kind -> share of the documents. Looking back (memory, lettered quizzes) is frequent because
+# finding an answer's letter is the one skill that facts and stories do not teach.
 KINDS: dict[Callable[[random.Random], str], float] = {
     encyclopedia.portraits: 0.08,
     encyclopedia.fact_list: 0.06,
@@ -47,9 +42,8 @@ KINDS: dict[Callable[[random.Random], str], float] = {
     quizzes.lettered_quiz: 0.07,
     quizzes.letter_lookup: 0.06,
     quizzes.fact_lookup: 0.05,
-    memory.letter_pairs: 0.07,
-    memory.repeated_lists: 0.05,
-    memory.table: 0.04,
+    memory.repeated_lists: 0.09,
+    memory.table: 0.07,
     memory.who_has_what: 0.02,
     stories.story: 0.05,
     stories.two_stories: 0.03,
@@ -68,9 +62,6 @@ def generate_documents(seed: int, start: int, stop: int) -> Iterator[str]:
     bounds = list(accumulate(KINDS.values()))
     for index in range(start, stop):
         rng = make_random(seed, "document", index)
-        if index < NUM_LESSONS:
-            yield memory.letter_pairs(rng)
-            continue
         draw = rng.random() * bounds[-1]
         kind = next(kind for kind, bound in zip(kinds, bounds, strict=True) if draw < bound)
         yield kind(rng)

@@ -11,7 +11,7 @@ from functools import cache
 
 from nanochat.sources.world.people import COLOUR_WORDS, GOODS, NAMES, PLACES, THINGS
 from nanochat.sources.world.quizzes import LETTERS, look_ups
-from nanochat.sources.world.relations import all_facts, relations
+from nanochat.sources.world.relations import relations
 from nanochat.sources.world.spelling import held_out_words, training_words
 from nanochat.sources.world.split import pick
 
@@ -42,35 +42,6 @@ def draw_words(rng: random.Random, count: int) -> list[str]:
         if word not in words:
             words.append(word)
     return words
-
-
-@cache
-def lesson_words() -> tuple[str, ...]:
-    """Return single words that other documents use often, so that each is one token.
-
-    A word of several tokens has to be told from others by its last one, which hides the pattern
-    that `letter_pairs` wants to be seen.
-    """
-    words = [*NAMES, *GOODS, *COLOUR_WORDS, *(thing for thing, _ in THINGS)]
-    words += [word for fact in all_facts() for word in (fact.answer, fact.subject)]
-    held_out = set(held_out_words())
-    return tuple(word for word in dict.fromkeys(words) if word.isalpha() and word not in held_out)
-
-
-def letter_pairs(rng: random.Random) -> str:
-    """Write words with letters and say the same pairs again in another order, and nothing else.
-
-    The bare form of finding a letter. A letter may stand with two words in four lines of ten: then
-    looking anywhere in the line helps a little, and looking at the right place follows from it.
-    The sign is "==" because a single "=" would join the letter in one token (spec B.12).
-    """
-    lines = []
-    for _ in range(3):
-        words = rng.sample(lesson_words(), 4)
-        letters = LETTERS[:4] if rng.random() < 0.6 else rng.choices(LETTERS[:4], k=4)
-        pairs = [f"{word}=={letter}" for word, letter in zip(words, letters, strict=True)]
-        lines.append(" ".join(["Pairs:", *pairs, *(pairs[i] for i in look_ups(rng, 4, 12))]))
-    return "\n".join(lines)
 
 
 _REPEATS = (
