@@ -9,9 +9,11 @@ import re
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import accumulate
 from typing import ClassVar, Literal
 
+from nanochat.assets import Asset
 from nanochat.common import UserError
 from nanochat.conversation import Conversation, Message, chat
 
@@ -19,6 +21,10 @@ EvalType = Literal["categorical", "generative", "training"]
 
 LETTERS = ("A", "B", "C", "D")
 MIXTURE_SEED = 42  # of the 2025 nanochat
+
+# What surrounds a question and its choices in a prompt.
+CHOICE_LEAD = "Multiple choice: "
+CHOICE_INSTRUCTION = "Answer with the letter only."
 
 _FINAL_ANSWER = re.compile(r"#### (-?[0-9.,]+)")
 
@@ -31,7 +37,7 @@ class Task:
     `chance` is the accuracy of guessing.
     """
 
-    name: ClassVar[str] = "task"
+    name: str = "task"
     eval_type: ClassVar[EvalType] = "training"
     chance: ClassVar[float] = 0.0
 
@@ -50,6 +56,14 @@ class Task:
     def row(self, index: int) -> Conversation:
         """Return row `index` of the whole task, 0 <= index < num_rows()."""
         raise NotImplementedError
+
+    def assets(self) -> tuple[Asset, ...]:
+        """Return what must be on this machine before a row can be read; reads nothing itself."""
+        return ()
+
+    def reason_to_skip(self) -> str | None:
+        """Say why this machine cannot judge the task, None when it can."""
+        return None
 
     def __len__(self) -> int:
         rows = self.num_rows()
@@ -87,7 +101,15 @@ class TaskSequence(Task):
     ) -> None:
         super().__init__(start=start, stop=stop, step=step)
         self.tasks = tuple(tasks)
-        self._ends = list(accumulate(len(task) for task in self.tasks))
+
+    def assets(self) -> tuple[Asset, ...]:
+        """Return what any of the tasks reads, each once."""
+        return tuple(dict.fromkeys(asset for task in self.tasks for asset in task.assets()))
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        # Counted on first use: what a mixture reads can be asked before any of it was fetched.
+        return list(accumulate(len(task) for task in self.tasks))
 
     def num_rows(self) -> int:
         """Return the rows of all tasks together."""
@@ -105,13 +127,11 @@ class TaskMixture(TaskSequence):
 
     name = "mixture"
 
-    def __init__(
-        self, tasks: Sequence[Task], *, start: int = 0, stop: int | None = None, step: int = 1
-    ) -> None:
-        super().__init__(tasks, start=start, stop=stop, step=step)
-        order = list(range(super().num_rows()))
+    @cached_property
+    def _order(self) -> Sequence[int]:
+        order = list(range(self.num_rows()))
         random.Random(MIXTURE_SEED).shuffle(order)
-        self._order = array("l", order)
+        return array("l", order)
 
     def row(self, index: int) -> Conversation:
         """Return row `index` of the shuffled order."""
@@ -127,7 +147,7 @@ def choice_prompt(
     and the letter of the answer are the same token.
     """
     lines = [f"- {choice}={letter}" for choice, letter in zip(choices, letters, strict=True)]
-    return "\n".join([f"Multiple choice: {question}", *lines, "", instruction])
+    return "\n".join([f"{CHOICE_LEAD}{question}", *lines, "", instruction])
 
 
 def multiple_choice(
@@ -137,19 +157,30 @@ def multiple_choice(
     if len(choices) > len(letters):
         raise UserError(f"{len(choices)} choices, but only {len(letters)} letters")
     used = tuple(letters[: len(choices)])
-    prompt = choice_prompt(question, choices, used, "Answer with the letter only.")
+    prompt = choice_prompt(question, choices, used, CHOICE_INSTRUCTION)
     return Conversation(chat(prompt, used[gold]).messages, letters=used)
 
 
-def final_answer(text: str) -> str | None:
-    """Return the number after the first "#### ", commas dropped; None if there is none.
+def chosen(conversation: Conversation, completion: str) -> bool:
+    """Say whether a completion is the letter of the reference answer."""
+    return completion.strip() == reference_text(conversation)
 
-    A sentence's period after the number is not part of it.
+
+def question_of(conversation: Conversation) -> str:
+    """Return what the last answer replies to, without the choices and words of a prompt."""
+    text = conversation.messages[-2].text
+    if not conversation.letters:
+        return text
+    return text.removeprefix(CHOICE_LEAD).partition("\n- ")[0]
+
+
+def final_answer(text: str) -> str | None:
+    """Return what stands for a number after the first "#### ", commas dropped, or None.
+
+    Answers are compared as text, as in the 2025 nanochat: "18.0" and "18." are not "18".
     """
     found = _FINAL_ANSWER.search(text)
-    if found is None:
-        return None
-    return found.group(1).replace(",", "").rstrip(".") or None
+    return found.group(1).replace(",", "") or None if found else None
 
 
 def reference_text(conversation: Conversation) -> str:
