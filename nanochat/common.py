@@ -35,6 +35,10 @@ class UserError(ValueError):
     """Something the user did or can mend; the entry point prints it as one line, exit 1."""
 
 
+class NotScoredError(UserError):
+    """A task has no score, whatever the model answers: better none than a wrong one."""
+
+
 # ---- paths ------------------------------------------------------------------------------------
 
 

@@ -8,12 +8,13 @@ like off a word that begins a text with a single quote, while after ` '`, ` "` o
 the same tokens everywhere, so that calling the tool is copying.
 """
 
-import logging
 import random
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from functools import cached_property
+from typing import Any, ClassVar, Literal
 
-from nanochat.common import UserError, base_dir
+from nanochat.assets import Asset, Url, require
+from nanochat.common import UserError
 from nanochat.conversation import Conversation, Message, Part, chat
 from nanochat.sources.world.spelling import (
     draw_word_and_letter,
@@ -28,9 +29,16 @@ from nanochat.tools import calculate
 from tasks import spelling_phrasings
 from tasks.common import EvalType, Task, same_final_answer
 
-logger = logging.getLogger(__name__)
-
-WORD_LIST = "words_alpha.txt"  # 370,000 English words, one a line, in the base folder
+# 370,000 English words, one a line.
+WORD_LIST = Asset(
+    name="words",
+    place="words_alpha.txt",
+    source=Url(
+        "https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/words_alpha.txt"
+    ),
+    license="Unlicense",
+    approximate_bytes=4_300_000,
+)
 SHUFFLE_SEED = 42  # of the 2025 nanochat, for the order of SimpleSpelling
 
 COMPACT_QUOTES = ("'", "'", '"', '"', "")  # around the word; without any, 1 in 5
@@ -40,15 +48,61 @@ Split = Literal["train", "test"]
 
 
 def load_words() -> tuple[str, ...]:
-    """Return the words of words_alpha.txt in the base folder, or the built-in list without it."""
-    path = base_dir() / WORD_LIST
-    if not path.exists():
-        logger.warning("%s is not there; spelling uses the built-in list of words", path)
-        return training_words() + held_out_words()
-    words = tuple(path.read_text(encoding="utf-8").split())
+    """Return the words of words_alpha.txt; UserError with the command that fetches it."""
+    if not WORD_LIST.path.exists():
+        require(WORD_LIST)
+    words = tuple(WORD_LIST.path.read_text(encoding="utf-8").split())
     if not words:
-        raise UserError(f"{path} holds no words; remove it to use the built-in list")
+        raise UserError(f"{WORD_LIST.path} holds no words; delete it and fetch it again")
     return words
+
+
+class _WordTask(Task):
+    """A task about words: the given ones, or those that belong to its style.
+
+    The full style has the list in the base folder, read on first use; the compact style has
+    words of its own for each split.
+    """
+
+    def __init__(
+        self,
+        size: int = 1000,
+        split: Split = "train",
+        *,
+        style: Style = "full",
+        words: Sequence[str] | None = None,
+        **slicing: Any,
+    ) -> None:
+        super().__init__(**slicing)
+        self.size, self.split, self.style = size, split, style
+        self._given = words
+
+    @cached_property
+    def words(self) -> tuple[str, ...]:
+        """Return the words that items are made of."""
+        return self.read_words()
+
+    def read_words(self) -> tuple[str, ...]:
+        """Return the words in the order in which items draw from them."""
+        if self._given is not None:
+            return tuple(self._given)
+        if self.style == "full":
+            return load_words()
+        return training_words() if self.split == "train" else held_out_words()
+
+    def assets(self) -> tuple[Asset, ...]:
+        """Return the word list, if the words are its."""
+        return (WORD_LIST,) if self.style == "full" and self._given is None else ()
+
+    def num_rows(self) -> int:
+        """Return the number of items asked for."""
+        return self.size
+
+    def random_of(self, index: int) -> random.Random:
+        """Return the random numbers of item `index`."""
+        # The seed is a text: as numbers, that of test item i would be that of training item i + 1,
+        # because random.Random takes the magnitude.
+        return random.Random(f"{self.split} {index if self.split == 'train' else -(index + 1)}")
 
 
 def count_letter(word: str, letter: str, quote: str) -> tuple[Part, Part]:
@@ -87,42 +141,18 @@ def _compact_answer(word: str, letter: str) -> tuple[Part, ...]:
     return Part("text", "We count."), call, result, Part("text", closing)
 
 
-class SpellingBee(Task):
+class SpellingBee(_WordTask):
     """How often a letter comes in a word; right is the number after "#### ".
 
-    Item i of "train" is made from the seed i, of "test" from -(i + 1). `words` default to the
-    list in the base folder for the full style. The compact style has words and phrasings of its own
-    for each split.
+    Item i of "train" is made from the seed i, of "test" from -(i + 1).
     """
 
     name = "SpellingBee"
     eval_type: ClassVar[EvalType] = "generative"
 
-    def __init__(
-        self,
-        size: int = 1000,
-        split: Split = "train",
-        *,
-        style: Style = "full",
-        words: Sequence[str] | None = None,
-        start: int = 0,
-        stop: int | None = None,
-        step: int = 1,
-    ) -> None:
-        super().__init__(start=start, stop=stop, step=step)
-        self.size, self.split, self.style = size, split, style
-        if words is None and style == "compact":
-            words = training_words() if split == "train" else held_out_words()
-        self.words = tuple(words) if words is not None else load_words()
-
-    def num_rows(self) -> int:
-        """Return the number of items asked for."""
-        return self.size
-
     def row(self, index: int) -> Conversation:
         """Make item `index`."""
-        # Negative seeds would collide with positive ones (random.Random takes the magnitude).
-        rng = random.Random(f"{self.split} {index if self.split == 'train' else -(index + 1)}")
+        rng = self.random_of(index)
         if self.style == "compact":
             word, letter = draw_word_and_letter(rng, self.words)
             question, answer = self._compact_question(rng, word, letter), _compact_answer
@@ -158,37 +188,20 @@ class SpellingBee(Task):
         return same_final_answer(conversation, completion)
 
 
-class SimpleSpelling(Task):
+class SimpleSpelling(_WordTask):
     """Training: spell a word as `word:w,o,r,d`. The words come in an order shuffled once."""
 
     name = "SimpleSpelling"
 
-    def __init__(
-        self,
-        size: int = 1000,
-        split: Split = "train",
-        *,
-        style: Style = "full",
-        words: Sequence[str] | None = None,
-        start: int = 0,
-        stop: int | None = None,
-        step: int = 1,
-    ) -> None:
-        super().__init__(start=start, stop=stop, step=step)
-        self.size, self.split, self.style = size, split, style
-        if words is None and style == "compact":
-            words = training_words() if split == "train" else held_out_words()
-        shuffled = list(words) if words is not None else list(load_words())
+    def read_words(self) -> tuple[str, ...]:
+        """Return the words, shuffled."""
+        shuffled = list(super().read_words())
         random.Random(SHUFFLE_SEED).shuffle(shuffled)
-        self.words = tuple(shuffled)
-
-    def num_rows(self) -> int:
-        """Return the number of items asked for."""
-        return self.size
+        return tuple(shuffled)
 
     def row(self, index: int) -> Conversation:
         """Make item `index`."""
-        rng = random.Random(f"{self.split} {index if self.split == 'train' else -(index + 1)}")
+        rng = self.random_of(index)
         word = pick(rng, self.words)
         if self.style == "full":
             return chat(f"Spell the word: {word}", spell(word))

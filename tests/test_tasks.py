@@ -111,11 +111,14 @@ def test_multiple_choice_has_the_documented_form():
         ("so #### 1,234", "1234"),
         ("#### -7", "-7"),
         ("#### 2.5 m", "2.5"),
-        ("it is\n#### 19.", "19"),
+        ("it is\n#### 19.", "19."),
+        ("#### 18.00", "18.00"),
+        ("#### +3", None),
+        ("#### $3", None),
         ("#### 3 and #### 4", "3"),
         ("####5", None),
         ("19", None),
-        ("#### .", None),
+        ("#### ,", None),
         ("", None),
     ],
 )
@@ -318,15 +321,18 @@ def test_simple_spelling_answers_with_the_letters():
             assert conversation.messages[1].content in ("egg:e,g,g", "cat:c,a,t")
 
 
-def test_word_list_is_read_from_the_base_folder_or_built_in(tmp_path, monkeypatch, caplog):
+def test_the_word_list_is_read_from_the_base_folder_when_a_word_is_needed(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    assert len(SpellingBee(10).words) == len(training_words()) + len(held_out_words())
-    assert "built-in list" in caplog.text
+    bee = SpellingBee(10)
+    assert [asset.place for asset in bee.assets()] == ["words_alpha.txt"]
+    assert SpellingBee(10, style="compact").assets() == ()
+    with pytest.raises(UserError, match=r"words cannot be read from .*prefetch words"):
+        bee[0]
     (tmp_path / "words_alpha.txt").write_text("zebra\nquilt\n")
-    assert SpellingBee(10).words == ("zebra", "quilt")
+    assert bee.words == ("zebra", "quilt")
     (tmp_path / "words_alpha.txt").write_text("")
     with pytest.raises(UserError, match="holds no words"):
-        SpellingBee(10)
+        SpellingBee(10)[0]
 
 
 # ---- own conversations ----------------------------------------------------------------------
