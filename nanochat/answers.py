@@ -10,6 +10,7 @@ import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nanochat.conversation import PartType
 from nanochat.tokenizer import Tokenizer
 
 
@@ -35,35 +36,31 @@ class ControlIds:
         return cls(**ids, terminal=frozenset({end, tokenizer.bos_id}))
 
 
-class AnswerText:
-    """Turns a stream of tokens into text by whole characters, for a person to watch.
-
-    Special tokens never show. A tool call reads as `[12 * 3 = 36]`.
-    """
+class CallBrackets:
+    """Follows a stream of tokens through calls of the tool, which read as `[12 * 3 = 36]`."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
         self._special = ControlIds.of(tokenizer)
         self._hidden = special_ids(tokenizer)
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         # Where the stream stands in a call: "" outside, "expression", "called", "output".
         self._place = ""
 
-    def feed(self, token: int) -> str:
-        """The text that `token` completes; "" while a character is still in pieces."""
+    @property
+    def kind(self) -> PartType:
+        """The kind of part the stream is in."""
+        kinds: dict[str, PartType] = {"": "text", "output": "python_output"}
+        return kinds.get(self._place, "python")
+
+    def around(self, token: int) -> tuple[str, str]:
+        """What is to be shown before and after the text of `token`."""
         if token not in self._hidden:
-            closing = self._leave_call()
-            return closing + self._decoder.decode(self._tokenizer.decode_bytes([token]))
-        text = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return text + self._steer(token)
+            return self._leave_call(), ""
+        return "", self._steer(token)
 
     def finish(self) -> str:
-        """What is left when the stream has ended: the rest of a character, an open bracket."""
-        text = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
+        """What is still to be shown when the stream has ended: an open bracket's other half."""
         is_open, self._place = self._place != "", ""
-        return text + ("]" if is_open else "")
+        return "]" if is_open else ""
 
     def _leave_call(self) -> str:
         """Close a call whose expression had no value."""
@@ -87,6 +84,35 @@ class AnswerText:
             self._place = ""
             return "]"
         return self._leave_call()
+
+
+class AnswerText:
+    """Turns a stream of tokens into text by whole characters, for a person to watch.
+
+    Special tokens never show. A tool call reads as `[12 * 3 = 36]`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._hidden = special_ids(tokenizer)
+        self._brackets = CallBrackets(tokenizer)
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, token: int) -> str:
+        """The text that `token` completes; "" while a character is still in pieces."""
+        before, after = self._brackets.around(token)
+        if token in self._hidden:
+            return self._rest() + after
+        return before + self._decoder.decode(self._tokenizer.decode_bytes([token]))
+
+    def finish(self) -> str:
+        """What is left when the stream has ended: the rest of a character, an open bracket."""
+        return self._rest() + self._brackets.finish()
+
+    def _rest(self) -> str:
+        text = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return text
 
 
 def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
