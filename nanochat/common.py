@@ -4,14 +4,19 @@ Standard library only: every command imports this, and some of them must start a
 Nothing here reads RANK or friends; `runtime` does and passes on what it found.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 STAGES = ("base", "mid", "sft", "rl")
 
@@ -26,7 +31,7 @@ _SHARD_FOLDERS = {
     "climbmix": "base_data_climbmix",
     "embedded": "base_data_embedded",
 }
-_DEFAULT_BASE_DIR = "~/.cache/nanochat"
+DEFAULT_BASE_DIR = "~/.cache/nanochat"
 _HASH_CHUNK_BYTES = 1 << 20
 _CHATTY_LIBRARIES = ("filelock", "fsspec", "httpcore", "httpx", "huggingface_hub", "urllib3")
 
@@ -48,7 +53,7 @@ def base_dir() -> Path:
     $NANOCHAT_BASE_DIR, read at each call, or ~/.cache/nanochat. Always absolute, so that a
     later change of the working directory cannot move it.
     """
-    configured = os.environ.get("NANOCHAT_BASE_DIR") or _DEFAULT_BASE_DIR
+    configured = os.environ.get("NANOCHAT_BASE_DIR") or DEFAULT_BASE_DIR
     path = Path(configured).expanduser().absolute()
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -178,6 +183,25 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
         while chunk := file.read(_HASH_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock, so that two processes do not write the same files at once.
+
+    Waits for the other one, and says so. The lock ends with the process, however it ends.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("waiting for another command that writes to %s", folder)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            # Some cluster file systems have no locks; without one a single command is still right.
+            logger.warning("%s cannot be locked (%s); run one command at a time", folder, error)
+        yield
 
 
 def _umask() -> int:

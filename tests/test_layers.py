@@ -22,7 +22,8 @@ CONFINED = {
     "fastapi": {"nanochat/server.py"},
     "uvicorn": {"nanochat/server.py"},
     "wandb": {"nanochat/tracking.py"},
-    "huggingface_hub": {"nanochat/assets.py", "nanochat/sources/hub.py"},
+    "huggingface_hub": {"nanochat/hub.py"},
+    "requests": {"nanochat/transfer.py"},
     "pickle": {"rustbpe/formats.py"},  # reads one old file format, and refuses every class but one
 }
 # An attribute of a module and the only files that may read it.

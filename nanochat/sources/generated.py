@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import functools
 import hashlib
 import itertools
 import logging
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from nanochat.common import UserError, shards_dir
+from nanochat.common import UserError, locked, shards_dir
 from nanochat.sources.embedded import DEFAULT_SEED, NUM_DOCUMENTS, generate_documents
 from nanochat.sources.parquet import (
     ParquetSource,
@@ -60,9 +58,8 @@ def generate(num_train: int, *, num_workers: int | None = None) -> int:
             f"give -n 1 to {available}, or -1 for all"
         )
     folder = shards_dir(NAME)
-    folder.mkdir(parents=True, exist_ok=True)
     train = range(available if num_train == -1 else num_train)
-    with _locked(folder):  # several ranks may start on an empty folder at once
+    with locked(folder):  # several ranks may start on an empty folder at once
         _remove_outdated(folder)
         missing = _missing(folder, [*train, available])
         if missing:
@@ -125,10 +122,3 @@ def _write_one(folder: Path, note: str, shard: int) -> None:
     start = shard * DOCUMENTS_PER_SHARD
     texts = list(generate_documents(DEFAULT_SEED, start, start + DOCUMENTS_PER_SHARD))
     write_shard(folder / shard_name(shard), texts, note={_NOTE_KEY: note})
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
