@@ -58,6 +58,7 @@ __all__ = [
     "Checkpoint",
     "DamagedCheckpointError",
     "Extra",
+    "choose_source",
     "find_checkpoint",
     "list_checkpoints",
     "load_model",
@@ -66,6 +67,7 @@ __all__ = [
     "open_checkpoint",
     "prune",
     "save_checkpoint",
+    "saved_steps",
 ]
 
 logger = logging.getLogger(__name__)
@@ -84,6 +86,8 @@ _COMMANDS = {
     "sft": "python -m scripts.chat_sft",
     "rl": "python -m scripts.chat_rl",
 }
+# A finetuned model answers best; what else may be there is better than nothing.
+_CHAT_PREFERENCE = ("sft", "rl", "mid", "base")
 
 
 class DamagedCheckpointError(UserError):
@@ -266,9 +270,32 @@ def load_model(
     return model, tokenizer, checkpoint
 
 
+def choose_source() -> str:
+    """The best stage to talk to that has a checkpoint, with a notice when it is the second choice.
+
+    "sft" when there is none: the error that loading it gives says how to make one.
+    """
+    for stage in _CHAT_PREFERENCE:
+        if list_checkpoints(stage):
+            if stage != _CHAT_PREFERENCE[0]:
+                logger.warning(
+                    "no %s model yet (%s makes one); taking %s instead",
+                    _CHAT_PREFERENCE[0],
+                    _COMMANDS[_CHAT_PREFERENCE[0]],
+                    stage,
+                )
+            return stage
+    return _CHAT_PREFERENCE[0]
+
+
 def list_checkpoints(stage: str) -> list[Path]:
     """Every step folder of a stage, run by run (the run written last at the end), by step."""
     return [path for run in _runs(stage) for path in step_folders(run)]
+
+
+def saved_steps(run_dir: Path) -> list[int]:
+    """Steps of which there is a folder, oldest first; nothing is verified."""
+    return [step_of(path) for path in step_folders(run_dir)]
 
 
 # ---- writing ----------------------------------------------------------------------------------

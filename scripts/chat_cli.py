@@ -23,8 +23,6 @@ from nanochat.sampling import check_settings
 
 logger = logging.getLogger(__name__)
 
-# A finetuned model answers best; what else may be there is better than nothing.
-PREFERENCE = ("sft", "rl", "mid", "base")
 BANNER = 'Chat with nanochat. "clear" starts anew, "quit" ends; Ctrl-C stops an answer.'
 
 
@@ -122,7 +120,7 @@ def main(config: Config) -> None:
     check_settings(config.temperature, config.top_k, config.top_p)
     if config.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {config.max_new_tokens}; it must be at least 1")
-    source = config.source or choose_source()
+    source = config.source or checkpoint_manager.choose_source()
     with runtime.start(config.device_type, dtype=config.dtype) as rt:
         model, tokenizer, _ = checkpoint_manager.load_model(
             source,
@@ -136,21 +134,6 @@ def main(config: Config) -> None:
             answer(chat, config.prompt)
         else:
             converse(chat, line_reader())
-
-
-def choose_source() -> str:
-    """The best stage that has a checkpoint, with a notice when it is not the first choice."""
-    for stage in PREFERENCE:
-        if checkpoint_manager.list_checkpoints(stage):
-            if stage != PREFERENCE[0]:
-                logger.warning(
-                    "no %s model yet (python -m scripts.chat_sft makes one); taking %s instead",
-                    PREFERENCE[0],
-                    stage,
-                )
-            return stage
-    # Its error says what is missing and how to make it.
-    return PREFERENCE[0]
 
 
 def converse(chat: Chat, read: Callable[[], str]) -> None:
