@@ -1,0 +1,1 @@
+"""What runs inside the sandbox; `nanochat.execution` is its only caller. Standard library only."""

@@ -1,0 +1,396 @@
+"""The sandbox: right programs pass, wrong ones fail, hostile ones are contained."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from hostile_programs import DEEDS, FORGERIES, source
+
+from nanochat import execution
+from nanochat.common import UserError
+from nanochat.execution import ExecutionResult, check_program, execute_code, sandbox_problem
+from nanochat.sandbox import supervisor, wire
+
+HUMANEVAL = Path(__file__).parents[2] / "shared/data/tasks/humaneval/HumanEval.jsonl.gz"
+SYSTEM_PYTHON = Path("/usr/bin/python3")
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="the sandbox is made of Linux system calls"
+)
+MEMORY = 256 << 20
+
+
+def judge(program: str, tests: str = "assert f(3) == 9", **named: object) -> ExecutionResult:
+    return check_program(program, tests, functions=["f"], **named)  # type: ignore[arg-type]
+
+
+# ---- right and wrong -----------------------------------------------------------------------------
+
+
+def test_a_right_program_passes_and_a_wrong_one_fails_with_the_line_that_did_not_hold() -> None:
+    assert judge("def f(x): return x * x").error is None
+    wrong = judge("def f(x): return x", "x = 3\nassert f(x) == 9")
+    assert not wrong.success
+    assert wrong.error == "AssertionError (line 2 of the tests: assert f(x) == 9)"
+
+
+def test_a_program_that_ends_is_a_success_and_its_output_is_kept() -> None:
+    result = execute_code("import sys; print('out'); print('err', file=sys.stderr)")
+    assert (result.success, result.stdout, result.stderr) == (True, "out\n", "err\n")
+
+
+@pytest.mark.parametrize(
+    ("program", "error"),
+    [
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("raise SystemExit(0)", "SystemExit: 0"),
+        ("import os; os._exit(0)", "the program ended its process with exit code 0"),
+        ("import os; os._exit(3)", "the program ended its process with exit code 3"),
+        ("import ctypes; ctypes.string_at(0)", "the program was killed by SIGSEGV"),
+        ("def f(:", "SyntaxError: invalid syntax (<program>, line 1)"),
+        ("input()", "EOFError: EOF when reading a line"),
+    ],
+)
+def test_how_a_program_failed_is_said(program: str, error: str) -> None:
+    result = execute_code(program)
+    assert not result.success
+    assert result.error == error
+
+
+def test_time_and_memory_are_reported_as_such() -> None:
+    slow = execute_code("import time; time.sleep(60)", timeout=0.3)
+    assert (slow.timeout, slow.memory_exceeded, slow.success) == (True, False, False)
+    large = execute_code("x = bytearray(1 << 30)")
+    assert (large.timeout, large.memory_exceeded, large.success) == (False, True, False)
+
+
+def test_output_is_kept_up_to_a_limit() -> None:
+    result = execute_code("print('x' * 10_000_000)")
+    assert result.success
+    assert result.truncated
+    assert len(result.stdout) == supervisor.OUTPUT_BYTES
+
+
+def test_folder_environment_and_import_path_are_the_programs_own() -> None:
+    result = execute_code(
+        "import os, sys; print(os.listdir('.'), sorted(os.environ), sys.argv[1:])\n"
+        "open('note', 'w').write('x'); print(os.listdir('.'))\n"
+        "import nanochat"
+    )
+    names = "['HOME', 'LANG', 'OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'PATH', 'TMPDIR']"
+    assert result.stdout == f"[] {names} []\n['note']\n"
+
+
+def test_a_models_own_demonstration_is_not_run_with_its_tests() -> None:
+    program = "def f(x): return x * x\nif __name__ == '__main__': input()"
+    assert judge(program).success
+    assert not execute_code(program).success
+
+
+def test_installed_packages_can_be_imported() -> None:
+    result = execute_code("import numpy; print(numpy.arange(3).sum())", 20.0, 1 << 30)
+    assert (result.error, result.stdout) == (None, "3\n")
+
+
+def test_threads_work() -> None:
+    program = (
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "with ThreadPoolExecutor(4) as pool: print(sum(pool.map(int, '1234')))"
+    )
+    assert execute_code(program).stdout == "10\n"
+
+
+@pytest.mark.parametrize(("timeout", "memory"), [(0, MEMORY), (float("inf"), MEMORY), (5, 1000)])
+def test_senseless_limits_are_refused(timeout: float, memory: int) -> None:
+    with pytest.raises(UserError, match=r"timeout of|the interpreter alone needs"):
+        execute_code("pass", timeout, memory)
+
+
+def test_every_wall_is_reported() -> None:
+    result = execute_code("pass")
+    assert {"process group", "clean environment", "capped output", "resource limits"} <= set(
+        result.layers
+    )
+    assert "seccomp" in result.layers or "pid namespace" in result.layers
+    known = {wall.partition(":")[0] for wall in (*result.layers, *result.missing)}
+    assert {"pid namespace", "no capabilities", "no_new_privs", "landlock", "seccomp"} <= known
+
+
+def test_without_a_sandbox_nothing_runs_and_the_result_says_skipped() -> None:
+    request = {"program": "print('ran')", "tests": None}
+    without = ("seccomp", "pid namespace")
+    result = execution._execute(request, 5.0, MEMORY, unsafe=False, without=without)
+    assert (result.skipped, result.success, result.stdout) == (True, False, "")
+    assert "neither of seccomp and pid namespace works here" in str(result.error)
+
+
+def test_a_sandbox_that_cannot_start_is_skipped_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(supervisor, "_LAUNCH", "raise SystemExit('no such kernel')")
+    result = execute_code("pass")
+    assert (result.skipped, result.success) == (True, False)
+    assert result.error == "the sandbox did not start: no such kernel"
+
+
+def test_other_systems_than_linux_are_refused_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    result = execute_code("pass")
+    assert result.skipped
+    assert "made of Linux system calls and this is darwin" in str(result.error)
+    assert execute_code("print(1)", unsafe=True).stdout == "1\n"
+
+
+def test_unsafe_runs_without_walls_and_says_so(tmp_path: Path) -> None:
+    target = tmp_path / "written"
+    result = execute_code(f"open({str(target)!r}, 'w').write('x')", unsafe=True)
+    assert result.success
+    assert target.read_text() == "x"
+    assert "seccomp" not in result.layers
+    assert "--unsafe" in result.missing[0]
+
+
+def test_the_probe_says_whether_programs_can_be_run() -> None:
+    problem = sandbox_problem()
+    assert (problem is not None) == execute_code("pass").skipped
+
+
+# ---- values between program and tests ------------------------------------------------------------
+
+VALUES = [
+    "None",
+    "True",
+    "0",
+    "-1",
+    "2**63",
+    "-(2**200)",
+    "0.1",
+    "-0.0",
+    "float('inf')",
+    "1 + 2j",
+    "''",
+    "'\\ud800'",
+    "'a\\n\\u00e9'",
+    "b'\\x00\\xff'",
+    "bytearray(b'x')",
+    "[]",
+    "[1, [2.0, None]]",
+    "()",
+    "(1, (2,))",
+    "{1, 2}",
+    "frozenset({(1, 2)})",
+    "{(1, 2): [3], None: {}}",
+    "range(3, 9, 2)",
+    "__import__('fractions').Fraction(1, 3)",
+    "__import__('decimal').Decimal('0.10')",
+]
+
+
+def test_values_cross_with_their_type() -> None:
+    tests = "".join(
+        f"x = {value}\ny = f(x)\nassert y == x and type(y) is type(x), {value!r}\n"
+        for value in VALUES
+    )
+    assert judge("def f(x): return x", tests).error is None
+
+
+def test_subclasses_arrive_as_the_type_they_extend() -> None:
+    program = (
+        "import collections, enum\n"
+        "def f(x):\n"
+        "    return [collections.Counter('aab'), collections.OrderedDict(a=1),\n"
+        "            collections.namedtuple('P', 'x y')(1, 2), enum.IntEnum('E', 'A').A]\n"
+    )
+    tests = "assert f(0) == [{'a': 2, 'b': 1}, {'a': 1}, (1, 2), 1]"
+    assert judge(program, tests).error is None
+
+
+def test_an_iterator_is_not_equal_to_a_list() -> None:
+    program = "def f(x): return map(abs, x)"
+    assert judge(program, "assert list(f([-1, 2])) == [1, 2]").success
+    assert not judge(program, "assert f([-1, 2]) == [1, 2]").success
+
+
+def test_keywords_and_ordinary_exceptions_cross() -> None:
+    program = "def f(a, *, b=0):\n    if b: raise IndexError('far')\n    return a"
+    tests = (
+        "assert f(a=3) == 3\n"
+        "try: f(1, b=2)\n"
+        "except IndexError as error: assert str(error) == 'far'\n"
+        "else: assert False\n"
+        "try: f()\n"
+        "except TypeError: pass\n"
+        "else: assert False\n"
+    )
+    assert judge(program, tests).error is None
+
+
+def test_tests_that_swallow_everything_do_not_pass_a_dead_program() -> None:
+    program = "import os\ndef f(x): os._exit(0)"
+    result = judge(program, "try: f(1)\nexcept: pass")
+    assert result.error == "the program ended its process with exit code 0"
+
+
+def test_what_cannot_enter_is_the_fault_of_the_tests() -> None:
+    result = judge("def f(x): return x(2)", "f(lambda x: x)")
+    assert "value that cannot enter the sandbox" in str(result.error)
+
+
+def test_the_tests_see_their_prelude_and_not_the_programs_names() -> None:
+    prelude = "def helper(x): return x * x\ndef f(x): return 'a stub'"
+    program = "def helper(x): return 0\ndef f(x): return helper(x)"
+    result = judge(program, "assert (f(3), helper(3)) == (0, 9)", prelude=prelude)
+    assert result.error is None
+
+
+def test_frames_of_any_size_cross() -> None:
+    assert judge("def f(x): return x", "x = 'x' * 3_000_000\nassert f(x) == x").success
+
+
+@pytest.mark.parametrize(
+    "data", [["int", "x"], ["no such type"], {"a": 1}, ["set", [["list", []]]]]
+)
+def test_what_is_no_value_is_refused(data: object) -> None:
+    with pytest.raises((ValueError, TypeError)):
+        wire.decode(data)
+
+
+# ---- HumanEval -----------------------------------------------------------------------------------
+
+
+def humaneval(bodies: dict[str, str] | None = None) -> list[ExecutionResult]:
+    """Every problem with its reference solution, or with a body of ours."""
+    with gzip.open(HUMANEVAL) as file:
+        rows = [json.loads(line) for line in file]
+    assert len(rows) == 164
+
+    def run(row: dict[str, str]) -> ExecutionResult:
+        body = row["canonical_solution"] if bodies is None else bodies["body"]
+        return check_program(
+            row["prompt"] + body,
+            row["test"] + f"\ncheck({row['entry_point']})\n",
+            functions=[row["entry_point"]],
+            prelude=row["prompt"],
+            timeout=60.0,
+        )
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(run, rows))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HUMANEVAL.exists(), reason="needs shared/data")
+def test_all_reference_solutions_of_humaneval_pass() -> None:
+    assert [result.error for result in humaneval()] == [None] * 164
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HUMANEVAL.exists(), reason="needs shared/data")
+@pytest.mark.parametrize("body", ["    return None\n", "    import os; os._exit(0)\n"])
+def test_all_broken_solutions_of_humaneval_fail(body: str) -> None:
+    results = humaneval({"body": body})
+    assert not any(result.success or result.skipped for result in results)
+
+
+# ---- hostile programs ----------------------------------------------------------------------------
+
+# A second is enough for those that never end, and these must be seen to be stopped by something
+# other than the clock.
+SECRET = "the-users-secret-0451"
+
+
+class Host:
+    """A machine with something to lose."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.chmod(0o755)
+        self.secret = folder / "secret.txt"
+        self.secret.write_text(SECRET)
+        self.victim = subprocess.Popen(["sleep", "600"])
+
+    def source(self, body: str) -> str:
+        text = source(body).replace("SECRET_FILE", str(self.secret))
+        return text.replace("OUTSIDE", str(self.folder)).replace("VICTIM", str(self.victim.pid))
+
+    def run(self, body: str, without: tuple[str, ...] = ()) -> ExecutionResult:
+        request = {
+            "program": self.source(body),
+            "tests": "assert answer(3) == 9",
+            "prelude": "",
+            "functions": ["answer"],
+        }
+        return execution._execute(request, 1.0, MEMORY, unsafe=False, without=without)
+
+    def check(self, name: str, result: ExecutionResult) -> None:
+        assert not result.skipped, result.error
+        assert not result.success, name
+        assert result.error
+        for text in (result.stdout, result.stderr, result.error):
+            assert "ESCAPED" not in text.replace('print("ESCAPED', ""), (name, text[:2000])
+            assert SECRET not in text, name
+            assert "secret-of-the-environment" not in text, name
+        assert len(result.stdout) <= supervisor.OUTPUT_BYTES
+        assert result.seconds < 30  # one second of its own, and a busy machine
+
+    def check_untouched(self) -> None:
+        assert self.victim.poll() is None
+        assert os.getpriority(os.PRIO_PROCESS, self.victim.pid) == os.getpriority(
+            os.PRIO_PROCESS, 0
+        )
+        assert [path.name for path in self.folder.iterdir()] == ["secret.txt"]
+        assert self.secret.read_text() == SECRET
+        assert not Path("/tmp/nanochat_planted").exists()
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
+    monkeypatch.setenv("NANOCHAT_TEST_SECRET", "secret-of-the-environment")
+    folder = tmp_path / "host"
+    folder.mkdir()
+    host = Host(folder)
+    yield host
+    host.victim.kill()
+    host.victim.wait()
+
+
+def test_the_suite_is_as_large_as_promised() -> None:
+    assert len(DEEDS) + len(FORGERIES) >= 60
+
+
+def run_all(host: Host, names: dict[str, str], without: tuple[str, ...]) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda body: host.run(body, without), names.values()))
+    for name, result in zip(names, results, strict=True):
+        host.check(name, result)
+    host.check_untouched()
+
+
+@pytest.mark.parametrize("programs", [DEEDS, FORGERIES], ids=["deeds", "forgeries"])
+def test_hostile_programs_are_contained(host: Host, programs: dict[str, str]) -> None:
+    run_all(host, programs, ())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "without",
+    [
+        ("pid namespace",),  # a machine that forbids user namespaces
+        ("private root",),
+        ("landlock",),
+        ("seccomp",),
+        ("landlock", "seccomp"),
+    ],
+    ids=" and ".join,
+)
+def test_hostile_programs_are_contained_without(host: Host, without: tuple[str, ...]) -> None:
+    run_all(host, DEEDS | FORGERIES, without)
