@@ -8,6 +8,8 @@ T, D) inside.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -90,11 +92,12 @@ class KVCache:
         self.longest = (
             0  # upper bound of lengths kept on the host, so that no step waits for the device
         )
+        self._places: Tensor | None = None
 
     @property
     def batch_size(self) -> int:
         """Number of rows."""
-        return self.storage.size(2)
+        return self.lengths.numel()
 
     @property
     def capacity(self) -> int:
@@ -111,7 +114,7 @@ class KVCache:
 
         Only a model with a token shift reads them.
         """
-        rows = torch.arange(self.batch_size, device=idx.device)[:, None]
+        rows = self._row_places()[:, None]
         self.tokens[rows, positions] = idx
         return self.tokens[rows, (positions - 1).clamp_min(0)]
 
@@ -120,12 +123,21 @@ class KVCache:
 
         `advance` moves the lengths once all layers are stored.
         """
-        rows = torch.arange(self.batch_size, device=k.device)[:, None]
+        rows = self._row_places()[:, None]
         keys, values = self.storage[layer, 0], self.storage[layer, 1]
         keys[rows, :, positions] = k.detach()
         values[rows, :, positions] = v.detach()
         span = self.longest + k.size(1)
-        return keys[:, :, :span], values[:, :, :span]
+        keys, values = keys[:, :, :span], values[:, :, :span]
+        if self._places is not None:
+            keys, values = keys[self._places], values[self._places]
+        return keys, values
+
+    def _row_places(self) -> Tensor:
+        """Where each row lies in the storage: (B,) int64."""
+        if self._places is not None:
+            return self._places
+        return torch.arange(self.batch_size, device=self.lengths.device)
 
     def advance(self, num_new: int) -> None:
         """Count `num_new` appended tokens in every row."""
@@ -145,11 +157,20 @@ class KVCache:
         self.lengths.copy_(lengths)
         self.longest = int(lengths.max())
 
-    def select(self, rows: Tensor) -> KVCache:
-        """A copy with the given rows (R,) int64, repeated or dropped as the indices say."""
+    def at(self, rows: Sequence[int], lengths: Sequence[int]) -> KVCache:
+        """These rows alone, at these lengths: a view, whose appends land in this cache's memory."""
         chosen = KVCache.__new__(KVCache)
-        chosen.storage = self.storage.index_select(2, rows)
-        chosen.tokens = self.tokens.index_select(0, rows)
-        chosen.lengths = self.lengths.index_select(0, rows)
-        chosen.longest = self.longest
+        count, device = len(rows), self.lengths.device
+        chosen.storage, chosen.tokens, chosen._places = self.storage, self.tokens, None
+        if list(rows) == list(range(count)):
+            chosen.storage, chosen.tokens = self.storage[:, :, :count], self.tokens[:count]
+        else:
+            chosen._places = torch.tensor(rows, dtype=torch.int64, device=device)
+        chosen.lengths = torch.tensor(lengths, dtype=torch.int64, device=device)
+        chosen.longest = max(lengths)
         return chosen
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Give row `target` the first `length` tokens of row `source`."""
+        self.storage[:, :, target, :, :length] = self.storage[:, :, source, :, :length]
+        self.tokens[target, :length] = self.tokens[source, :length]

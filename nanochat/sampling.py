@@ -1,14 +1,62 @@
-"""From logits to the next token: temperature, top-k, top-p. Pure tensors.
+"""From logits to the next token: penalty, temperature, top-k, top-p, min-p. Pure tensors.
 
 Legend: B = sequences, V = vocabulary, K = candidates left after top-k.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from nanochat.common import UserError
+
+MAX_STOP_STRINGS = 16  # each is compared with the text of every token
+MAX_LOGPROBS = 20  # as many alternatives as the common API offers
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How one answer is written. UserError names a value that means nothing."""
+
+    temperature: float = 1.0
+    """0 = always the likeliest token."""
+    top_k: int | None = None
+    """Only the k likeliest tokens; None or 0 = all."""
+    top_p: float | None = None
+    """Only the fewest tokens that reach this probability together; None = all."""
+    min_p: float | None = None
+    """Only tokens at least this likely, as a share of the likeliest; None = all."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens that occurred are divided by it where positive, else multiplied; 1 = off."""
+    max_tokens: int | None = None
+    """Longest answer; None = to the end of the context."""
+    stop: tuple[str, ...] = ()
+    """The answer ends before the first of these texts."""
+    seed: int = 42
+    logprobs: int | None = None
+    """None = not reported; k = of the chosen token and of the k likeliest ones."""
+
+    def __post_init__(self) -> None:
+        check_settings(self.temperature, self.top_k, self.top_p)
+        if self.min_p is not None and not 0.0 <= self.min_p <= 1.0:
+            raise UserError(f"min-p is {self.min_p}; use a number from 0 (off) to 1")
+        # CTRL, arXiv:1909.05858, section 4.1, divides by a number around 1.2.
+        if not 0.0 < self.repetition_penalty < float("inf"):
+            raise UserError(
+                f"repetition penalty is {self.repetition_penalty}; use a positive number (1 is off)"
+            )
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise UserError(f"max tokens is {self.max_tokens}; use a positive number")
+        if len(self.stop) > MAX_STOP_STRINGS or not all(self.stop):
+            raise UserError(
+                f"stop has {len(self.stop)} strings, {self.stop.count('')} of them empty; "
+                f"use at most {MAX_STOP_STRINGS}, none empty"
+            )
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise UserError(f"logprobs is {self.logprobs}; use a number from 0 to {MAX_LOGPROBS}")
 
 
 def check_settings(temperature: float, top_k: int | None, top_p: float | None) -> None:
@@ -46,6 +94,7 @@ def sample_at(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
 ) -> Tensor:
     """The token of each row at which the cumulative probability passes the row's uniform number.
 
@@ -63,8 +112,66 @@ def sample_at(
     probabilities = (shifted / temperature).softmax(dim=-1)
     if top_p is not None:
         probabilities = nucleus(probabilities, top_p)
+    if min_p:
+        floor = min_p * probabilities.amax(dim=-1, keepdim=True)
+        probabilities = probabilities * (probabilities >= floor)
     choice = _invert(probabilities.cumsum(dim=-1), uniforms)
     return choice if tokens is None else tokens.gather(-1, choice)
+
+
+def choose(
+    logits: Tensor,
+    settings: Sequence[SamplingSettings],
+    uniforms: Sequence[float],
+    seen: Sequence[Collection[int]],
+) -> list[int]:
+    """The next token of each row of logits (B, V), by its own settings and uniform number.
+
+    seen: the tokens that occurred in each row; read only where a penalty is set.
+    """
+    for row, (setting, occurred) in enumerate(zip(settings, seen, strict=True)):
+        if setting.repetition_penalty != 1.0:
+            logits[row] = penalized(logits[row], occurred, setting.repetition_penalty)
+    groups: dict[tuple[float, int | None, float | None, float | None], list[int]] = {}
+    for row, setting in enumerate(settings):
+        key = (setting.temperature, setting.top_k, setting.top_p, setting.min_p)
+        groups.setdefault(key, []).append(row)
+    tokens = [0] * len(settings)
+    for (temperature, top_k, top_p, min_p), rows in groups.items():
+        chosen = sample_at(
+            logits if len(rows) == len(settings) else logits[rows],
+            torch.tensor([uniforms[row] for row in rows], device=logits.device),
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+        )
+        for row, token in zip(rows, chosen.squeeze(1).tolist(), strict=True):
+            tokens[row] = token
+    return tokens
+
+
+def penalized(logits: Tensor, seen: Collection[int], penalty: float) -> Tensor:
+    """Logits (V,) with those of `seen` tokens made less likely (arXiv:1909.05858, section 4.1)."""
+    tokens = torch.tensor(sorted(seen), dtype=torch.int64, device=logits.device)
+    values = logits[tokens]
+    lowered = torch.where(values > 0, values / penalty, values * penalty)
+    return logits.index_copy(0, tokens, lowered)
+
+
+def log_probabilities(
+    logits: Tensor, token: int, num_alternatives: int
+) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """Log-probability of `token` by the model itself, and the likeliest tokens with theirs.
+
+    logits: (V,), before temperature, penalty and cuts.
+    """
+    logprobs = logits.float().log_softmax(dim=-1)
+    alternatives: tuple[tuple[int, float], ...] = ()
+    if num_alternatives:
+        values, tokens = logprobs.topk(min(num_alternatives, logprobs.numel()))
+        alternatives = tuple(zip(tokens.tolist(), values.tolist(), strict=True))
+    return float(logprobs[token]), alternatives
 
 
 def nucleus(probabilities: Tensor, top_p: float) -> Tensor:

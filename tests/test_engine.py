@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from reference.byte_tokenizer import ByteTokenizer
 from nanochat import engine as engine_module
 from nanochat.answers import plain_text
 from nanochat.common import UserError
+from nanochat.decoder import Chunk
 from nanochat.engine import Engine, sample_prompts
 from nanochat.gpt import GPT, GPTConfig
 
@@ -56,45 +58,34 @@ def naive_greedy(model: GPT, prompt: list[int], max_tokens: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-class ScriptedModel:
-    """Stands in for a GPT: after its k-th call, row r continues with `scripts[r][k]`."""
+class ScriptedDecoder:
+    """Stands in for a model: the r-th row goes on with `scripts[r]`, whatever it is fed."""
+
+    context, vocab_size, bytes_per_token = 64, TOKENIZER.vocab_size, 1
+    device = torch.device("cpu")
 
     def __init__(self, *scripts: list[int]) -> None:
-        self.config = GPTConfig(sequence_len=64, vocab_size=TOKENIZER.vocab_size)
-        self.device = torch.device("cpu")
-        self.scripts, self.num_calls = scripts, 0
+        self.scripts = [iter(script + [END] * 99) for script in scripts]
+        self.num_rows = 0
         self.fed: list[list[int]] = []
 
-    def new_cache(self, batch_size: int, capacity: int) -> Any:
-        return _RowCache(list(range(batch_size)))
+    def open(self, capacity: int) -> int:
+        self.num_rows += 1
+        return self.num_rows - 1
 
-    def hidden(self, ids: torch.Tensor, cache: Any) -> torch.Tensor:
-        self.fed.append(ids[:, -1].tolist())
-        wanted = [(self.scripts[row] + [END] * 99)[self.num_calls] for row in cache.rows]
-        self.num_calls += 1
-        states = torch.nn.functional.one_hot(torch.tensor(wanted), TOKENIZER.vocab_size)
-        return states.float().unsqueeze(1).expand(-1, ids.size(1), -1)
-
-    def lm_head(self, states: torch.Tensor) -> torch.Tensor:
-        return states
-
-
-class _RowCache:
-    def __init__(self, rows: list[int]) -> None:
-        self.rows = rows
-        self.lengths = torch.zeros(len(rows), dtype=torch.int64)
-
-    def set_lengths(self, lengths: torch.Tensor) -> None:
+    def close(self, row: int) -> None:
         pass
 
-    def select(self, rows: torch.Tensor) -> _RowCache:
-        return _RowCache([self.rows[row] for row in rows.tolist()])
+    def feed(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        self.fed.append([chunk.tokens[-1] for chunk in chunks])
+        wanted = [next(self.scripts[chunk.row]) for chunk in chunks]
+        return torch.nn.functional.one_hot(torch.tensor(wanted), self.vocab_size).float()
 
 
-def scripted(*scripts: list[int]) -> tuple[Engine, ScriptedModel]:
-    model = ScriptedModel(*scripts)
-    fake: Any = model
-    return Engine(fake, TOKENIZER), model
+def scripted(*scripts: list[int]) -> tuple[Engine, ScriptedDecoder]:
+    decoder: Any = ScriptedDecoder(*scripts)
+    no_model: Any = None
+    return Engine(no_model, TOKENIZER, decoder=decoder), decoder
 
 
 # ---- equality with the naive way -----------------------------------------------------------------
@@ -188,7 +179,7 @@ def test_rows_end_by_themselves_and_keep_their_terminal_token_to_themselves(term
 
 
 def test_columns_stop_when_every_row_has_ended() -> None:
-    engine, _ = scripted([65])
+    engine, _ = scripted([65], [65])
     columns = engine.generate([256], num_samples=2, temperature=0.0)
     assert list(columns) == [([65, 65], [1, 1]), ([END, END], [1, 1])]
 
