@@ -17,7 +17,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import numpy as np
@@ -62,6 +62,10 @@ class Batch:
     targets: torch.Tensor
     num_targets: int
     """Targets of the whole step on all ranks; in evaluation, those of this batch."""
+    weights: torch.Tensor | None = None
+    """What the loss of each target is multiplied by, (B, T) fp32; None = 1."""
+    measures: dict[str, float] = field(default_factory=dict)
+    """What else there is to tell about the step, equal on every rank; goes to the metrics."""
 
 
 class Loader:

@@ -2,8 +2,10 @@
 
 Legend: N = target positions (B * T), C = model width, V = vocabulary. A target of -1 is ignored.
 Sums, not means: the trainer divides once by the number of targets of the whole step, so that
-micro-batches,
-ranks and padding never show in the gradient.
+micro-batches, ranks and padding never show in the gradient.
+
+Supervised learning and reinforcement learning differ in one thing: the weight of each target. It
+is 1 for a text to imitate, and the advantage of the answer for a text the model wrote itself.
 """
 
 from __future__ import annotations
@@ -21,23 +23,32 @@ CHUNK_ROWS = 512  # rows of logits alive at once: 512 x 8,192 in bf16 is 8 MiB, 
 
 
 def next_token_loss_sum(
-    hidden: Tensor, head_weight: Tensor, targets: Tensor, *, compiled: bool = False
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    *,
+    weights: Tensor | None = None,
+    compiled: bool = False,
 ) -> Tensor:
     """Sum of the cross-entropy of softcapped logits in nats, a differentiable fp32 scalar.
 
     hidden: (B, T, C) or (N, C) final states; head_weight: (V, C); targets: (B, T) or (N,) int64,
-    -1 = ignored.
-    The gradient is made during the forward pass, chunk by chunk, from the logits at hand. Rows
-    whose target is
-    ignored never meet the head.
+    -1 = ignored; weights: what each target's loss is multiplied by, of the shape of targets,
+    None = 1. The gradient is made during the forward pass, chunk by chunk, from the logits at
+    hand. Rows whose target is ignored never meet the head.
+
+    With the advantages of sampled tokens as weights the gradient is that of the policy gradient
+    (REINFORCE, doi:10.1007/BF00992696): minus the mean of advantage x gradient of log probability.
     """
     rows, flat = hidden.flatten(0, -2), targets.flatten()
+    factors = None if weights is None else weights.flatten().float()
     if bool((flat == IGNORED).any()):
         kept = (flat != IGNORED).nonzero().squeeze(1)
         rows, flat = rows.index_select(0, kept), flat.index_select(0, kept)
+        factors = None if factors is None else factors.index_select(0, kept)
     function = _compiled_chunk() if compiled else _chunk_loss_and_gradient
     apply: Callable[..., Tensor] = _HeadLoss.apply
-    return apply(rows, head_weight, flat, function)
+    return apply(rows, head_weight, flat, factors, function)
 
 
 def token_losses(model: GPT, idx: Tensor, targets: Tensor) -> Tensor:
@@ -56,11 +67,13 @@ def token_losses(model: GPT, idx: Tensor, targets: Tensor) -> Tensor:
     return losses.view_as(targets)
 
 
-def _chunk_loss_and_gradient(raw: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss sum of one chunk and its gradient with respect to the raw logits.
+def _chunk_loss_and_gradient(
+    raw: Tensor, targets: Tensor, factors: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Weighted loss sum of one chunk and its gradient with respect to the raw logits.
 
-    raw: (n, V) logits before the softcap; targets: (n,), -1 adds nothing. Returns fp32 scalar and
-    (n, V) in raw's dtype.
+    raw: (n, V) logits before the softcap; targets: (n,), -1 adds nothing; factors: (n,) fp32,
+    None = 1. Returns fp32 scalar and (n, V) in raw's dtype.
     """
     # In place and without subtracting the maximum: softcapped logits are at most 15, and exp(15)
     # times any vocabulary fits fp32. Every line is one pass over memory, which is what this costs.
@@ -68,18 +81,21 @@ def _chunk_loss_and_gradient(raw: Tensor, targets: Tensor) -> tuple[Tensor, Tens
     weights = (squashed * LOGIT_SOFTCAP).exp_()
     normalizer = weights.sum(dim=-1, keepdim=True)
     index = targets.clamp_min(0).unsqueeze(-1)
-    counted = (targets != IGNORED).unsqueeze(-1)
+    counted = (targets != IGNORED).unsqueeze(-1).float()
+    if factors is not None:
+        counted = counted * factors.unsqueeze(-1)
     losses = normalizer.log() - LOGIT_SOFTCAP * squashed.gather(-1, index)
     probabilities = weights.mul_(counted / normalizer)
-    probabilities.scatter_add_(-1, index, -counted.float())
+    probabilities.scatter_add_(-1, index, -counted)
     gradient = probabilities.mul_(squashed.square_().neg_().add_(1.0))
     return (losses * counted).sum(), gradient.to(raw.dtype)
 
 
-_COMPILED: list[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = []
+_Chunk = Callable[[Tensor, Tensor, "Tensor | None"], tuple[Tensor, Tensor]]
+_COMPILED: list[_Chunk] = []
 
 
-def _compiled_chunk() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _compiled_chunk() -> _Chunk:
     """The chunk function compiled for one fixed shape, made at first use."""
     if not _COMPILED:
         _COMPILED.append(torch.compile(_chunk_loss_and_gradient, dynamic=False))
@@ -91,22 +107,29 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_function: Any
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        factors: Tensor | None,
+        chunk_function: _Chunk,
     ) -> Tensor:
-        """hidden: (N, C); weight: (V, C); targets: (N,). Returns the loss sum."""
+        """hidden: (N, C); weight: (V, C); targets, factors: (N,). Returns the loss sum."""
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden)
         weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for start in range(0, hidden.size(0), CHUNK_ROWS):
-            rows, chunk = (
-                hidden[start : start + CHUNK_ROWS],
-                targets[start : start + CHUNK_ROWS],
-            )
+            part = slice(start, start + CHUNK_ROWS)
+            rows, chunk = hidden[part], targets[part]
+            factor = None if factors is None else factors[part]
             count = rows.size(0)
             if count < CHUNK_ROWS:  # one shape only: the compiled chunk function is made once
-                rows = torch.nn.functional.pad(rows, (0, 0, 0, CHUNK_ROWS - count))
-                chunk = torch.nn.functional.pad(chunk, (0, CHUNK_ROWS - count), value=IGNORED)
-            loss, logits_gradient = chunk_function(rows @ weight.t(), chunk)
+                missing = CHUNK_ROWS - count
+                rows = torch.nn.functional.pad(rows, (0, 0, 0, missing))
+                chunk = torch.nn.functional.pad(chunk, (0, missing), value=IGNORED)
+                if factor is not None:
+                    factor = torch.nn.functional.pad(factor, (0, missing))
+            loss, logits_gradient = chunk_function(rows @ weight.t(), chunk, factor)
             total += loss
             hidden_gradient[start : start + CHUNK_ROWS] = (logits_gradient @ weight)[:count]
             if weight.dtype == torch.float32:
@@ -121,4 +144,4 @@ class _HeadLoss(torch.autograd.Function):
         """Scale the gradients made in the forward pass."""
         hidden_gradient, weight_gradient = ctx.saved_tensors
         (scale,) = gradients
-        return hidden_gradient * scale, weight_gradient * scale, None, None
+        return hidden_gradient * scale, weight_gradient * scale, None, None, None

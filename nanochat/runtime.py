@@ -7,6 +7,7 @@ has the same methods as a large one, so that no caller branches.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import hashlib
 import os
@@ -83,6 +84,17 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    group: Any = None
+    """Process group of the collectives; None = the one that `start` joined."""
+
+    def duplicate(self) -> World:
+        """The same ranks with a group of their own, on the host: for use by another thread."""
+        if self.size == 1:
+            return self
+        timeout = datetime.timedelta(seconds=_TIMEOUT_SECONDS)
+        with self._watched():
+            group = dist.new_group(backend="gloo", timeout=timeout)
+        return dataclasses.replace(self, group=group)
 
     @property
     def is_main(self) -> bool:
@@ -93,14 +105,14 @@ class World:
         """Combine `tensor` over ranks in place; returns it, equal on every rank."""
         if self.size > 1:
             with self._watched():
-                dist.all_reduce(tensor, op=_OPERATIONS[op])
+                dist.all_reduce(tensor, op=_OPERATIONS[op], group=self.group)
         return tensor
 
     def broadcast_(self, tensor: Tensor, src: int = 0) -> Tensor:
         """Overwrite `tensor` by that of rank `src`, in place; returns it."""
         if self.size > 1:
             with self._watched():
-                dist.broadcast(tensor, src=src)
+                dist.broadcast(tensor, src=src, group=self.group)
         return tensor
 
     def reduce_scatter(self, output: Tensor, input: Tensor) -> None:  # noqa: A002
@@ -122,7 +134,8 @@ class World:
         # torch 2.13 renamed these two, and warns about the old names.
         collective = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         with self._watched():
-            return _Collective(self, collective(output, input, async_op=True), output, input)
+            work = collective(output, input, group=self.group, async_op=True)
+        return _Collective(self, work, output, input)
 
     def start_all_gather(self, input: Tensor) -> Pending:  # noqa: A002
         """`all_gather` under way; leave `input` alone until it is over.
@@ -134,7 +147,8 @@ class World:
         output = input.new_empty((self.size * len(input), *input.shape[1:]))
         collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         with self._watched():
-            return _Collective(self, collective(output, input, async_op=True), output, input)
+            work = collective(output, input, group=self.group, async_op=True)
+        return _Collective(self, work, output, input)
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says so."""
@@ -150,7 +164,7 @@ class World:
             return [obj]
         gathered: list[Any] = [None] * self.size
         with self._watched():
-            dist.all_gather_object(gathered, obj)
+            dist.all_gather_object(gathered, obj, group=self.group)
         return gathered
 
     def barrier(self) -> None:

@@ -1,4 +1,4 @@
-"""What base training, midtraining and finetuning share: their flags and the way a run is put up.
+"""What the training stages share: their flags and the way a run is put up.
 
 A stage script chooses a model, data and what to watch; `train_stage` gives them to the Trainer in
 a locked run folder, resumes where asked, and writes the report section.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,37 +15,18 @@ from typing import Any
 
 from nanochat import checkpoint_manager, report
 from nanochat.common import UserError, checkpoints_dir
-from nanochat.gpt import GPT
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.memory import estimate_memory, format_bytes
 from nanochat.optimizers import OptimizerConfig
+from nanochat.resuming import previous_run
 from nanochat.runtime import Runtime
 from nanochat.schedule import Schedule
+from nanochat.stopping import EXIT_STOPPED, StoppedError, StopRequest, catch_signals
 from nanochat.tokenizer import Tokenizer
-from nanochat.tracking import MetricWriter, start_wandb
-from nanochat.training import (
-    EXIT_STOPPED,
-    Hook,
-    Plan,
-    StepLoader,
-    StoppedError,
-    Trainer,
-    wants_compile,
-)
+from nanochat.tracking import MetricWriter, open_mirrors
+from nanochat.training import Hook, Plan, StepLoader, Trainer, wants_compile
 
 logger = logging.getLogger(__name__)
-
-# Settings that change how a run is carried out but not what it computes: a resumed run may differ.
-_FREE_ON_RESUME = frozenset(
-    {
-        "run",
-        "resume",
-        "dry_run",
-        "device_batch_size",
-        "device_type",
-        "save_every",
-        "keep_last",
-        "log_every",
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -54,7 +34,9 @@ class StageConfig:
     """Flags of every training stage. A stage overrides defaults and adds its own."""
 
     run: str = "dummy"
-    """Name of the run for the metric services; "dummy" logs to files only."""
+    """Name of the run for Weights & Biases; "dummy" logs to files only."""
+    tensorboard: bool = False
+    """Write metrics for TensorBoard, too."""
     data: str | None = None
     """embedded, fineweb-edu, climbmix or a folder of parquet shards; default: what came before."""
     device_type: str = ""
@@ -95,6 +77,14 @@ class StageConfig:
     """Steps between checkpoints; -1 = only at the end."""
     keep_last: int = 1
     """Checkpoints kept."""
+    keep_best: bool = False
+    """Keep the checkpoint with the best validation, too."""
+    background_save: bool = True
+    """Write checkpoints while training goes on."""
+    max_minutes: float = 0.0
+    """Save and stop, with exit code 85, before the command has run this long; 0 = no limit."""
+    spike_limit: float = 2.0
+    """Stop when the smoothed loss rises this many nats above its lowest; 0 = never."""
     log_every: int = 10
     """Steps between console lines."""
     resume: bool = False
@@ -140,12 +130,16 @@ def train_stage(
     num_iterations: int,
     hooks: Sequence[Hook],
     facts: dict[str, Any],
+    dry_run_trains: bool = False,
 ) -> int:
     """Run one stage to its end; returns the exit code, 0 or 85 when it was asked to stop.
 
     title: heading of the report section. facts: stage-specific entries of state.json; the
-    settings, the model's sizes and the tokenizer's hash are added here.
+    settings, the model's sizes and the tokenizer's hash are added here. dry_run_trains: a dry
+    run of this stage trains and writes nothing, instead of telling its sizes and ending.
     """
+    stop = StopRequest(config.max_minutes)
+    check_positive(config, "keep_last", "log_every")
     tag = config.model_tag or f"d{model.config.n_layer}"
     run_dir = checkpoints_dir(stage) / tag
     sequence_len = model.config.sequence_len
@@ -153,8 +147,12 @@ def train_stage(
         schedule=config.schedule(num_iterations),
         micro_batch_rows=config.device_batch_size,
         grad_clip=config.grad_clip,
+        spike_limit=config.spike_limit,
         save_every=max(config.save_every, 0),
         keep_last=config.keep_last,
+        keep_best=config.keep_best,
+        background_save=config.background_save,
+        write=not config.dry_run,
         log_every=config.log_every,
         compile=wants_compile(
             config.compile,
@@ -173,36 +171,57 @@ def train_stage(
     }
     _announce(title, model, plan, facts)
     if config.dry_run:
-        logger.info("dry run: nothing trained; checkpoints would go to %s", run_dir)
-        return 0
-    with checkpoint_manager.lock_run(run_dir, runtime.world):
-        checkpoint = _previous_run(run_dir, facts, resume=config.resume, runtime=runtime)
-        metrics = None
-        if runtime.world.is_main:
-            mirror = start_wandb(config.run, project=f"nanochat-{stage}", config=facts)
-            metrics = MetricWriter(run_dir / "metrics.jsonl", mirror=mirror)
-        trainer = Trainer(
-            model,
-            loader,
-            plan=plan,
-            optimizer=config.optimizer(),
-            runtime=runtime,
-            run_dir=run_dir,
-            tokenizer_dir=tokenizer_dir,
-            facts=facts,
-            metrics=metrics,
-            hooks=hooks,
-        )
-        if checkpoint is not None:
-            trainer.resume(checkpoint)
-        try:
-            trainer.run()
-        except StoppedError as stopped:
-            logger.warning("%s; run the same command with --resume to go on", stopped)
-            return EXIT_STOPPED
+        _announce_writes(run_dir, plan, model, runtime)
+        if not dry_run_trains:
+            return 0
+    trainer = Trainer(
+        model,
+        loader,
+        plan=plan,
+        optimizer=config.optimizer(),
+        runtime=runtime,
+        run_dir=run_dir,
+        tokenizer_dir=tokenizer_dir,
+        facts=facts,
+        hooks=hooks,
+        stop=stop,
+    )
+    try:
+        with catch_signals(stop):
+            if config.dry_run:
+                trainer.run()
+                return 0
+            with checkpoint_manager.lock_run(run_dir, runtime.world):
+                _train(trainer, config, facts)
+    except StoppedError as stopped:
+        logger.warning("%s; run the same command with --resume to go on", stopped)
+        return EXIT_STOPPED
     if runtime.world.is_main:
         _report(title, trainer, facts)
     return 0
+
+
+def _train(trainer: Trainer, config: StageConfig, facts: dict[str, Any]) -> None:
+    """Run the trainer in its folder, from where an earlier run ended if it is to be resumed."""
+    run_dir, world = trainer.saver.run_dir, trainer.runtime.world
+    checkpoint = previous_run(run_dir, facts, resume=config.resume, world=world)
+    if world.is_main:
+        mirrors = open_mirrors(
+            config.run,
+            project=f"nanochat-{facts['stage']}",
+            config=facts,
+            tensorboard_dir=run_dir / "tensorboard" if config.tensorboard else None,
+        )
+        trainer.metrics = MetricWriter(run_dir / "metrics.jsonl", mirrors=mirrors)
+        if checkpoint is None:
+            trainer.metrics.truncate(-1)  # rows of a start that came to no checkpoint
+    try:
+        if checkpoint is not None:
+            trainer.resume(checkpoint)
+        trainer.run()
+    finally:
+        if trainer.metrics is not None:
+            trainer.metrics.close()
 
 
 def _announce(title: str, model: GPT, plan: Plan, facts: dict[str, Any]) -> None:
@@ -222,38 +241,29 @@ def _announce(title: str, model: GPT, plan: Plan, facts: dict[str, Any]) -> None
     )
 
 
-def _previous_run(
-    run_dir: Path, facts: dict[str, Any], *, resume: bool, runtime: Runtime
-) -> checkpoint_manager.Checkpoint | None:
-    """The checkpoint to go on from; a run that is not continued makes way to a subfolder."""
-    newest = checkpoint_manager.newest_checkpoint(run_dir)
-    if newest is None:
-        return None
-    if resume:
-        different = _differences(newest.state, facts)
-        if not different:
-            return newest
-        logger.warning("not resuming %s: it was made with %s", run_dir, "; ".join(different))
-    if runtime.world.is_main:
-        aside = run_dir / "previous"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        for path in [*run_dir.glob("step_*"), *run_dir.glob("metrics.jsonl")]:
-            path.rename(aside / path.name)
-        logger.info("the earlier run in %s is now %s", run_dir, aside)
-    runtime.world.barrier()
-    return None
-
-
-def _differences(saved: dict[str, Any], facts: dict[str, Any]) -> list[str]:
-    """Settings that make a saved run another one than the one asked for, as `name old, not new`."""
-    old = saved.get("config", {}) | {k: v for k, v in saved.items() if k in facts and k != "config"}
-    new = facts["config"] | {k: v for k, v in facts.items() if k != "config"}
-    return [
-        f"{name} {old.get(name)!r}, not {value!r}"
-        for name, value in new.items()
-        if name not in _FREE_ON_RESUME and old.get(name) != value
-    ]
+def _announce_writes(run_dir: Path, plan: Plan, model: GPT, runtime: Runtime) -> None:
+    """What a dry run says beyond `_announce`: memory, and what would be written where."""
+    memory = estimate_memory(
+        model,
+        rows=plan.micro_batch_rows,
+        compute_dtype=runtime.compute_dtype,
+        world_size=runtime.world.size,
+    )
+    parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in memory.items())
+    logger.info("about %s of memory on each device (%s)", format_bytes(sum(memory.values())), parts)
+    size = memory["weights"] + runtime.world.size * memory["optimizer"]
+    steps = plan.schedule.num_iterations
+    saves = 1 + (steps - 1) // plan.save_every if plan.save_every else 1
+    logger.info(
+        "dry run: nothing is written; a run would write %d checkpoint(s) of about %s to %s and "
+        "keep %d%s, %s beside them, and a section of the report",
+        saves,
+        format_bytes(size),
+        run_dir,
+        min(saves, plan.keep_last),
+        " and the best" if plan.keep_best else "",
+        "metrics.jsonl",
+    )
 
 
 def _report(title: str, trainer: Trainer, facts: dict[str, Any]) -> None:
@@ -265,12 +275,28 @@ def _report(title: str, trainer: Trainer, facts: dict[str, Any]) -> None:
         "DDP world size": trainer.runtime.world.size,
         "Compute dtype": str(trainer.runtime.compute_dtype).removeprefix("torch."),
         "Training seconds": state.seconds,
-        "Tokens per second": trainer.tokens_per_second or state.tokens / max(state.seconds, 1e-9),
+        "Tokens per second": trainer.speed.tokens_per_second
+        or state.tokens / max(state.seconds, 1e-9),
         "Final training loss": state.smooth_loss,
     }
     results |= {f"Final {name.replace('_', ' ')}": v for name, v in state.evaluations.items()}
     results |= {f"Minimum {name.replace('_', ' ')}": v for name, v in state.best.items()}
-    report.append(title, [facts["config"], results, {"run_dir": str(trainer.run_dir)}])
+    report.append(title, [facts["config"], results, {"run_dir": str(trainer.saver.run_dir)}])
+
+
+def load_parent(parent: checkpoint_manager.Checkpoint, sequence_len: int | None = None) -> GPT:
+    """The parent's model in fp32, with another training context if one is asked for."""
+    sizes = parent.state["model_config"]
+    if sequence_len is not None:
+        sizes = sizes | {"sequence_len": sequence_len}
+    model = GPT(GPTConfig.from_json(sizes))
+    model.load_state_dict(parent.load_model())
+    return model
+
+
+def origin(parent: checkpoint_manager.Checkpoint, source: str) -> dict[str, object]:
+    """What the checkpoint's state says about where its weights came from."""
+    return {"stage": source, "step": parent.step, "weights": parent.weights_hash}
 
 
 def check_positive(config: Any, *names: str) -> None:

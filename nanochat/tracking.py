@@ -1,4 +1,4 @@
-"""What a run measures: rows of metrics.jsonl always, Weights & Biases when asked for."""
+"""What a run measures: rows of metrics.jsonl always; W&B and TensorBoard when asked for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 import math
 import netrc
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -36,8 +36,8 @@ class Mirror(Protocol):
 class MetricWriter:
     """Appends one JSON object a row, in the file as soon as `write` returns."""
 
-    def __init__(self, path: Path, *, mirror: Mirror | None = None) -> None:
-        self._path, self._mirror = path, mirror
+    def __init__(self, path: Path, *, mirrors: Sequence[Mirror] = ()) -> None:
+        self._path, self._mirrors = path, mirrors
         self._file: TextIO | None = None
 
     def write(self, step: int, **values: float) -> None:
@@ -55,8 +55,8 @@ class MetricWriter:
             raise UserError(
                 f"cannot write {self._path} ({error.strerror}); free some space and resume"
             ) from error
-        if self._mirror is not None:
-            self._mirror.log(step, values)
+        for mirror in self._mirrors:
+            mirror.log(step, values)
 
     def truncate(self, step: int) -> None:
         """Drop the rows behind `step`: a resumed run writes them again."""
@@ -66,10 +66,10 @@ class MetricWriter:
             atomic_write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def close(self) -> None:
-        """Close the file and the mirror."""
+        """Close the file and the mirrors."""
         self._close_file()
-        if self._mirror is not None:
-            self._mirror.close()
+        for mirror in self._mirrors:
+            mirror.close()
 
     def _close_file(self) -> None:
         if self._file is not None:
@@ -95,6 +95,31 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
                 rows = [earlier for earlier in rows if earlier["step"] < row["step"]]
             rows.append(row)
     return rows
+
+
+def open_mirrors(
+    run: str, *, project: str, config: Mapping[str, Any], tensorboard_dir: Path | None = None
+) -> list[Mirror]:
+    """What --run and --tensorboard ask for, as far as it can be had; never raises for the rest."""
+    mirrors = [start_wandb(run, project=project, config=config)]
+    if tensorboard_dir is not None:
+        mirrors.append(start_tensorboard(tensorboard_dir))
+    return [mirror for mirror in mirrors if mirror is not None]
+
+
+def start_tensorboard(folder: Path) -> Mirror | None:
+    """Event files in `folder`, which `tensorboard --logdir` shows; or say once why not."""
+    try:
+        module = importlib.import_module("torch.utils.tensorboard")
+        return _TensorBoardMirror(module.SummaryWriter(str(folder)))
+    except ImportError:
+        logger.warning(
+            "--tensorboard: tensorboard is not installed, metrics go to metrics.jsonl only "
+            "(pip install 'nanochat[tensorboard]')"
+        )
+    except Exception as error:  # whatever its writer may raise, training does not need it
+        logger.warning("tensorboard could not start: %s", _one_line(error))
+    return None
 
 
 def start_wandb(run: str, *, project: str, config: Mapping[str, Any]) -> Mirror | None:
@@ -135,27 +160,48 @@ def start_wandb(run: str, *, project: str, config: Mapping[str, Any]) -> Mirror 
     return None
 
 
-class _WandbMirror:
-    """A wandb run that is given up, with one notice, at its first failure."""
+class _GuardedMirror:
+    """A service that is given up, with one notice, at its first failure."""
 
+    def __init__(self, name: str, service: Any) -> None:
+        self._name, self._service = name, service
+
+    def _try(self, action: Callable[[Any], object]) -> None:
+        if self._service is None:
+            return
+        try:
+            action(self._service)
+        except Exception as error:
+            logger.warning("%s failed and gets no more metrics: %s", self._name, _one_line(error))
+            self._service = None
+
+
+class _WandbMirror(_GuardedMirror):
     def __init__(self, run: Any) -> None:
-        self._run: Any = run
+        super().__init__("wandb", run)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._try(lambda run: run.log(dict(values), step=step))
 
     def close(self) -> None:
         self._try(lambda run: run.finish())
-        self._run = None
+        self._service = None
 
-    def _try(self, action: Any) -> None:
-        if self._run is None:
-            return
-        try:
-            action(self._run)
-        except Exception as error:
-            logger.warning("wandb failed and gets no more metrics: %s", _one_line(error))
-            self._run = None
+
+class _TensorBoardMirror(_GuardedMirror):
+    def __init__(self, writer: Any) -> None:
+        super().__init__("tensorboard", writer)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        def add(writer: Any) -> None:
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+
+        self._try(add)
+
+    def close(self) -> None:
+        self._try(lambda writer: writer.close())
+        self._service = None
 
 
 def _has_wandb_key() -> bool:

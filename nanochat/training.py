@@ -11,16 +11,12 @@ weights, bit for bit, as one that was left alone.
 from __future__ import annotations
 
 import logging
-import math
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -30,26 +26,22 @@ from nanochat import checkpoint_manager
 from nanochat.common import UserError
 from nanochat.dataloader import Batch
 from nanochat.gpt import GPT
-from nanochat.hardware import find_device
 from nanochat.objectives import next_token_loss_sum
 from nanochat.optimizers import OptimizerConfig, build_optimizer
 from nanochat.precision import MasterWeights
+from nanochat.progress import OwnWork, Speedometer, duration, slow_ranks, utilisation
 from nanochat.runtime import Runtime
+from nanochat.saving import CheckpointSaver, not_finite
 from nanochat.schedule import Schedule, muon_momentum
+from nanochat.stopping import StoppedError, StopRequest
 from nanochat.tracking import MetricWriter
+from nanochat.train_state import TrainState
 
 logger = logging.getLogger(__name__)
 
-EXIT_STOPPED = 85  # "stopped, resume me": no other program we know exits with it
-LOSS_SMOOTHING = 0.9
-STEPS_UNTIMED = 10  # the first steps warm caches and compilers; speed is averaged after them
 # On a CPU compiling the whole step costs about a minute and saves a fifth of the time, so it
 # pays only for runs of more than about ten minutes at 250 GFLOP/s.
 CPU_COMPILE_FLOPS = 1.5e14
-
-
-class StoppedError(Exception):
-    """A signal asked for a stop; everything is saved and the run can be resumed."""
 
 
 class StepLoader(Protocol):
@@ -82,32 +74,22 @@ class Plan:
     """Rows of one forward and backward pass on each rank."""
     grad_clip: float = 0.0
     """Largest global gradient norm; 0 = off."""
+    spike_limit: float = 0.0
+    """Rise of the smoothed loss, in nats, at which the run stops; 0 = off."""
     save_every: int = 0
     """Steps between checkpoints besides the last one; 0 = only the last one."""
     keep_last: int = 1
     """Checkpoints kept."""
+    keep_best: bool = False
+    """Keep the saved step with the best evaluation as well."""
+    background_save: bool = True
+    """Write checkpoints while training goes on."""
+    write: bool = True
+    """Save checkpoints at all."""
     log_every: int = 10
     """Steps between lines on the console."""
     compile: bool = False
     """Compile the forward and backward passes."""
-
-
-@dataclass
-class TrainState:
-    """Where a run stands. Travels in every checkpoint."""
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    loss_average: float = 0.0
-    evaluated_step: int = -1
-    evaluations: dict[str, float] = field(default_factory=dict)
-    best: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def smooth_loss(self) -> float:
-        """Exponential average of the loss, corrected for its start at 0 (arXiv:1412.6980, 3)."""
-        return self.loss_average / (1.0 - LOSS_SMOOTHING ** max(self.step, 1))
 
 
 @dataclass(frozen=True)
@@ -129,6 +111,16 @@ class Hook:
         return step % self.every == 0 and (step > 0 or self.at_start)
 
 
+@dataclass(frozen=True)
+class _Pending:
+    """What a step has left on the device, to be read when it is logged."""
+
+    step: int
+    loss: Tensor
+    grad_norm: Tensor
+    measures: dict[str, float]
+
+
 class Trainer:
     """One training run in one folder."""
 
@@ -145,15 +137,15 @@ class Trainer:
         facts: dict[str, Any],
         metrics: MetricWriter | None = None,
         hooks: Sequence[Hook] = (),
+        stop: StopRequest | None = None,
     ) -> None:
         """Take over an fp32 `model` on the runtime's device.
 
         facts: what state.json of every checkpoint says about the run besides its progress.
-        metrics: where numbers go; only the main rank has one.
+        metrics: where numbers go; only the main rank has one. stop: asked at every boundary.
         """
         self.model, self.loader, self.plan = model, loader, plan
-        self.runtime, self.run_dir, self.hooks = runtime, run_dir, hooks
-        self.tokenizer_dir, self.facts = tokenizer_dir, facts
+        self.runtime, self.hooks, self.facts = runtime, hooks, facts
         self.weights = MasterWeights(model, runtime.compute_dtype)
         self.optimizer = build_optimizer(
             self.weights.named_parameters(),
@@ -161,29 +153,62 @@ class Trainer:
             model_dim=model.config.n_embd,
             world=runtime.world,
         )
+        self.saver = CheckpointSaver(
+            run_dir,
+            tokenizer_dir=tokenizer_dir,
+            world=runtime.world,
+            in_background=plan.background_save,
+        )
         self.state = TrainState()
         self.metrics = metrics
+        self.stop = stop or StopRequest()
+        self.speed = Speedometer()
         self._hidden: Callable[[Tensor], Tensor] = model.hidden
         if plan.compile:
             self._hidden = torch.compile(model.hidden, dynamic=False)
-        self._pending: list[tuple[int, Tensor, Tensor, float]] = []
+        self._micro_batch_rows = plan.micro_batch_rows
+        self._pending: list[_Pending] = []
         self._saved_step = -1
-        self._timed_seconds, self._timed_tokens, self._steps_here = 0.0, 0, 0
+        self._own_work = OwnWork(runtime.device)
+        self._named_slow: set[int] = set()
+        self._asked_at: float | None = None
+        self._stretches: list[float] = []
 
     # ---- the loop -----------------------------------------------------------------------------
 
     def run(self) -> TrainState:
-        """Train to the end of the plan. Raises StoppedError after saving when a signal came."""
+        """Train to the end of the plan. Raises StoppedError after saving when a stop was asked."""
         last = self.plan.schedule.num_iterations
-        with _stop_signals() as stop_requested:
+        with self.saver:
             while True:
-                self._boundary(is_last=self.state.step >= last)
-                if self.state.step >= last:
+                is_last = self.state.step >= last
+                self._stop_if_asked()
+                self._boundary(is_last=is_last)
+                if is_last:
+                    self.saver.wait()
+                    self._write_costs()
                     return self.state
-                if self.runtime.world.any(stop_requested()):
-                    self.save()
-                    raise StoppedError(f"stopped at step {self.state.step}; everything is saved")
                 self._step()
+
+    def _stop_if_asked(self) -> None:
+        """Save and stop when a signal or the clock asks any rank to, or when a save has failed."""
+        now = time.perf_counter()
+        if self._asked_at is not None:
+            self._stretches.append(now - self._asked_at)
+        self._asked_at = now
+        # The first stretch compiles and warms caches; it says nothing about the next ones.
+        longest = max(self._stretches[1:], default=0.0)
+        self._stretches[1:] = [longest]
+        reason = self.stop.reason(longest_stretch=longest, longest_save=self.saver.longest_seconds)
+        if not self.runtime.world.any(bool(reason) or self.saver.has_failed):
+            return
+        self.saver.wait()  # on every rank, so that a failure ends all of them with its reason
+        self.save()
+        self.saver.wait()
+        raise StoppedError(
+            f"stopped at step {self.state.step} ({reason or 'asked by another rank'}); "
+            + ("everything is saved" if self.plan.write else "nothing was to be saved")
+        )
 
     def _boundary(self, *, is_last: bool) -> None:
         """Evaluate and save between two steps; both once, however often the run is resumed."""
@@ -192,43 +217,84 @@ class Trainer:
         if due and self.state.evaluated_step != step:
             self._flush()
             values: dict[str, float] = {}
-            for hook in due:
+            for index, hook in enumerate(due):
+                if index:
+                    self._stop_if_asked()  # what was measured so far is measured again
                 values |= hook.action(self)
-            self._record(values)
+            if values:
+                self.state.note_evaluation(values)
+                self._write(step, **values)
+                self._saved_step = -1  # a checkpoint of this step does not know them yet
         self.state.evaluated_step = step
         every = self.plan.save_every
-        if self._saved_step != step and (is_last or (every > 0 and step > 0 and step % every == 0)):
+        if is_last:
             self.save()
-
-    def _record(self, values: dict[str, float]) -> None:
-        self.state.evaluations |= values
-        for name, value in values.items():
-            if name.endswith(("bpb", "loss")):
-                self.state.best[name] = min(value, self.state.best.get(name, math.inf))
-        self._write(self.state.step, **values)
+        elif every > 0 and step > 0 and step % every == 0:
+            self._flush()
+            if self.state.is_suspect(self.plan.spike_limit):
+                logger.warning(
+                    "step %d is not saved: the loss has risen by %.2f nats", step, self.state.rise
+                )
+            else:
+                self.save()
 
     def accumulate_gradients(self) -> tuple[Batch, Tensor]:
         """Take a step's rows and add up the gradients of their losses.
 
-        Returns the batch and the loss sum of this rank's rows in nats, an fp32 scalar.
+        Returns the batch and the loss sum of this rank's rows in nats, an fp32 scalar. When the
+        device has no memory left the rows are taken again in smaller parts.
         """
         batch = self.loader.next_step()
+        while True:
+            try:
+                return batch, self._add_up(batch)
+            except torch.OutOfMemoryError as error:
+                # Only the text: the error keeps the tensors of its frames alive.
+                reason = str(error).strip().splitlines()[0]
+            self._take_smaller_parts(reason)
+
+    def _add_up(self, batch: Batch) -> Tensor:
         loss_sum = torch.zeros((), device=self.runtime.device)
-        for inputs, targets in _micro_batches(batch, self.plan.micro_batch_rows):
+        device = self.runtime.device
+        for inputs, targets, weights in _micro_batches(batch, self._micro_batch_rows):
             part = next_token_loss_sum(
-                self._hidden(inputs.to(self.runtime.device, non_blocking=True)),
+                self._hidden(inputs.to(device, non_blocking=True)),
                 self.model.lm_head.weight,
-                targets.to(self.runtime.device, non_blocking=True),
+                targets.to(device, non_blocking=True),
+                weights=None if weights is None else weights.to(device, non_blocking=True),
                 compiled=self.plan.compile,
             )
             part.backward()  # type: ignore[no-untyped-call]
             loss_sum += part.detach()
-        return batch, loss_sum
+        return loss_sum
+
+    def _take_smaller_parts(self, reason: str) -> None:
+        """Halve the rows of a pass; this rank alone, for losses are sums over rows."""
+        before = self._micro_batch_rows
+        if before == 1:
+            raise UserError(
+                f"out of memory with a single row ({reason}); lower --max-seq-len or --depth"
+            )
+        self._micro_batch_rows = (before + 1) // 2
+        self.optimizer.zero_grad()
+        self.model.zero_grad()
+        torch.cuda.empty_cache()
+        # An error in level only, so that ranks other than the main one are heard as well.
+        logger.error(
+            "rank %d is out of memory with %d rows a pass: going on with %d and more passes a "
+            "step (--device-batch-size=%d starts like this); %s",
+            self.runtime.world.rank,
+            before,
+            self._micro_batch_rows,
+            self._micro_batch_rows,
+            reason,
+        )
 
     def _step(self) -> None:
         """One optimizer step."""
         started = time.perf_counter()
-        batch, loss_sum = self.accumulate_gradients()
+        with self._own_work.measured():
+            batch, loss_sum = self.accumulate_gradients()
         multiplier = self.plan.schedule.multiplier(self.state.step)
         grad_norm = self.optimizer.step(
             grad_scale=1.0 / batch.num_targets,
@@ -242,94 +308,119 @@ class Trainer:
         self.state.step += 1
         num_tokens = batch.inputs.numel() * self.runtime.world.size
         self.state.tokens += num_tokens
-        self._pending.append((self.state.step, loss_sum / batch.num_targets, grad_norm, multiplier))
-        step = self.state.step
-        if step % self.plan.log_every == 0 or step == 1:
+        self._pending.append(
+            _Pending(
+                self.state.step,
+                loss_sum / batch.num_targets,
+                grad_norm,
+                {"lr": multiplier, **batch.measures},
+            )
+        )
+        is_logged = self.state.step % self.plan.log_every == 0 or self.state.step == 1
+        if is_logged:
             self._flush()
-        self._count_time(time.perf_counter() - started, num_tokens)
-        if step % self.plan.log_every == 0 or step == 1:
+        seconds = time.perf_counter() - started
+        self.state.seconds += seconds
+        self.speed.count(seconds, num_tokens)
+        if is_logged:
             self._log(multiplier)
+            self._name_slow_ranks()
 
     # ---- what a run tells ---------------------------------------------------------------------
 
-    def _count_time(self, seconds: float, num_tokens: int) -> None:
-        self.state.seconds += seconds
-        self._steps_here += 1
-        if self._steps_here > STEPS_UNTIMED:
-            self._timed_seconds += seconds
-            self._timed_tokens += num_tokens
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Average speed since the run warmed up, evaluation and saving excluded; 0 before."""
-        return self._timed_tokens / self._timed_seconds if self._timed_seconds else 0.0
-
     def _flush(self) -> None:
-        """Read the losses that have piled up on the device; stop on one that is no number."""
-        for step, loss_tensor, norm_tensor, multiplier in self._pending:
-            loss = float(loss_tensor)
-            if not math.isfinite(loss):
-                saved = f"step {self._saved_step}" if self._saved_step >= 0 else "none yet"
-                raise UserError(
-                    f"the loss is {loss} at step {step}; the last good checkpoint is {saved}. "
-                    "Lower the learning rates or set --grad-clip, then start again with --resume"
-                )
-            average = self.state.loss_average
-            self.state.loss_average = LOSS_SMOOTHING * average + (1.0 - LOSS_SMOOTHING) * loss
-            self._write(step, loss=loss, lr=multiplier, grad_norm=float(norm_tensor))
+        """Read the losses that have piled up on the device; stop on one that is not sound."""
+        for row in self._pending:
+            loss, grad_norm = float(row.loss), float(row.grad_norm)
+            self._write(row.step, loss=loss, grad_norm=grad_norm, **row.measures)
+            try:
+                self.state.observe(row.step, loss, grad_norm, spike_limit=self.plan.spike_limit)
+            except UserError as error:
+                self._give_up(str(error))
         self._pending.clear()
+        self._write_costs()
+
+    def _give_up(self, what: str) -> NoReturn:
+        """End the run with what went wrong, where the last good checkpoint is, and what to try."""
+        self.saver.wait()
+        saved = checkpoint_manager.saved_steps(self.saver.run_dir)
+        newest = f"step {saved[-1]}" if saved else "none yet"
+        raise UserError(
+            f"{what}; the last good checkpoint is {newest}. Lower --matrix-lr and --embedding-lr "
+            "or set --grad-clip, and go on from there with --resume; --spike-limit=0 lets a rise "
+            "pass"
+        )
 
     def _write(self, step: int, **values: float) -> None:
         if self.metrics is not None and values:
             self.metrics.write(step, **values)
 
+    def _write_costs(self) -> None:
+        for cost in self.saver.take_costs():
+            self._write(
+                self.state.step, save_stall_seconds=cost.stall_seconds, save_seconds=cost.seconds
+            )
+
     def _log(self, multiplier: float) -> None:
         state, last = self.state, self.plan.schedule.num_iterations
-        speed = self.tokens_per_second
+        speed = self.speed.tokens_per_second
         parts = [
             f"step {state.step}/{last}",
             f"loss {state.smooth_loss:.3f}",
             f"lr x{multiplier:.2f}",
         ]
         if speed:
-            parts.append(f"{speed:,.0f} tok/s")
-            parts += self._utilisation(speed)
+            flops = speed * self.model.estimate_flops()
             tokens_left = state.tokens / state.step * (last - state.step)
-            parts.append(f"eta {_duration(tokens_left / speed)}")
+            parts += [
+                f"{speed:,.0f} tok/s",
+                utilisation(self.runtime.device, flops, self.runtime.world.size),
+                f"eta {duration(tokens_left / speed)}",
+            ]
             self._write(state.step, tokens_per_second=speed, total_seconds=state.seconds)
         parts.append(f"epoch {self.loader.progress:.2f}")
-        logger.info("  ".join(parts))
+        logger.info("  ".join(part for part in parts if part))
 
-    def _utilisation(self, speed: float) -> list[str]:
-        if self.runtime.device.type != "cuda":
-            return []
-        device = find_device(torch.cuda.get_device_name(self.runtime.device))
-        if device is None:
-            return []
-        peak = device.peak_flops * self.runtime.world.size
-        return [f"mfu {100 * speed * self.model.estimate_flops() / peak:.1f}%"]
+    def _name_slow_ranks(self) -> None:
+        seconds = self.runtime.world.gather_objects(self._own_work.take())
+        for rank, usual in slow_ranks(seconds).items():
+            if rank not in self._named_slow:
+                self._named_slow.add(rank)
+                logger.warning(
+                    "rank %d is slow and keeps the others waiting: %.3f s of own work a step, "
+                    "%.3f s elsewhere",
+                    rank,
+                    seconds[rank],
+                    usual,
+                )
 
     # ---- saving and resuming ------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write a checkpoint of this boundary, once; nothing is written over a loss of NaN."""
+        """Save this boundary, once; nothing unsound is ever written over something good."""
         self._flush()
-        if self._saved_step == self.state.step:
+        state = self.state
+        if self._saved_step == state.step or not self.plan.write:
             return
+        weights = self.weights.state_dict()
+        broken = not_finite(weights)
+        if broken:
+            self._give_up(
+                f"{len(broken)} of {len(weights)} parameters hold numbers that are not finite at "
+                f"step {state.step}, first of them {broken[0]}"
+            )
+        state.note_save()
         numbers, arrays = _split_state(self.loader.state_dict())
-        checkpoint_manager.save_checkpoint(
-            self.run_dir,
-            self.state.step,
-            model=self.weights.state_dict(),
+        self.saver.save(
+            state.step,
+            model=weights,
             optimizer=self.optimizer.state_dict(),
-            state=self.facts
-            | {"step": self.state.step, "loop": asdict(self.state), "loader": numbers},
+            state=self.facts | {"step": state.step, "loop": asdict(state), "loader": numbers},
             extra=arrays,
-            tokenizer_dir=self.tokenizer_dir,
-            world=self.runtime.world,
+            keep_last=None if state.is_suspect(self.plan.spike_limit) else self.plan.keep_last,
+            keep={state.best_step} if self.plan.keep_best else (),
         )
-        self._saved_step = self.state.step
-        checkpoint_manager.prune(self.run_dir, self.plan.keep_last)
+        self._saved_step = state.step
 
     def resume(self, checkpoint: checkpoint_manager.Checkpoint) -> None:
         """Go on from a checkpoint of this run: weights, optimizer, data position, counters."""
@@ -360,42 +451,14 @@ def wants_compile(mode: str, *, device: torch.device, training_flops: float) -> 
     return True
 
 
-def _micro_batches(batch: Batch, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _micro_batches(batch: Batch, rows: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     for start in range(0, batch.inputs.size(0), rows):
-        yield batch.inputs[start : start + rows], batch.targets[start : start + rows]
+        part = slice(start, start + rows)
+        weights = None if batch.weights is None else batch.weights[part]
+        yield batch.inputs[part], batch.targets[part], weights
 
 
 def _split_state(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Loader state as JSON values and as arrays."""
     arrays = {name: value for name, value in state.items() if isinstance(value, np.ndarray)}
     return {name: value for name, value in state.items() if name not in arrays}, arrays
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turn SIGTERM, SIGUSR1 and the first Ctrl-C into a flag that is read between steps."""
-    received: list[int] = []
-    previous: dict[int, Any] = {}
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        logger.warning("%s: saving at the next step", signal.Signals(number).name)
-        if number == signal.SIGINT:  # a second Ctrl-C stops at once
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    for caught in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        previous[caught] = signal.signal(caught, note)
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _duration(seconds: float) -> str:
-    minutes = seconds / 60
-    if minutes < 2:
-        return f"{seconds:.0f} s"
-    if minutes < 120:
-        return f"{minutes:.0f} min"
-    return f"{minutes / 60:.1f} h"

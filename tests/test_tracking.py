@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 
 from nanochat import tracking
-from nanochat.tracking import MetricWriter, read_metrics, start_wandb
+from nanochat.tracking import (
+    MetricWriter,
+    open_mirrors,
+    read_metrics,
+    start_tensorboard,
+    start_wandb,
+)
 
 
 def test_rows_are_in_the_file_as_soon_as_they_are_written(tmp_path: Path) -> None:
@@ -140,7 +146,8 @@ def test_without_a_key_the_run_is_kept_offline_under_the_base_folder(
 ) -> None:
     fake = FakeWandb()
     install(fake, monkeypatch)
-    writer = MetricWriter(tmp_path / "metrics.jsonl", mirror=start("night"))
+    mirrors = open_mirrors("night", project="nanochat", config={})
+    writer = MetricWriter(tmp_path / "metrics.jsonl", mirrors=mirrors)
     writer.write(7, loss=1.5)
     writer.close()
     assert fake.started == ["offline"]
@@ -177,7 +184,8 @@ def test_a_wandb_that_never_starts_leaves_the_metrics_alone(
 ) -> None:
     install(FakeWandb(broken=("offline",)), monkeypatch)
     path = tmp_path / "metrics.jsonl"
-    MetricWriter(path, mirror=start("night")).write(1, loss=1.0)
+    mirrors = open_mirrors("night", project="nanochat", config={})
+    MetricWriter(path, mirrors=mirrors).write(1, loss=1.0)
     assert read_metrics(path) == [{"step": 1, "loss": 1.0}]
 
 
@@ -189,9 +197,60 @@ def test_a_wandb_that_breaks_later_is_given_up_with_one_notice(
 ) -> None:
     install(FakeWandb(broken=("log",)), monkeypatch)
     path = tmp_path / "metrics.jsonl"
-    writer = MetricWriter(path, mirror=start("night"))
+    writer = MetricWriter(path, mirrors=open_mirrors("night", project="nanochat", config={}))
     for step in (1, 2, 3):
         writer.write(step, loss=1.0)
     writer.close()
     assert len(read_metrics(path)) == 3
     assert caplog.text.count("gets no more metrics") == 1
+
+
+# ---- TensorBoard ------------------------------------------------------------------------------
+
+
+def test_tensorboard_gets_every_number_at_its_step(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    mirrors = open_mirrors(
+        "dummy", project="nanochat", config={}, tensorboard_dir=tmp_path / "tensorboard"
+    )
+    writer = MetricWriter(tmp_path / "metrics.jsonl", mirrors=mirrors)
+    for step, loss in ((1, 3.0), (2, 2.5)):
+        writer.write(step, loss=loss)
+    writer.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert [(event.step, event.value) for event in events] == [(1, 3.0), (2, 2.5)]
+
+
+def test_a_missing_tensorboard_is_one_notice(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    install(None, monkeypatch)
+    assert start_tensorboard(tmp_path) is None
+    (record,) = caplog.records
+    assert "tensorboard is not installed" in record.getMessage()
+
+
+def test_a_tensorboard_that_breaks_is_given_up_with_one_notice(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class BrokenWriter:
+        def __init__(self, folder: str) -> None:
+            self.folder = folder
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            raise OSError("disk full")
+
+    monkeypatch.setattr(
+        tracking.importlib,
+        "import_module",
+        lambda name: types.SimpleNamespace(SummaryWriter=BrokenWriter),
+    )
+    mirrors = open_mirrors("dummy", project="nanochat", config={}, tensorboard_dir=tmp_path)
+    writer = MetricWriter(tmp_path / "metrics.jsonl", mirrors=mirrors)
+    for step in (1, 2, 3):
+        writer.write(step, loss=1.0)
+    writer.close()
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
+    assert caplog.text.count("tensorboard failed and gets no more metrics: disk full") == 1

@@ -13,88 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from distributed import run_ranks
 
 from nanochat import checkpoint_manager
 from nanochat.common import UserError
-from nanochat.dataloader import Batch
-from nanochat.gpt import GPT, GPTConfig
-from nanochat.optimizers import OptimizerConfig
 from nanochat.runtime import Runtime, World
 from nanochat.schedule import Schedule, muon_momentum
-from nanochat.tracking import MetricWriter, read_metrics
-from nanochat.training import Hook, Plan, StoppedError, Trainer
-
-SIZES = GPTConfig(sequence_len=32, vocab_size=50, n_layer=2, n_head=2, n_embd=32)
-ROWS = 4
-
-
-class SeededLoader:
-    """Rows that depend on the step alone; every third target of odd rows is ignored."""
-
-    def __init__(self, world: World, *, poison_step: int | None = None) -> None:
-        self.world, self.position, self.poison_step = world, 0, poison_step
-
-    def next_step(self) -> Batch:
-        rng = np.random.default_rng(self.position)
-        rows = rng.integers(0, SIZES.vocab_size, (ROWS, SIZES.sequence_len + 1))
-        targets = rows[:, 1:].copy()
-        targets[1::2, ::3] = -1
-        self.position += 1
-        own = slice(self.world.rank, None, self.world.size)
-        return Batch(
-            torch.from_numpy(rows[own, :-1]).contiguous(),
-            torch.from_numpy(targets[own]).contiguous(),
-            int((targets >= 0).sum()),
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"position": self.position, "buffer": np.arange(self.position)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        assert len(state["buffer"]) == state["position"]
-        self.position = int(state["position"])
-
-    @property
-    def progress(self) -> float:
-        return self.position / 100
-
-
-def make_trainer(
-    folder: Path,
-    runtime: Runtime,
-    *,
-    steps: int = 6,
-    micro_batch_rows: int = ROWS,
-    hooks: list[Hook] | None = None,
-    save_every: int = 0,
-) -> Trainer:
-    """A tiny model, always from the same seed."""
-    model = GPT(SIZES)
-    model.init_weights(torch.Generator().manual_seed(5))
-    tokenizer_dir = folder / "tokenizer"
-    tokenizer_dir.mkdir(parents=True, exist_ok=True)
-    (tokenizer_dir / "tokenizer.json").write_text("{}")
-    (tokenizer_dir / "token_bytes.npy").write_bytes(b"")
-    return Trainer(
-        model,
-        SeededLoader(runtime.world),
-        plan=Plan(
-            Schedule(steps, warmdown_ratio=0.5),
-            micro_batch_rows=micro_batch_rows,
-            grad_clip=1.0,
-            save_every=save_every,
-            keep_last=2,
-            log_every=2,
-        ),
-        optimizer=OptimizerConfig(embedding_lr=0.02, matrix_lr=0.01),
-        runtime=runtime,
-        run_dir=folder / "run",
-        tokenizer_dir=tokenizer_dir,
-        facts={"stage": "base"},
-        metrics=MetricWriter(folder / "run" / "metrics.jsonl") if runtime.world.is_main else None,
-        hooks=hooks or [],
-    )
+from nanochat.stopping import StoppedError, catch_signals
+from nanochat.tracking import read_metrics
+from nanochat.training import Hook, Trainer
+from tests.distributed import run_ranks
+from tests.tiny_run import ROWS, SIZES, make_trainer
 
 
 def weights_after_training(runtime: Runtime, folder: Path, micro_batch_rows: int) -> dict[str, Any]:
@@ -183,6 +111,7 @@ def test_resumed_run_equals_undisturbed_run_bit_for_bit(
         first._boundary(is_last=False)
         first._step()
     first.save()
+    first.saver.wait()
     del first
     checkpoint = checkpoint_manager.newest_checkpoint(tmp_path / "b" / "run")
     assert checkpoint is not None
@@ -209,15 +138,15 @@ def test_sigterm_saves_at_the_step_boundary_and_stops(runtime: Runtime, tmp_path
         return {}
 
     trainer = make_trainer(tmp_path, runtime, hooks=[Hook("interrupt", 1, interrupt)])
-    with pytest.raises(StoppedError, match="step 3"):
+    with catch_signals(trainer.stop), pytest.raises(StoppedError, match=r"step 4 \(SIGTERM\)"):
         trainer.run()
     checkpoint = checkpoint_manager.newest_checkpoint(tmp_path / "run")
     assert checkpoint is not None
-    assert checkpoint.step == 3
+    assert checkpoint.step == 4
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_loss_that_is_no_number_stops_and_keeps_the_good_checkpoint(
+def test_weights_that_are_no_numbers_stop_the_run_and_keeps_the_good_checkpoint(
     runtime: Runtime, tmp_path: Path
 ) -> None:
     def poison(trainer: Trainer) -> dict[str, float]:
@@ -226,11 +155,11 @@ def test_loss_that_is_no_number_stops_and_keeps_the_good_checkpoint(
         return {}
 
     trainer = make_trainer(tmp_path, runtime, hooks=[Hook("poison", 1, poison)], save_every=2)
-    with pytest.raises(UserError, match=r"loss is nan at step 5; .* step 4"):
+    with pytest.raises(UserError, match=r"lm_head.weight; the last good checkpoint is step 2\."):
         trainer.run()
     checkpoint = checkpoint_manager.newest_checkpoint(tmp_path / "run")
     assert checkpoint is not None
-    assert checkpoint.step == 4
+    assert checkpoint.step == 2
 
 
 def test_hooks_run_at_start_every_and_end_and_their_values_are_kept(

@@ -1,0 +1,44 @@
+"""How much memory a training step takes on one device, estimated from sizes alone."""
+
+from __future__ import annotations
+
+import torch
+
+from nanochat.gpt import GPT
+from nanochat.objectives import CHUNK_ROWS
+
+# Numbers that a layer saves for its backward pass, per token and per feature of the width: counted
+# with torch.autograd.graph.saved_tensors_hooks, 19 at 128 positions and 22 at 512.
+SAVED_PER_LAYER = 22
+SAVED_OUTSIDE = 4  # the embedding, its norm, the final norm, and the gradient of the final states
+COPIES_OF_A_CHUNK = 3  # of fp32 logits alive at once in the loss
+_FP32_BYTES = 4
+
+
+def estimate_memory(
+    model: GPT, *, rows: int, compute_dtype: torch.dtype, world_size: int
+) -> dict[str, int]:
+    """Bytes on each device by purpose. rows: of one forward and backward pass.
+
+    A tenth or two more is in use in practice: allocators round, kernels want scratch space.
+    """
+    counts, config = model.count_parameters(), model.config
+    total, size = counts["total"], compute_dtype.itemsize
+    # AdamW keeps two numbers for each one, Muon one; each rank has a share.
+    states = 2 * total - counts["transformer_matrices"]
+    tokens = rows * config.sequence_len
+    saved = (SAVED_PER_LAYER * config.n_layer + SAVED_OUTSIDE) * config.n_embd * tokens * size
+    is_copied = compute_dtype != torch.float32  # the embedding is not, being only looked up
+    return {
+        "weights": _FP32_BYTES * total,
+        "copies": size * (total - counts["wte"]) if is_copied else 0,
+        "gradients": _FP32_BYTES * total,
+        "optimizer": _FP32_BYTES * -(-states // world_size),
+        "activations": saved,
+        "loss": COPIES_OF_A_CHUNK * CHUNK_ROWS * config.vocab_size * _FP32_BYTES,
+    }
+
+
+def format_bytes(size: int) -> str:
+    """`12.3 MB` or `1.2 GB`, decimal."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

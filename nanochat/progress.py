@@ -1,0 +1,112 @@
+"""What a run tells about its speed: tokens per second, utilisation, time left, and slow ranks."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from nanochat.hardware import find_device
+
+logger = logging.getLogger(__name__)
+
+STEPS_UNTIMED = 10  # the first steps warm caches and compilers; speed is averaged after them
+# A rank is slow when its own work takes this much longer than that of the middle one of the
+# others: less is the usual jitter of machines, more makes all others wait.
+SLOW_RATIO = 1.5
+SLOW_SECONDS = 0.005  # differences below this are noise, whatever their ratio
+
+
+class Speedometer:
+    """Average speed since a run warmed up; evaluation and saving are not part of it."""
+
+    def __init__(self) -> None:
+        self._seconds, self._tokens, self._steps = 0.0, 0, 0
+
+    def count(self, seconds: float, num_tokens: int) -> None:
+        """Add one step."""
+        self._steps += 1
+        if self._steps > STEPS_UNTIMED:
+            self._seconds += seconds
+            self._tokens += num_tokens
+
+    @property
+    def tokens_per_second(self) -> float:
+        """0 until the run is warm."""
+        return self._tokens / self._seconds if self._seconds else 0.0
+
+
+class OwnWork:
+    """Seconds that this rank works between collectives; on a GPU measured on its own clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_cuda = device.type == "cuda"
+        self._seconds: list[float] = []
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """Around the work of one step, in which nothing waits for another rank."""
+        started = time.perf_counter()
+        begin = self._mark()
+        yield
+        end = self._mark()
+        if begin is not None and end is not None:
+            self._events.append((begin, end))
+        self._seconds.append(time.perf_counter() - started)
+
+    def take(self) -> float:
+        """Mean seconds a step since the last call. The device must have finished those steps."""
+        host = statistics.fmean(self._seconds) if self._seconds else 0.0
+        on_device = [begin.elapsed_time(end) / 1000 for begin, end in self._events]
+        self._seconds.clear()
+        self._events.clear()
+        # A rank can be slow on either side: waiting for its data, or for its GPU.
+        return max(host, statistics.fmean(on_device)) if on_device else host
+
+    def _mark(self) -> torch.cuda.Event | None:
+        if not self._is_cuda:
+            return None
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+
+def slow_ranks(seconds: Sequence[float]) -> dict[int, float]:
+    """Ranks that keep the others waiting -> the usual seconds of those others.
+
+    seconds: own work of a step, by rank.
+    """
+    slow: dict[int, float] = {}
+    for rank, own in enumerate(seconds):
+        others = [*seconds[:rank], *seconds[rank + 1 :]]
+        if not others:
+            continue
+        usual = statistics.median(others)
+        if own > SLOW_RATIO * usual and own > usual + SLOW_SECONDS:
+            slow[rank] = usual
+    return slow
+
+
+def utilisation(device: torch.device, flops_per_second: float, num_devices: int) -> str:
+    """`mfu 41.2%` of the devices' peak; "" where no peak is known."""
+    if device.type != "cuda":
+        return ""
+    known = find_device(torch.cuda.get_device_name(device))
+    if known is None:
+        return ""
+    return f"mfu {100 * flops_per_second / (known.peak_flops * num_devices):.1f}%"
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `38 min` or `3.2 h`."""
+    minutes = seconds / 60
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    if minutes < 120:
+        return f"{minutes:.0f} min"
+    return f"{minutes / 60:.1f} h"

@@ -1,0 +1,135 @@
+"""What becomes of an earlier run in the same folder: go on from it, refuse, or move it aside."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from nanochat import checkpoint_manager
+from nanochat.common import UserError
+from nanochat.runtime import World
+
+logger = logging.getLogger(__name__)
+
+PREVIOUS = "previous"  # folder of the run that was started over
+_RUN_FILES = ("step_*", "metrics.jsonl", "tensorboard")
+
+# Settings that say how a run is carried out, not what it computes: a resumed run may differ.
+_FREE = frozenset(
+    {
+        "run",
+        "tensorboard",
+        "resume",
+        "dry_run",
+        "device_batch_size",
+        "device_type",
+        "save_every",
+        "keep_last",
+        "keep_best",
+        "background_save",
+        "max_minutes",
+        "spike_limit",
+        "log_every",
+    }
+)
+# Settings one may want to change on the way, above all after a loss that went wrong. The run goes
+# on and says so; it is then another run than the one it began as.
+_CHANGEABLE = frozenset(
+    {
+        "compile",
+        "embedding_lr",
+        "unembedding_lr",
+        "matrix_lr",
+        "weight_decay",
+        "init_lr_frac",
+        "warmup_steps",
+        "warmup_ratio",
+        "warmdown_ratio",
+        "final_lr_frac",
+        "grad_clip",
+        "eval_every",
+        "eval_tokens",
+        "eval_steps",
+        "eval_metrics_every",
+        "eval_metrics_max_problems",
+        "core_metric_every",
+        "core_metric_max_per_task",
+        "sample_every",
+    }
+)
+
+
+def previous_run(
+    run_dir: Path, facts: dict[str, Any], *, resume: bool, world: World
+) -> checkpoint_manager.Checkpoint | None:
+    """The checkpoint to go on from, None to start from nothing. The run's folder is locked.
+
+    Without `resume` an earlier run moves to the subfolder `previous`. With it, the newest sound
+    checkpoint is taken; UserError when it belongs to another run than `facts` describe. The main
+    rank looks, all get its answer: verifying once is enough, and nobody looks while folders move.
+    """
+    found: checkpoint_manager.Checkpoint | None = None
+    problem: str | None = None
+    if world.is_main:
+        try:
+            found = _look(run_dir, facts, resume=resume)
+        except UserError as error:
+            problem = str(error)
+    found, problem = world.gather_objects((found, problem))[0]
+    if problem is not None:
+        raise UserError(problem)
+    return found
+
+
+def _look(
+    run_dir: Path, facts: dict[str, Any], *, resume: bool
+) -> checkpoint_manager.Checkpoint | None:
+    if not resume:
+        _set_aside(run_dir)
+        return None
+    newest = checkpoint_manager.newest_checkpoint(run_dir)
+    if newest is None:
+        logger.info("nothing to resume in %s: starting from nothing", run_dir)
+        return None
+    different = _differences(newest.state, facts)
+    other_run = [text for name, text in different.items() if name not in _CHANGEABLE]
+    if other_run:
+        raise UserError(
+            f"cannot resume {run_dir}: it was made with {'; '.join(other_run)}. Give the same "
+            "settings, another --model-tag, or leave out --resume to start over"
+        )
+    if different:
+        logger.warning(
+            "going on from step %d of %s, which was made with %s: it ends elsewhere "
+            "than it would have",
+            newest.step,
+            run_dir,
+            "; ".join(different.values()),
+        )
+    return newest
+
+
+def _set_aside(run_dir: Path) -> None:
+    if not checkpoint_manager.saved_steps(run_dir):
+        return  # nothing worth the place of what may lie there already
+    files = [path for pattern in _RUN_FILES for path in run_dir.glob(pattern)]
+    aside = run_dir / PREVIOUS
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    for path in files:
+        path.rename(aside / path.name)
+    logger.info("the earlier run in %s is now %s", run_dir, aside)
+
+
+def _differences(saved: dict[str, Any], facts: dict[str, Any]) -> dict[str, str]:
+    """Settings that make a saved run another one than the one asked for: name -> old, not new."""
+    old = saved.get("config", {}) | {k: v for k, v in saved.items() if k in facts and k != "config"}
+    new = facts["config"] | {k: v for k, v in facts.items() if k != "config"}
+    return {
+        name: f"{name} {old.get(name)!r}, not {value!r}"
+        for name, value in new.items()
+        # A setting that the run does not know is newer than it and has its default.
+        if name not in _FREE and name in old and old[name] != value
+    }

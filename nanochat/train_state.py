@@ -1,0 +1,95 @@
+"""Where a run stands, and whether its loss still looks sound."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from nanochat.common import UserError
+
+LOSS_SMOOTHING = 0.9
+# The rule for a spike: the smoothed loss has risen, by more than a limit in nats, above the lowest
+# it has been since this step. Before it, losses of a few batches say little.
+SPIKE_FROM_STEP = 20
+# From half of the limit on, a run is suspect: its checkpoints replace no earlier one.
+SUSPECT_SHARE = 0.5
+
+
+@dataclass
+class TrainState:
+    """Progress of a run. Travels in every checkpoint; all values survive JSON."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    loss_average: float = 0.0
+    lowest_loss: float | None = None
+    """Lowest smoothed loss since SPIKE_FROM_STEP."""
+    evaluated_step: int = -1
+    evaluations: dict[str, float] = field(default_factory=dict)
+    measured_step: int = -1
+    """Step that `evaluations` belong to."""
+    best: dict[str, float] = field(default_factory=dict)
+    best_step: int = -1
+    """The saved step with the best evaluation; -1 if there is none."""
+    best_value: float | None = None
+
+    @property
+    def smooth_loss(self) -> float:
+        """Exponential average of the loss, corrected for its start at 0 (arXiv:1412.6980, 3)."""
+        return _corrected(self.loss_average, self.step)
+
+    @property
+    def rise(self) -> float:
+        """Nats by which the smoothed loss is above its lowest."""
+        return 0.0 if self.lowest_loss is None else self.smooth_loss - self.lowest_loss
+
+    def observe(self, step: int, loss: float, grad_norm: float, *, spike_limit: float) -> None:
+        """Take the loss of the step that ended as `step`.
+
+        Raises UserError for a loss or gradient that is not finite and for a spike; spike_limit:
+        nats, 0 for none.
+        """
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            what = "loss" if not math.isfinite(loss) else "gradient's norm"
+            value = loss if not math.isfinite(loss) else grad_norm
+            raise UserError(f"the {what} is {value} at step {step}")
+        self.loss_average = LOSS_SMOOTHING * self.loss_average + (1.0 - LOSS_SMOOTHING) * loss
+        if step < SPIKE_FROM_STEP:
+            return
+        smooth = _corrected(self.loss_average, step)
+        if self.lowest_loss is None or smooth < self.lowest_loss:
+            self.lowest_loss = smooth
+        if 0 < spike_limit < smooth - self.lowest_loss:
+            raise UserError(
+                f"the loss has risen from {self.lowest_loss:.3f} to {smooth:.3f} (smoothed) at "
+                f"step {step}, more than --spike-limit={spike_limit:g}"
+            )
+
+    def is_suspect(self, spike_limit: float) -> bool:
+        """Whether the loss has gone half the way to a spike."""
+        return spike_limit > 0 and self.rise > SUSPECT_SHARE * spike_limit
+
+    def note_evaluation(self, values: dict[str, float]) -> None:
+        """Take what was measured at this step; smaller is better for names in bpb or loss."""
+        self.evaluations |= values
+        self.measured_step = self.step
+        for name, value in values.items():
+            if _is_smaller_better(name):
+                self.best[name] = min(value, self.best.get(name, math.inf))
+
+    def note_save(self) -> None:
+        """Remember this step, which is about to be saved, if no saved one was better."""
+        value = next((v for n, v in self.evaluations.items() if _is_smaller_better(n)), None)
+        if self.measured_step != self.step or value is None:
+            return
+        if self.best_value is None or value <= self.best_value:
+            self.best_step, self.best_value = self.step, value
+
+
+def _corrected(average: float, step: int) -> float:
+    return average / (1.0 - LOSS_SMOOTHING ** max(step, 1))
+
+
+def _is_smaller_better(name: str) -> bool:
+    return name.endswith(("bpb", "loss"))
