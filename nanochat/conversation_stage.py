@@ -15,13 +15,12 @@ from typing import Literal
 import torch
 
 from nanochat import checkpoint_manager, task_eval
-from nanochat.common import UserError
+from nanochat.common import NotScoredError, UserError
 from nanochat.dataloader import ConversationLoader, conversation_evaluation_batches
-from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import bits_per_byte
 from nanochat.packing import Task
 from nanochat.runtime import Runtime
-from nanochat.stage import StageConfig, train_stage
+from nanochat.stage import StageConfig, load_parent, origin, train_stage
 from nanochat.tokenizer import Tokenizer
 from nanochat.training import Hook, Trainer
 
@@ -36,6 +35,10 @@ class ConversationStageConfig(StageConfig):
 
     step: int | None = None
     """Checkpoint to start from; default: the newest."""
+    tasks: Literal["embedded", "public", "auto"] | None = None
+    """Whose conversations: embedded, public, auto (public if they are here); default: by data."""
+    chats: str | None = None
+    """Files of conversations (JSONL) in the place of SmolTalk, joined with commas."""
     max_seq_len: int | None = None
     """Context in tokens; default: the model's."""
     eval_steps: int | None = None
@@ -59,6 +62,7 @@ def train_on_conversations(
     title: str,
     source: str,
     rows_per_step: int,
+    task_set: str,
     train_task: Task,
     validation_task: Task,
     metric_tasks: Sequence[task_eval.Task],
@@ -68,6 +72,7 @@ def train_on_conversations(
     """Train `parent`'s model on `train_task`; returns the exit code.
 
     source: the stage that parent came from. rows_per_step: rows of one optimizer step.
+    task_set: name of the tasks, for later stages.
     """
     if rows_per_step % (config.device_batch_size * runtime.world.size):
         raise UserError(
@@ -75,7 +80,7 @@ def train_on_conversations(
             f"{config.device_batch_size} x {runtime.world.size} ranks; change one of them"
         )
     tokenizer = Tokenizer.from_directory(parent.path)
-    model = _load(parent, config.max_seq_len).to(runtime.device)
+    model = load_parent(parent, config.max_seq_len).to(runtime.device)
     sequence_len = model.config.sequence_len
     token_bytes = torch.from_numpy(tokenizer.token_bytes).to(runtime.device)
     eval_tokens = config.eval_tokens
@@ -118,6 +123,9 @@ def train_on_conversations(
 
     hooks = [Hook("validation", config.eval_every, validate)]
     if config.eval_metrics_every > 0:
+        metric_tasks = _measurable(
+            metric_tasks, tokenizer, sequence_len, config.eval_metrics_max_problems
+        )
         hooks.append(Hook("tasks", config.eval_metrics_every, measure_tasks, at_start=False))
     loader = ConversationLoader(
         train_task,
@@ -140,23 +148,27 @@ def train_on_conversations(
         rows_per_step=rows_per_step,
         num_iterations=num_iterations,
         hooks=hooks,
-        facts={"data": config.data or parent.state["data"], "parent": _origin(parent, source)},
+        facts={
+            "data": config.data or parent.state["data"],
+            "tasks": task_set,
+            "parent": origin(parent, source),
+        },
     )
 
 
-def _load(parent: checkpoint_manager.Checkpoint, sequence_len: int | None) -> GPT:
-    """The parent's model in fp32, with another training context if one is asked for."""
-    sizes = parent.state["model_config"]
-    if sequence_len is not None:
-        sizes = sizes | {"sequence_len": sequence_len}
-    model = GPT(GPTConfig.from_json(sizes))
-    model.load_state_dict(parent.load_model())
-    return model
-
-
-def _origin(parent: checkpoint_manager.Checkpoint, source: str) -> dict[str, object]:
-    """What the checkpoint's state says about where its weights came from."""
-    return {"stage": source, "step": parent.step, "weights": parent.weights_hash}
+def _measurable(
+    tasks: Sequence[task_eval.Task], tokenizer: Tokenizer, context: int, max_problems: int
+) -> list[task_eval.Task]:
+    """The tasks that the model can be asked; a warning names each of the others."""
+    kept = []
+    for task in tasks:
+        try:
+            task_eval.check_task(task, tokenizer, context=context, max_problems=max_problems)
+        except NotScoredError as error:
+            logger.warning("%s is not measured: %s", task.name, error)
+        else:
+            kept.append(task)
+    return kept
 
 
 def _steps_per_epoch(

@@ -5,27 +5,29 @@ Legend: B = problems of a batch, T = positions of the longest prompt, V = vocabu
 
 from __future__ import annotations
 
-import logging
-import math
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from nanochat.answers import plain_text
-from nanochat.common import UserError
+from nanochat.common import NotScoredError, UserError
 from nanochat.conversation import Conversation
-from nanochat.engine import MAX_ROWS, Engine
+from nanochat.engine import Engine
 from nanochat.gpt import GPT, softcap
 from nanochat.runtime import World
+from nanochat.scheduler import MAX_ROWS
+from nanochat.task_results import Record, TaskResult
 from nanochat.tokenizer import Tokenizer
 
-logger = logging.getLogger(__name__)
+MAX_JUDGES = 8  # threads; a judge that runs programs mostly waits for them
 
-CONFIDENCE_Z = 1.959964  # normal quantile of a two-sided 95 % interval
+T = TypeVar("T")
 
 
 class Task(Protocol):
@@ -58,6 +60,10 @@ class Task(Protocol):
         """Whether a completion (for categorical tasks a letter) is right."""
         ...
 
+    def reason_to_skip(self) -> str | None:
+        """Why this machine cannot judge the task; None when it can."""
+        ...
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -76,77 +82,6 @@ class Sampling:
             raise UserError(f"{self.num_samples} samples asked for; ask for at least 1")
 
 
-@dataclass(frozen=True)
-class Record:
-    """What a model did on one problem."""
-
-    index: int
-    conversation: Conversation
-    completions: tuple[str, ...]
-    verdicts: tuple[bool, ...]
-
-    def to_json(self, task: str) -> dict[str, Any]:
-        """Plain values, for a line of JSON."""
-        return {
-            "task": task,
-            "index": self.index,
-            "messages": self.conversation.to_json(),
-            "completions": list(self.completions),
-            "correct": list(self.verdicts),
-        }
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """Accuracy over all ranks; records of this rank."""
-
-    name: str
-    chance: float
-    num_passed: int
-    num_problems: int
-    seconds: float
-    records: tuple[Record, ...]
-
-    @property
-    def accuracy(self) -> float:
-        """Share of problems with at least one right completion."""
-        return self.num_passed / self.num_problems
-
-    @property
-    def centered(self) -> float:
-        """0 at chance, 1 at perfection."""
-        return (self.accuracy - self.chance) / (1.0 - self.chance)
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 % confidence interval of the accuracy."""
-        return wilson_interval(self.num_passed, self.num_problems)
-
-
-def wilson_interval(num_passed: int, num_total: int) -> tuple[float, float]:
-    """95 % interval of a proportion (Wilson 1927, doi:10.1080/01621459.1927.10502953).
-
-    Unlike mean +- 2 standard errors it stays within 0 and 1 and is honest at both ends.
-    """
-    if num_total == 0:
-        return 0.0, 1.0
-    share, z2 = num_passed / num_total, CONFIDENCE_Z**2
-    middle = share + z2 / (2 * num_total)
-    spread = CONFIDENCE_Z * math.sqrt(
-        share * (1 - share) / num_total + z2 / (4 * num_total * num_total)
-    )
-    scale = 1 + z2 / num_total
-    # Rounding may step over the ends by an ulp.
-    return max((middle - spread) / scale, 0.0), min((middle + spread) / scale, 1.0)
-
-
-def chat_core(results: Sequence[TaskResult], names: Sequence[str]) -> float | None:
-    """ChatCORE: mean centered accuracy, or None unless exactly the tasks `names` have run."""
-    if not names or sorted(result.name for result in results) != sorted(names):
-        return None
-    return sum(result.centered for result in results) / len(results)
-
-
 def run_task(
     task: Task,
     tokenizer: Tokenizer,
@@ -157,7 +92,15 @@ def run_task(
     batch_size: int = MAX_ROWS,
     world: World | None = None,
 ) -> TaskResult:
-    """Evaluate a task in the way that its `eval_type` names."""
+    """Evaluate a task in the way that its `eval_type` names.
+
+    NotScoredError when it cannot be scored: it cannot be judged on this machine, a row has no
+    answer, a letter is not one token, a prompt is longer than the model's context.
+    """
+    world = world or World()
+    reasons = [other for other in world.gather_objects(task.reason_to_skip()) if other is not None]
+    if reasons:
+        raise NotScoredError(reasons[0])
     scope: dict[str, Any] = {
         "max_problems": max_problems,
         "batch_size": batch_size,
@@ -182,34 +125,24 @@ def run_categorical(
     """Let the model choose among the letters of each problem, by their logits after the prompt.
 
     Nothing is sampled: the likeliest letter counts even where another token is likelier. All
-    ranks take part. UserError for a problem without letters, a letter that is not one token, and
-    a prompt longer than the model's context.
+    ranks take part. NotScoredError as in `run_task`.
     """
     world = world or World()
     started = time.perf_counter()
-    indices = _own_problems(task, max_problems, world)
-    conversations = {index: task[index] for index in indices}
-    letters = _letter_ids(task, tokenizer, conversations)
-    prompts = {
-        index: _prompt(task, tokenizer, index, conversation, model.config.sequence_len)
-        for index, conversation in conversations.items()
-    }
+    problems = _together(world, lambda: _prepare(task, tokenizer, model, max_problems, world))
     was_training = model.training
     model.eval()
-    chosen: dict[int, str] = {}
-    by_length = sorted(indices, key=lambda index: len(prompts[index]), reverse=True)
+    chosen: dict[int, tuple[str, ...]] = {}
+    by_length = sorted(problems.prompts, key=lambda i: len(problems.prompts[i]), reverse=True)
     for start in range(0, len(by_length), batch_size):
         batch = by_length[start : start + batch_size]
-        logits = _last_logits(model, [prompts[index] for index in batch], tokenizer.bos_id)
+        logits = _last_logits(model, [problems.prompts[i] for i in batch], tokenizer.bos_id)
         for index, row in zip(batch, logits, strict=True):
-            options = conversations[index].letters
-            scores = row[[letters[letter] for letter in options]]
-            chosen[index] = options[int(scores.argmax())]
+            options = problems.conversations[index].letters
+            scores = row[[problems.letters[letter] for letter in options]]
+            chosen[index] = (options[int(scores.argmax())],)
     model.train(was_training)
-    records = tuple(
-        _judge(task, index, conversation, (chosen[index],))
-        for index, conversation in conversations.items()
-    )
+    records = _together(world, lambda: _judge(task, problems.conversations, chosen))
     return _result(task, records, max_problems, world, started)
 
 
@@ -226,32 +159,75 @@ def run_generative(
     """Let the model write answers to each problem; one right answer passes it.
 
     Problems are answered together, up to `batch_size` rows at once; a sample's random numbers
-    follow from seed, problem and sample alone. All ranks take part. UserError for a prompt longer
-    than the model's context.
+    follow from seed, problem and sample alone. All ranks take part. NotScoredError as in
+    `run_task`.
     """
     world, sampling = world or World(), sampling or Sampling()
     started = time.perf_counter()
-    num_samples = sampling.num_samples
-    indices = _own_problems(task, max_problems, world)
-    conversations = [task[index] for index in indices]
-    prompts = [
-        _prompt(task, tokenizer, index, conversation, model.config.sequence_len)
-        for index, conversation in zip(indices, conversations, strict=True)
-    ]
+    count = sampling.num_samples
+    problems = _together(world, lambda: _prepare(task, tokenizer, model, max_problems, world))
     answers = Engine(model, tokenizer).complete(
-        [prompt for prompt in prompts for _ in range(num_samples)],
+        [prompt for prompt in problems.prompts.values() for _ in range(count)],
         max_tokens=sampling.max_new_tokens,
         temperature=sampling.temperature,
         top_k=sampling.top_k,
-        seeds=[sampling.seed + i * num_samples + k for i in indices for k in range(num_samples)],
+        seeds=[sampling.seed + i * count + k for i in problems.prompts for k in range(count)],
         batch_size=batch_size,
     )
     texts = [plain_text(tokenizer, answer) for answer in answers]
-    records = tuple(
-        _judge(task, index, conversation, tuple(texts[k * num_samples : (k + 1) * num_samples]))
-        for k, (index, conversation) in enumerate(zip(indices, conversations, strict=True))
-    )
+    completions = {
+        index: tuple(texts[place * count : (place + 1) * count])
+        for place, index in enumerate(problems.prompts)
+    }
+    records = _together(world, lambda: _judge(task, problems.conversations, completions))
     return _result(task, records, max_problems, world, started)
+
+
+def check_task(
+    task: Task, tokenizer: Tokenizer, *, context: int, max_problems: int | None = None
+) -> None:
+    """Raise NotScoredError unless a model with that context can be asked all the problems."""
+    _read_problems(task, tokenizer, context, _own_problems(task, max_problems, World()))
+
+
+@dataclass(frozen=True)
+class _Problems:
+    """The problems of this rank, by index."""
+
+    conversations: dict[int, Conversation]
+    prompts: dict[int, list[int]]
+    letters: dict[str, int]
+    """Token of every letter that occurs."""
+
+
+def _prepare(
+    task: Task, tokenizer: Tokenizer, model: GPT, max_problems: int | None, world: World
+) -> _Problems:
+    own = _own_problems(task, max_problems, world)
+    return _read_problems(task, tokenizer, model.config.sequence_len, own)
+
+
+def _read_problems(task: Task, tokenizer: Tokenizer, context: int, indices: range) -> _Problems:
+    try:
+        conversations = {index: task[index] for index in indices}
+    except UserError as error:
+        raise NotScoredError(str(error)) from error
+    letters = {}
+    if task.eval_type == "categorical":
+        letters = _letter_ids(task, tokenizer, conversations)
+    return _Problems(conversations, _prompts(task, tokenizer, conversations, context), letters)
+
+
+def _together(world: World, work: Callable[[], T]) -> T:
+    """Do this rank's share; what fails on one rank fails on all, so that none waits for it."""
+    try:
+        done, reason = [work()], None
+    except NotScoredError as error:
+        done, reason = [], str(error)
+    reasons = [other for other in world.gather_objects(reason) if other is not None]
+    if reasons:
+        raise NotScoredError(reasons[0])
+    return done[0]
 
 
 def _num_problems(task: Task, max_problems: int | None) -> int:
@@ -268,16 +244,23 @@ def _own_problems(task: Task, max_problems: int | None, world: World) -> range:
     return range(world.rank, total, world.size)
 
 
-def _prompt(
-    task: Task, tokenizer: Tokenizer, index: int, conversation: Conversation, context: int
-) -> list[int]:
-    prompt = tokenizer.render_for_completion(conversation)
-    if len(prompt) >= context:
-        raise UserError(
-            f"problem {index} of {task.name} has a prompt of {len(prompt)} tokens, but the model's "
-            f"context is {context}; evaluate a model with a longer context"
+def _prompts(
+    task: Task, tokenizer: Tokenizer, conversations: dict[int, Conversation], context: int
+) -> dict[int, list[int]]:
+    """The tokens before each answer; all must leave room for one more in the context."""
+    prompts = {
+        index: tokenizer.render_for_completion(conversation)
+        for index, conversation in conversations.items()
+    }
+    too_long = [index for index, prompt in prompts.items() if len(prompt) >= context]
+    if too_long:
+        worst = max(too_long, key=lambda index: len(prompts[index]))
+        raise NotScoredError(
+            f"{len(too_long)} of {len(prompts)} prompts of {task.name} do not fit the model's "
+            f"context of {context}: problem {worst} has {len(prompts[worst])} tokens; evaluate a "
+            "model with a longer context"
         )
-    return prompt
+    return prompts
 
 
 def _letter_ids(
@@ -287,13 +270,13 @@ def _letter_ids(
     letters: dict[str, int] = {}
     for index, conversation in conversations.items():
         if not conversation.letters:
-            raise UserError(f"problem {index} of {task.name} has no letters to choose from")
+            raise NotScoredError(f"problem {index} of {task.name} has no letters to choose from")
         for letter in conversation.letters:
             if letter in letters:
                 continue
             ids = tokenizer.encode(letter)
             if len(ids) != 1:
-                raise UserError(
+                raise NotScoredError(
                     f"the letter {letter!r} of problem {index} of {task.name} is {len(ids)} "
                     "tokens; a choice must be a single token of the vocabulary"
                 )
@@ -313,10 +296,17 @@ def _last_logits(model: GPT, prompts: list[list[int]], padding: int) -> Tensor:
 
 
 def _judge(
-    task: Task, index: int, conversation: Conversation, completions: tuple[str, ...]
-) -> Record:
-    verdicts = tuple(task.evaluate(conversation, completion) for completion in completions)
-    return Record(index, conversation, completions, verdicts)
+    task: Task, conversations: dict[int, Conversation], completions: dict[int, tuple[str, ...]]
+) -> tuple[Record, ...]:
+    def judge(index: int) -> Record:
+        conversation, texts = conversations[index], completions[index]
+        verdicts = tuple(task.evaluate(conversation, text) for text in texts)
+        return Record(index, conversation, texts, verdicts)
+
+    if task.eval_type == "categorical":
+        return tuple(map(judge, conversations))
+    with ThreadPoolExecutor(min(MAX_JUDGES, os.cpu_count() or 1)) as judges:
+        return tuple(judges.map(judge, conversations))
 
 
 def _result(

@@ -1,7 +1,8 @@
 """Evaluate a chat model on tasks; together they give ChatCORE.
 
 python -m scripts.chat_eval --source=sft
-python -m scripts.chat_eval -i mid -a 'GSM8K|MMLU' -x 20 --max-new-tokens=128
+python -m scripts.chat_eval -i mid -a 'GSM8K|MMLU' -x 20 --max-new-tokens=128 --save=answers.jsonl
+python -m scripts.chat_eval --show=answers.jsonl --verdict=wrong
 torchrun --standalone --nproc_per_node=8 -m scripts.chat_eval -- -i sft
 """
 
@@ -10,17 +11,32 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import pydoc
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from nanochat import checkpoint_manager, configurator, report, runtime
-from nanochat.common import UserError, atomic_write_text
+from nanochat.checkpoint_manager import Checkpoint
+from nanochat.common import NotScoredError, UserError, atomic_write_text
+from nanochat.configurator import UsageError
+from nanochat.contamination import (
+    Contamination,
+    SetOverlap,
+    training_conversations,
+    training_documents,
+)
+from nanochat.dataset import open_source
 from nanochat.runtime import World
-from nanochat.task_eval import Sampling, Task, TaskResult, chat_core, run_task
-from tasks.mixtures import evaluation_tasks
+from nanochat.task_eval import Sampling, run_task
+from nanochat.task_results import TaskResult, chat_core, read_records, show_records
+from tasks import mixtures
+from tasks.common import Task, question_of
+from tasks.task_sets import choose_task_set, split_chats
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +45,10 @@ logger = logging.getLogger(__name__)
 class Config:
     """Flags of chat_eval."""
 
-    source: Annotated[Literal["base", "mid", "sft", "rl"], tyro.conf.arg(aliases=["-i"])]
-    """Stage of the model."""
+    source: Annotated[Literal["base", "mid", "sft", "rl"] | None, tyro.conf.arg(aliases=["-i"])] = (
+        None
+    )
+    """Stage of the model; needed unless answers are shown."""
     task_name: Annotated[str | None, tyro.conf.arg(aliases=["-a"])] = None
     """Tasks, joined with |; default: all."""
     dtype: Annotated[str, tyro.conf.arg(aliases=["-d"])] = ""
@@ -51,24 +69,48 @@ class Config:
     """Step of the checkpoint; default: the newest."""
     max_problems: Annotated[int | None, tyro.conf.arg(aliases=["-x"])] = None
     """Problems of each task; default: all."""
+    tasks: Literal["embedded", "public", "auto"] | None = None
+    """Whose tasks; auto: public if they are here; default: those the model was trained with."""
     data: str | None = None
-    """Whose tasks: embedded or the public ones; default: those of the data it was trained on."""
+    """The pretraining data, which decides about the tasks; default: what the model has read."""
+    contamination: bool = False
+    """Also say how many problems are in the training data, and the accuracy on the others."""
+    unsafe: bool = False
+    """Run the programs that the model writes (HumanEval) without the sandbox, with your rights."""
     save: str | None = None
     """File for every problem, answer and verdict, one JSON object a line."""
+    show: str | None = None
+    """Page through answers that --save has written, and evaluate nothing."""
+    verdict: Literal["all", "right", "wrong"] = "all"
+    """Which answers to show."""
     device_type: str = ""
     """cuda, cpu or mps; default: the best there is."""
 
+    def __post_init__(self) -> None:
+        if self.source is None and self.show is None:
+            raise UsageError("--source is missing: give base, mid, sft or rl (or a file to --show)")
+
+
+@dataclass(frozen=True)
+class Line:
+    """What is said about a task: its result, or why it has none."""
+
+    name: str
+    result: TaskResult | None = None
+    no_score: str = ""
+    overlap: SetOverlap | None = None
+    """Of its problems with the training data, if that was asked for."""
+    unseen: float | None = None
+    """Accuracy on the problems that are not in the training data."""
+
 
 def main(config: Config) -> None:
-    """Run the tasks, print and report."""
-    if config.batch_size < 1:
-        raise UserError(f"--batch-size is {config.batch_size}; it must be at least 1")
-    sampling = Sampling(
-        num_samples=config.num_samples,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-    )
+    """Run the tasks, print and report; or show saved answers."""
+    if config.show is not None:
+        show(config)
+        return
+    assert config.source is not None  # Config has checked
+    sampling = _sampling(config)
     with runtime.start(config.device_type, dtype=config.dtype) as rt:
         model, tokenizer, checkpoint = checkpoint_manager.load_model(
             config.source,
@@ -77,35 +119,67 @@ def main(config: Config) -> None:
             tag=config.model_tag,
             step=config.step,
         )
-        all_tasks = evaluation_tasks(config.data or checkpoint.state["data"])
-        results = []
-        for task in choose(all_tasks, config.task_name):
-            result = run_task(
-                task,
-                tokenizer,
-                model,
-                sampling=sampling,
-                max_problems=config.max_problems,
-                batch_size=config.batch_size,
-                world=rt.world,
-            )
-            results.append(result)
+        task_set = _task_set(config, checkpoint)
+        all_tasks = mixtures.evaluation_tasks(task_set, unsafe=config.unsafe)
+        tasks = choose(all_tasks, config.task_name)
+        overlaps: dict[str, SetOverlap] = {}
+        if config.contamination:
+            overlaps = contamination(config, tasks, checkpoint, task_set, rt.world)
+
+        def evaluate(task: Task) -> Line:
+            try:
+                result = run_task(
+                    task,
+                    tokenizer,
+                    model,
+                    sampling=sampling,
+                    max_problems=config.max_problems,
+                    batch_size=config.batch_size,
+                    world=rt.world,
+                )
+            except NotScoredError as error:
+                return Line(task.name, no_score=str(error))
+            overlap = overlaps.get(task.name)
+            unseen = None if overlap is None else unseen_accuracy(result, overlap, rt.world)
+            return Line(task.name, result, overlap=overlap, unseen=unseen)
+
+        lines = []
+        for task in tasks:
+            lines.append(evaluate(task))
             if rt.world.is_main:
-                print(describe(result), flush=True)
+                print(describe(lines[-1]), flush=True)
+        results = [line.result for line in lines if line.result is not None]
+        if not results:
+            raise NotScoredError(lines[0].no_score)
         if config.save is not None:
             save(results, config.save, rt.world)
-        if not rt.world.is_main:
-            return
-        sections: list[dict[str, Any]] = [
-            asdict(config),
-            {"Model": f"{checkpoint.tag}, step {checkpoint.step}"},
-            {"accuracies": [row(result) for result in results]},
-        ]
-        core = chat_core(results, [task.name for task in all_tasks])
-        if core is not None:
-            print(f"ChatCORE {core:.4f}")
-            sections.append({"ChatCORE metric": core})
-        report.append(f"Chat evaluation {config.source}", sections)
+        if rt.world.is_main:
+            core = chat_core(results, [task.name for task in all_tasks])
+            if core is not None:
+                print(f"ChatCORE {core:.4f}")
+            _report(config, checkpoint, lines, core)
+
+
+def _sampling(config: Config) -> Sampling:
+    if config.batch_size < 1:
+        raise UserError(f"--batch-size is {config.batch_size}; it must be at least 1")
+    if config.num_samples > 1 and config.temperature == 0:
+        logger.warning(
+            "--temperature is 0, so all %d answers to a problem are the same", config.num_samples
+        )
+    return Sampling(
+        num_samples=config.num_samples,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+    )
+
+
+def _task_set(config: Config, checkpoint: Checkpoint) -> str:
+    """Whose tasks: what a flag says, else what the model was trained with."""
+    recorded = checkpoint.state.get("tasks") if config.data is None else None
+    data = config.data or checkpoint.state["data"]
+    return choose_task_set(config.tasks, data=data, recorded=recorded)
 
 
 def choose(tasks: Sequence[Task], names: str | None) -> list[Task]:
@@ -126,21 +200,75 @@ def choose(tasks: Sequence[Task], names: str | None) -> list[Task]:
     return [task for task in tasks if task.name.lower() in wanted]
 
 
-def describe(result: TaskResult) -> str:
+# ---- contamination ------------------------------------------------------------------------------
+
+
+def contamination(
+    config: Config, tasks: Sequence[Task], checkpoint: Checkpoint, task_set: str, world: World
+) -> dict[str, SetOverlap]:
+    """Which problems of the tasks stand in what the model was trained on, by task.
+
+    Documents: all training shards on this machine. Conversations: the whole mixtures of the
+    stages up to the model's own.
+    """
+    readable = [task for task in tasks if task.reason_to_skip() is None]
+    check = Contamination(
+        {
+            task.name: [question_of(task[i]) for i in range(len(task))][: config.max_problems]
+            for task in readable
+        }
+    )
+    share = {"rank": world.rank, "size": world.size}
+    source = open_source(config.data or checkpoint.state["data"])
+    check.read(training_documents(source, **share))
+    stages = {"base": (), "mid": ("mid",), "sft": ("mid", "sft"), "rl": ("mid", "sft")}
+    chats = split_chats(checkpoint.state.get("config", {}).get("chats"))
+    for stage in stages[str(config.source)]:
+        mixture = mixtures.training_mixture(stage, task_set, chats)
+        logger.info("reading %s conversations of %s", f"{len(mixture):,}", stage)
+        check.read(training_conversations(mixture, **share))
+    if config.source == "rl":
+        for training, _ in mixtures.rl_tasks(task_set).values():
+            check.read(training_conversations(training, **share))
+    for found in world.gather_objects(check.found()):
+        check.add(found)
+    return check.results()
+
+
+def unseen_accuracy(result: TaskResult, overlap: SetOverlap, world: World) -> float | None:
+    """Accuracy over all ranks on the problems that were not found in the training data."""
+    unseen = [record for record in result.records if record.index not in overlap.seen]
+    total = world.sum(len(unseen))
+    passed = world.sum(sum(any(record.verdicts) for record in unseen))
+    return passed / total if total else None
+
+
+# ---- what is said -------------------------------------------------------------------------------
+
+
+def describe(line: Line) -> str:
     """One line for the console."""
+    result, overlap = line.result, line.overlap
+    if result is None:
+        return f"{line.name:<24} no score: {line.no_score}"
     low, high = result.interval
-    return (
+    text = (
         f"{result.name:<24} {100 * result.accuracy:6.2f} %  "
         f"[{100 * low:.1f}, {100 * high:.1f}]  "
         f"{result.num_passed}/{result.num_problems}  chance {100 * result.chance:.0f} %  "
         f"{result.seconds:.1f} s"
     )
+    if overlap is not None:
+        text += f"  in training {len(overlap.seen)}/{overlap.num_checked}"
+        if line.unseen is not None:
+            text += f", others {100 * line.unseen:.2f} %"
+    return text
 
 
-def row(result: TaskResult) -> dict[str, Any]:
+def row(line: Line, result: TaskResult) -> dict[str, Any]:
     """One line of the report's table."""
     low, high = result.interval
-    return {
+    columns: dict[str, Any] = {
         "task": result.name,
         "accuracy": result.accuracy,
         "95 % low": low,
@@ -150,6 +278,28 @@ def row(result: TaskResult) -> dict[str, Any]:
         "problems": result.num_problems,
         "seconds": round(result.seconds, 2),
     }
+    if line.overlap is not None:
+        columns["in training"] = f"{len(line.overlap.seen)} of {line.overlap.num_checked}"
+        columns["words in a row"] = line.overlap.run_length
+        columns["accuracy on others"] = line.unseen
+    return columns
+
+
+def _report(
+    config: Config, checkpoint: Checkpoint, lines: Sequence[Line], core: float | None
+) -> None:
+    sections: list[dict[str, Any]] = [
+        asdict(config),
+        {"Model": f"{checkpoint.tag}, step {checkpoint.step}"},
+        {"accuracies": [row(line, line.result) for line in lines if line.result is not None]},
+    ]
+    sections += [{f"No score for {line.name}": line.no_score} for line in lines if line.no_score]
+    if core is not None:
+        sections.append({"ChatCORE metric": core})
+    report.append(f"Chat evaluation {config.source}", sections)
+
+
+# ---- answers on disk ----------------------------------------------------------------------------
 
 
 def save(results: Sequence[TaskResult], path: str, world: World) -> None:
@@ -169,6 +319,28 @@ def save(results: Sequence[TaskResult], path: str, world: World) -> None:
     lines = (json.dumps(record, ensure_ascii=False) for record in rows)
     atomic_write_text(path, "".join(f"{line}\n" for line in lines))
     logger.info("wrote %d records to %s", len(rows), path)
+
+
+def show(config: Config) -> None:
+    """Page through saved answers: by task, right or wrong ones, the first so many of each task."""
+    records = read_records(Path(str(config.show)))
+    if config.task_name is not None:
+        wanted = {name.strip().lower() for name in config.task_name.split("|")}
+        known = sorted({record["task"] for record in records})
+        records = [record for record in records if record["task"].lower() in wanted]
+        if not records:
+            raise UserError(
+                f"no answers of {config.task_name!r} in {config.show}; it has {', '.join(known)}"
+            )
+    if config.verdict != "all":
+        records = [r for r in records if any(r["correct"]) == (config.verdict == "right")]
+    if config.max_problems is not None and config.max_problems >= 0:
+        records = records[: config.max_problems]
+    text = "\n".join(show_records(records)) + "\n"
+    if sys.stdout.isatty():
+        pydoc.pager(text)
+    else:
+        print(text, end="")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from nanochat import checkpoint_manager, configurator, runtime
 from nanochat.conversation_stage import ConversationStageConfig, train_on_conversations
 from nanochat.stage import check_positive
 from tasks import mixtures
+from tasks.task_sets import choose_task_set, require_tasks, split_chats
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,19 @@ def main(config: Config) -> int:
     with runtime.start(config.device_type, dtype=config.dtype, seed=config.seed) as rt:
         parent = checkpoint_manager.find_checkpoint(config.source, config.model_tag, config.step)
         data = config.data or parent.state["data"]
+        tasks = choose_task_set(config.tasks, data=data, recorded=parent.state.get("tasks"))
+        chats = split_chats(config.chats)
+        require_tasks("sft", tasks, chats)
         return train_on_conversations(
             config,
             stage="sft",
             title="Chat SFT",
             source=config.source,
             rows_per_step=config.target_examples_per_step,
-            train_task=mixtures.training_mixture("sft", data),
-            validation_task=mixtures.validation_mixture("sft", data),
-            metric_tasks=[
-                task for task in mixtures.evaluation_tasks(data) if task.eval_type == "categorical"
-            ],
+            task_set=tasks,
+            train_task=mixtures.training_mixture("sft", tasks, chats),
+            validation_task=mixtures.validation_mixture("sft", tasks, chats),
+            metric_tasks=mixtures.metric_tasks(tasks),
             parent=parent,
             runtime=rt,
         )

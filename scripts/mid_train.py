@@ -13,6 +13,7 @@ from nanochat import checkpoint_manager, configurator, runtime
 from nanochat.conversation_stage import ConversationStageConfig, train_on_conversations
 from nanochat.stage import check_positive, whole_rows
 from tasks import mixtures
+from tasks.task_sets import choose_task_set, require_tasks, split_chats
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ def main(config: Config) -> int:
     with runtime.start(config.device_type, dtype=config.dtype, seed=config.seed) as rt:
         parent = checkpoint_manager.find_checkpoint(config.source, config.model_tag, config.step)
         data = config.data or parent.state["data"]
+        tasks = choose_task_set(config.tasks, data=data, recorded=parent.state.get("tasks"))
+        chats = split_chats(config.chats)
+        require_tasks("mid", tasks, chats)
         sequence_len = config.max_seq_len or parent.state["sequence_len"]
         return train_on_conversations(
             config,
@@ -38,11 +42,10 @@ def main(config: Config) -> int:
             title="Midtraining",
             source=config.source,
             rows_per_step=whole_rows(config.total_batch_size, sequence_len),
-            train_task=mixtures.training_mixture("mid", data),
-            validation_task=mixtures.validation_mixture("mid", data),
-            metric_tasks=[
-                task for task in mixtures.evaluation_tasks(data) if task.eval_type == "categorical"
-            ],
+            task_set=tasks,
+            train_task=mixtures.training_mixture("mid", tasks, chats),
+            validation_task=mixtures.validation_mixture("mid", tasks, chats),
+            metric_tasks=mixtures.metric_tasks(tasks),
             parent=parent,
             runtime=rt,
         )

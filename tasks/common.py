@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import ClassVar, Literal
 
-from nanochat.assets import Asset
+from nanochat.assets import PREFETCH, Asset, problem_with
 from nanochat.common import UserError
 from nanochat.conversation import Conversation, Message, chat
 
@@ -62,7 +62,11 @@ class Task:
         return ()
 
     def reason_to_skip(self) -> str | None:
-        """Say why this machine cannot judge the task, None when it can."""
+        """Say why the task cannot be read or judged on this machine, None when it can."""
+        for asset in self.assets():
+            problem = problem_with(asset)
+            if problem is not None:
+                return f"{asset.name}: {problem}; fetch it with {PREFETCH} {asset.name}"
         return None
 
     def __len__(self) -> int:

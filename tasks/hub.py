@@ -20,7 +20,7 @@ class HubTask(Task):
         self, dataset: str, config: str, split: str, *, license_name: str, **slicing: Any
     ) -> None:
         super().__init__(**slicing)
-        self.rows = HubRows(dataset, config, split, license=license_name)
+        self.rows = HubRows(dataset, config, split, license_name=license_name)
 
     def assets(self) -> tuple[Asset, ...]:
         """Return the split itself."""

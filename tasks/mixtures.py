@@ -1,14 +1,20 @@
 """What each stage trains on and is evaluated with, as data.
 
-The sizes are upper bounds chosen so that no item comes twice in a run of the documented length;
-what counts is their proportion. A row is made when it is asked for.
+There are two task sets: that of the embedded world, here, and the public one, in `public.py`.
+Every command that trains, evaluates or fetches reads these functions, so that no list is written
+twice.
+
+The embedded sizes are upper bounds chosen so that no item comes twice in a run of the documented
+length; what counts is their proportion. A row is made when it is asked for.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from nanochat.common import UserError, eval_bundle_dir
+from tasks import public
 from tasks.common import Task, TaskMixture
 from tasks.embedded_chat import Identity, SmallTalk, Stories, SystemMessages, TwoTurn
 from tasks.embedded_core import write_bundle
@@ -20,7 +26,11 @@ from tasks.embedded_facts import (
     Guesses,
 )
 from tasks.embedded_problems import WordProblems
+from tasks.gsm8k import GSM8K
 from tasks.spellingbee import SimpleSpelling, SpellingBee
+
+EMBEDDED, PUBLIC = TASK_SETS = ("embedded", "public")
+STAGES = ("mid", "sft", "rl", "eval")
 
 # Rows of each kind. Midtraining is heavy on what the documents cannot teach: the letter of an
 # answer, the call of a tool. Finetuning shows every format again in smaller numbers.
@@ -54,6 +64,8 @@ SFT_ROWS = {
 }
 VALIDATION_DIVISOR = 50  # a validation set is this much smaller than its training set
 NUM_EVALUATION_ITEMS = 500
+PRACTICE_ROWS = 16_000  # questions of reinforcement learning
+RL_ROWS, RL_SEED = 50_000, 5
 _SEEDS = {("mid", "train"): 1, ("mid", "val"): 2, ("sft", "train"): 3, ("sft", "val"): 4}
 
 
@@ -86,29 +98,39 @@ _KINDS: dict[str, Callable[[int, int], Task]] = {
 
 def parts(stage: str, split: Literal["train", "val"] = "train") -> dict[str, Task]:
     """Return the tasks of a stage's mixture by kind, in the order of the table above."""
-    rows = {"mid": MID_ROWS, "sft": SFT_ROWS}.get(stage)
-    if rows is None:
-        raise UserError(f"no mixture of conversations for stage {stage!r}; use mid or sft")
+    rows = {"mid": MID_ROWS, "sft": SFT_ROWS}[stage]
     divisor = 1 if split == "train" else VALIDATION_DIVISOR
     seed = _SEEDS[stage, split]
     return {kind: _KINDS[kind](count // divisor, seed) for kind, count in rows.items()}
 
 
-def training_mixture(stage: str, data: str) -> Task:
+def training_mixture(stage: str, tasks: str, chats: Sequence[str] = ()) -> Task:
     """Return the conversations `stage` ("mid" or "sft") trains on.
 
-    They are those of the embedded world whatever `data` the base model has read.
+    tasks: "embedded" or "public". chats: files of conversations in the place of SmolTalk.
     """
+    _check_mixture(stage, tasks, chats)
+    if tasks == PUBLIC:
+        return TaskMixture(public.training_tasks(stage, chats))
     return TaskMixture(list(parts(stage).values()))
 
 
-def validation_mixture(stage: str, data: str) -> Task:
-    """Return conversations of the same kinds as in training, made from another seed."""
+def validation_mixture(stage: str, tasks: str, chats: Sequence[str] = ()) -> Task:
+    """Return conversations of the same kinds as in training that are not in it."""
+    _check_mixture(stage, tasks, chats)
+    if tasks == PUBLIC:
+        return TaskMixture(public.validation_tasks(stage, chats))
     return TaskMixture(list(parts(stage, "val").values()))
 
 
-def evaluation_tasks(data: str) -> list[Task]:
-    """Return the tasks a chat model is evaluated with, held out from training, in fixed order."""
+def evaluation_tasks(tasks: str, *, unsafe: bool = False) -> list[Task]:
+    """Return the tasks a chat model is evaluated with, held out from training, in fixed order.
+
+    unsafe: run programs that a model wrote without the sandbox.
+    """
+    _check("eval", tasks)
+    if tasks == PUBLIC:
+        return public.evaluation_tasks(unsafe=unsafe)
     size = NUM_EVALUATION_ITEMS
     return [
         Facts(size, "test"),
@@ -117,6 +139,57 @@ def evaluation_tasks(data: str) -> list[Task]:
         Identity(size // 2, "test"),
         TwoTurn(size, "test"),
     ]
+
+
+def metric_tasks(tasks: str) -> list[Task]:
+    """Return the multiple choice tasks that are measured now and then while a stage trains."""
+    if tasks == PUBLIC:
+        return public.metric_tasks()
+    return [task for task in evaluation_tasks(tasks) if task.eval_type == "categorical"]
+
+
+def rl_tasks(tasks: str) -> dict[str, tuple[Task, Task]]:
+    """Return what reinforcement learning can train on, by name: (training task, held-out task)."""
+    _check("rl", tasks)
+    if tasks == PUBLIC:
+        return {"GSM8K": (GSM8K("train"), GSM8K("test"))}
+    size = NUM_EVALUATION_ITEMS
+    return {
+        "WordProblems": (_KINDS["problems"](RL_ROWS, RL_SEED), WordProblems(size, "test")),
+        "SpellingBee": (
+            _KINDS["letters"](RL_ROWS, RL_SEED),
+            SpellingBee(size, "test", style="compact"),
+        ),
+    }
+
+
+def tasks_of(stage: str, tasks: str, chats: Sequence[str] = ()) -> list[Task]:
+    """Return every task that a stage reads: "mid", "sft", "rl" or "eval"."""
+    _check(stage, tasks, chats)
+    if stage == "eval":
+        return evaluation_tasks(tasks)
+    if stage == "rl":
+        return [task for pair in rl_tasks(tasks).values() for task in pair]
+    return [
+        training_mixture(stage, tasks, chats),
+        validation_mixture(stage, tasks, chats),
+        *metric_tasks(tasks),
+    ]
+
+
+def _check(stage: str, tasks: str, chats: Sequence[str] = ()) -> None:
+    if stage not in STAGES:
+        raise UserError(f"no tasks for stage {stage!r}; use {', '.join(STAGES)}")
+    if tasks not in TASK_SETS:
+        raise UserError(f"no tasks {tasks!r}; use {' or '.join(TASK_SETS)}")
+    if chats and tasks != PUBLIC:
+        raise UserError("--chats stands in the place of SmolTalk; use it with --tasks=public")
+
+
+def _check_mixture(stage: str, tasks: str, chats: Sequence[str]) -> None:
+    if stage not in ("mid", "sft"):
+        raise UserError(f"no mixture of conversations for stage {stage!r}; use mid or sft")
+    _check(stage, tasks, chats)
 
 
 def core_bundle(data: str) -> Path:

@@ -1,0 +1,123 @@
+"""Results of tasks: accuracies with their intervals, and every answer as JSON. No torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanochat.common import UserError
+from nanochat.conversation import Conversation
+
+CONFIDENCE_Z = 1.959964  # normal quantile of a two-sided 95 % interval
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a model did on one problem."""
+
+    index: int
+    conversation: Conversation
+    completions: tuple[str, ...]
+    verdicts: tuple[bool, ...]
+
+    def to_json(self, task: str) -> dict[str, Any]:
+        """Plain values, for a line of JSON."""
+        return {
+            "task": task,
+            "index": self.index,
+            "messages": self.conversation.to_json(),
+            "completions": list(self.completions),
+            "correct": list(self.verdicts),
+        }
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """Accuracy over all ranks; records of this rank."""
+
+    name: str
+    chance: float
+    num_passed: int
+    num_problems: int
+    seconds: float
+    records: tuple[Record, ...]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of problems with at least one right completion."""
+        return self.num_passed / self.num_problems
+
+    @property
+    def centered(self) -> float:
+        """0 at chance, 1 at perfection."""
+        return (self.accuracy - self.chance) / (1.0 - self.chance)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % confidence interval of the accuracy."""
+        return wilson_interval(self.num_passed, self.num_problems)
+
+
+def wilson_interval(num_passed: int, num_total: int) -> tuple[float, float]:
+    """95 % interval of a proportion (Wilson 1927, doi:10.1080/01621459.1927.10502953).
+
+    Unlike mean +- 2 standard errors it stays within 0 and 1 and is honest at both ends.
+    """
+    if num_total == 0:
+        return 0.0, 1.0
+    share, z2 = num_passed / num_total, CONFIDENCE_Z**2
+    middle = share + z2 / (2 * num_total)
+    spread = CONFIDENCE_Z * math.sqrt(
+        share * (1 - share) / num_total + z2 / (4 * num_total * num_total)
+    )
+    scale = 1 + z2 / num_total
+    # Rounding may step over the ends by an ulp.
+    return max((middle - spread) / scale, 0.0), min((middle + spread) / scale, 1.0)
+
+
+def chat_core(results: Sequence[TaskResult], names: Sequence[str]) -> float | None:
+    """ChatCORE: mean centered accuracy, or None unless exactly the tasks `names` have run."""
+    if not names or sorted(result.name for result in results) != sorted(names):
+        return None
+    return sum(result.centered for result in results) / len(results)
+
+
+# ---- answers on disk ----------------------------------------------------------------------------
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Read what `chat_eval --save` wrote; UserError naming the line that is something else."""
+    if not path.is_file():
+        raise UserError(f"there is no file {path}; write one with chat_eval --save={path}")
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            record = json.loads(line)
+            keys = record.keys() >= {"task", "index", "messages", "completions", "correct"}
+        except (ValueError, AttributeError):
+            keys = False
+        if not keys:
+            raise UserError(f"{path}, line {number} is not an answer that chat_eval has saved")
+        records.append(record)
+    return records
+
+
+def show_records(records: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Yield each problem with its answers for a person to read, and a count at the end."""
+    right = 0
+    for record in records:
+        passed = any(record["correct"])
+        right += passed
+        conversation = Conversation.from_json(record["messages"])
+        yield f"==== {record['task']} {record['index']}: {'right' if passed else 'wrong'}"
+        for message in conversation.messages[:-1]:
+            yield f"[{message.role}] {message.text}"
+        yield f"[reference] {conversation.messages[-1].text}"
+        for completion, correct in zip(record["completions"], record["correct"], strict=True):
+            yield f"[{'right' if correct else 'wrong'}] {completion}"
+        yield ""
+    yield f"{len(records)} problems, {right} right, {len(records) - right} wrong"

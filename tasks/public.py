@@ -1,0 +1,94 @@
+"""What each stage trains on and is evaluated with on real data: the mixtures of the 2025 nanochat.
+
+Nothing is read here: a task reads its rows when the first one is asked for. With `chats`, files of
+conversations (as in `CustomJSON`) stand in the place of SmolTalk; the last twentieth of each is
+for validation.
+"""
+
+from collections.abc import Sequence
+
+from nanochat.common import UserError
+from tasks.arc import ARC
+from tasks.common import Task
+from tasks.customjson import IDENTITY, CustomJSON
+from tasks.gsm8k import GSM8K
+from tasks.humaneval import HumanEval
+from tasks.mmlu import MMLU
+from tasks.smoltalk import SmolTalk
+from tasks.spellingbee import SimpleSpelling, SpellingBee
+
+VALIDATION_SHARE = 20  # one conversation in so many of a file of one's own
+# Shares of the validation mixture like those of the training mixture.
+MID_VALIDATION_MMLU = 5_200
+MID_VALIDATION_GSM8K = 420
+
+
+def training_tasks(stage: str, chats: Sequence[str] = ()) -> list[Task]:
+    """Return the tasks of a training mixture; one listed twice is seen twice as often."""
+    if stage == "mid":
+        return [
+            *_dialogues("train", chats),
+            MMLU("auxiliary_train"),
+            GSM8K("train"),
+            CustomJSON(IDENTITY),
+            CustomJSON(IDENTITY),
+            SimpleSpelling(200_000),
+            SpellingBee(80_000),
+        ]
+    return [
+        ARC("ARC-Easy", "train"),
+        ARC("ARC-Challenge", "train"),
+        GSM8K("train"),
+        *_dialogues("train", chats, stop=10_000),
+        CustomJSON(IDENTITY),
+        SimpleSpelling(300),
+        SpellingBee(300),
+    ]
+
+
+def validation_tasks(stage: str, chats: Sequence[str] = ()) -> list[Task]:
+    """Return the tasks of a validation mixture."""
+    if stage == "mid":
+        return [
+            *_dialogues("test", chats),
+            MMLU("test", stop=MID_VALIDATION_MMLU),
+            GSM8K("test", stop=MID_VALIDATION_GSM8K),
+        ]
+    return _dialogues("test", chats)
+
+
+def evaluation_tasks(*, unsafe: bool = False) -> list[Task]:
+    """Return the tasks of ChatCORE. unsafe: run written programs without the sandbox."""
+    return [
+        ARC("ARC-Easy", "test"),
+        ARC("ARC-Challenge", "test"),
+        MMLU("test"),
+        GSM8K("test"),
+        HumanEval(unsafe=unsafe),
+        SpellingBee(256, "test"),
+    ]
+
+
+def metric_tasks() -> list[Task]:
+    """Return the tasks that are measured now and then while a stage trains."""
+    return [MMLU("test"), ARC("ARC-Easy", "test")]
+
+
+def _dialogues(split: str, chats: Sequence[str], *, stop: int | None = None) -> list[Task]:
+    if not chats:
+        return [SmolTalk(split, stop=stop)]
+    tasks: list[Task] = []
+    for path in chats:
+        whole = CustomJSON(path)
+        held_out = -(-len(whole) // VALIDATION_SHARE)
+        if len(whole) < 2:
+            raise UserError(
+                f"{path} has {len(whole)} conversations; at least 2 are needed, one of them for "
+                "validation"
+            )
+        first = len(whole) - held_out
+        if split == "train":
+            tasks.append(CustomJSON(path, stop=first if stop is None else min(first, stop)))
+        else:
+            tasks.append(CustomJSON(path, start=first))
+    return tasks

@@ -1,0 +1,63 @@
+"""Which task set a run uses, and whether what it reads is on this machine."""
+
+import logging
+from collections.abc import Iterable, Sequence
+
+from nanochat.assets import PREFETCH, problem_with
+from nanochat.common import UserError
+from tasks.common import Task
+from tasks.mixtures import EMBEDDED, PUBLIC, STAGES, TASK_SETS, tasks_of
+
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"
+
+
+def missing_assets(tasks: Iterable[Task]) -> list[str]:
+    """Return the names of what some tasks read and this machine does not have."""
+    wanted = dict.fromkeys(asset for task in tasks for asset in task.assets())
+    return [asset.name for asset in wanted if problem_with(asset) is not None]
+
+
+def choose_task_set(asked: str | None, *, data: str, recorded: str | None = None) -> str:
+    """Say whose tasks a stage uses: "embedded" or "public".
+
+    What was asked for counts, then what the model was trained on before (`recorded`), then the
+    data: the embedded world has its own tasks, everything else the public ones. Asked for "auto",
+    the public tasks give way to the embedded ones, with a warning, when their files are not here.
+    """
+    if asked in TASK_SETS:
+        return str(asked)
+    if asked not in (None, AUTO):
+        raise UserError(f"no tasks {asked!r}; use {', '.join(TASK_SETS)} or {AUTO}")
+    if recorded is not None:
+        return recorded
+    if data == EMBEDDED:
+        return EMBEDDED
+    if asked is None:
+        return PUBLIC
+    missing = missing_assets(task for stage in STAGES for task in tasks_of(stage, PUBLIC))
+    if not missing:
+        return PUBLIC
+    logger.warning(
+        "the public tasks are not all on this machine (missing: %s), so the conversations and "
+        "questions of the embedded world are used; for the public ones fetch them with: %s --all",
+        *(", ".join(missing), PREFETCH),
+    )
+    return EMBEDDED
+
+
+def require_tasks(stage: str, tasks: str, chats: Sequence[str] = ()) -> None:
+    """Raise UserError, with what to do, unless all that a stage reads is here."""
+    missing = missing_assets(tasks_of(stage, tasks, chats))
+    if missing:
+        raise UserError(
+            f"the public tasks need files that are not on this machine: {', '.join(missing)}; "
+            f"fetch them with {PREFETCH} --stage {stage}, or add --tasks=embedded to use the "
+            "conversations of the embedded world"
+        )
+
+
+def split_chats(chats: str | None) -> tuple[str, ...]:
+    """Return the files that the flag --chats names, joined with commas."""
+    return tuple(path.strip() for path in (chats or "").split(",") if path.strip())
