@@ -5,12 +5,13 @@ scripts/stages.sh asks and tells; a person may look:
     python -m scripts.run_state list
 
 A stage is done when the same command ended with 0, nothing it builds on has run since, and
-what it wrote is still there.
+every file it left is still there with its size.
 """
 
 import hashlib
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import tyro
@@ -19,22 +20,27 @@ from nanochat import configurator
 from nanochat.common import UserError, base_dir, read_json, write_json
 
 FILE_NAME = "run_state.json"
+MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
 class Config:
     """Ask or record the state of a pipeline's stages."""
 
-    action: tyro.conf.Positional[Literal["check", "begin", "end", "list"]]
-    """check prints done, begun or new; begin and end record; list shows all."""
+    action: tyro.conf.Positional[Literal["begin", "end", "verify", "list"]]
+    """begin prints done, and records nothing, or begun or new; end records how it ended; verify
+    fails unless all are done; list shows all."""
     name: tyro.conf.Positional[str] = ""
-    """The stage."""
+    """The stage; for verify several, separated by commas."""
     command: str = ""
     """Its command line; another one means another stage."""
     artifact: str = ""
-    """A file pattern, relative to the base folder, that the stage leaves behind."""
+    """A file pattern, relative to the base folder, that the stage leaves behind. A manifest
+    stands for its whole folder."""
     clears: str = ""
     """Stages, separated by commas, that build on this one and are no longer done."""
+    force: bool = False
+    """Begin it even if it is done."""
     exit_code: int = 0
     """What the command ended with."""
 
@@ -47,8 +53,8 @@ def main(config: Config) -> int:
         return 0
     if not config.name:
         raise UserError(f"{config.action} needs the name of a stage")
-    if config.action == "check":
-        print(status(stages.get(config.name), config.command, config.artifact))
+    if config.action == "verify":
+        _verify(stages, config.name.split(","))
         return 0
     if config.action == "begin":
         _begin(stages, config)
@@ -57,17 +63,37 @@ def main(config: Config) -> int:
     return 0
 
 
-def status(record: dict[str, Any] | None, command: str, artifact: str) -> str:
+def status(record: dict[str, Any] | None, command: str) -> str:
     """Return "done", "begun" (the same command was started and did not finish) or "new"."""
     if record is None or record["command_hash"] != _hash(command):
         return "new"
     if record["exit_code"] != 0:
         return "begun"
     # Finished, but its files were removed: nothing of it can be continued.
-    return "done" if _exists(artifact) else "new"
+    return "new" if _damaged(record) else "done"
+
+
+def _verify(stages: dict[str, Any], names: list[str]) -> None:
+    """Print what the named stages took and left; UserError when one of them is not done."""
+    for name in names:
+        record = stages.get(name)
+        if record is None or record["exit_code"] != 0:
+            raise UserError(f"stage {name} is not done, whatever was printed above")
+        if damaged := _damaged(record):
+            raise UserError(f"stage {name} is not done: {damaged} is missing or was changed")
+        print(_describe(name, record))
+    what = "stage is" if len(names) == 1 else "stages are"
+    print(f"{'all ' if len(names) > 1 else ''}{len(names)} {what} done; in {base_dir()}:")
+    for name in names:
+        if main_files := [f for f in stages[name]["artifacts"] if _is_main(f)]:
+            print(f"  {name}: {main_files[-1]}")
 
 
 def _begin(stages: dict[str, Any], config: Config) -> None:
+    before = status(stages.get(config.name), config.command)
+    print(before)
+    if before == "done" and not config.force:
+        return
     for name in config.clears.split(","):
         stages.pop(name, None)
     stages.pop(config.name, None)  # so that the file keeps the order of the last run
@@ -77,6 +103,7 @@ def _begin(stages: dict[str, Any], config: Config) -> None:
         "started": time.time(),
         "ended": None,
         "exit_code": None,
+        "artifacts": {},
     }
     _save(stages)
 
@@ -86,7 +113,9 @@ def _end(stages: dict[str, Any], config: Config) -> None:
         raise UserError(f"stage {config.name!r} was never begun")
     record = stages[config.name]
     record["ended"] = time.time()
-    is_missing = config.exit_code == 0 and not _exists(config.artifact)
+    artifacts = _find(config.artifact)
+    is_missing = config.exit_code == 0 and bool(config.artifact) and not artifacts
+    record["artifacts"] = artifacts
     record["exit_code"] = 1 if is_missing else config.exit_code
     _save(stages)
     if is_missing:
@@ -104,6 +133,8 @@ def _load() -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("stages"), dict):
         raise UserError(f"{path} is not a record of stages; delete it to start over")
     stages: dict[str, Any] = content["stages"]
+    for record in stages.values():
+        record.setdefault("artifacts", {})  # not noted by the first version
     return stages
 
 
@@ -111,8 +142,28 @@ def _save(stages: dict[str, Any]) -> None:
     write_json(base_dir() / FILE_NAME, {"stages": stages})
 
 
-def _exists(artifact: str) -> bool:
-    return not artifact or any(base_dir().glob(artifact))
+def _find(artifact: str) -> dict[str, int]:
+    """Size in bytes of every file that a pattern stands for, by path below the base folder."""
+    if not artifact:
+        return {}
+    files: list[Path] = []
+    for path in sorted(base_dir().glob(artifact)):
+        files += sorted(path.parent.iterdir()) if path.name == MANIFEST else [path]
+    return {str(path.relative_to(base_dir())): path.stat().st_size for path in files}
+
+
+def _damaged(record: dict[str, Any]) -> str | None:
+    """The first file of a finished stage that is gone or has another size; None if all is well."""
+    for name, size in record["artifacts"].items():
+        path = base_dir() / name
+        if not path.exists() or path.stat().st_size != size:
+            return str(path)
+    return None
+
+
+def _is_main(name: str) -> bool:
+    """Whether a file is one to show, not one of the many in a checkpoint's folder."""
+    return "/step_" not in name or name.endswith(f"/{MANIFEST}")
 
 
 def _hash(command: str) -> str:

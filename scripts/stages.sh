@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced: pipelines whose finished stages are skipped and whose failures end everything.
 #
 # A pipeline is a shell function that calls, in order:
@@ -6,17 +7,33 @@
 #   evaluation NAME ARTIFACT COMMAND...  a step that only the report builds on
 #   report NAME ARTIFACT COMMAND...      the last step
 # ARTIFACT is a file pattern relative to the base folder that the command leaves behind ("" for none).
-# `run_pipeline FUNCTION` runs it twice: once to learn the names, once for real.
+# A COMMAND that begins with the word `ranks` is a Python module that runs on all devices: the word is
+# replaced by the array LAUNCH (default: python -m). `run_pipeline FUNCTION` runs the pipeline twice: once
+# to learn the names, once for real; `finish_pipeline` then says what is there.
 #
-# A stage is skipped when its command is the one that ended with 0 last time and nothing it builds on has
-# run since. `scripts/run_state.py` keeps the records. Settings, read by run_pipeline:
-#   DRY_RUN=1   print every command, run none      ONLY=NAME   run that stage and no other
-#   LIST=1      print the names                    FROM=NAME   leave what comes before as it is, run the rest
+# A stage is skipped when its command is the one that ended with 0 last time, what it left is still there
+# and nothing it builds on has run since. `scripts/run_state.py` keeps the records. Settings:
+#   DRY_RUN=1   print every command, run none      ONLY=NAME    run that stage and no other
+#   LIST=1      print the names                    FROM=NAME    leave what comes before as it is
+#   SKIP_DONE=1 ONLY and FROM, too, skip what is   UNTIL=NAME   run nothing behind that stage
+#               done, instead of running it again
+#   STOP_SIGNAL what a running command is sent when this shell is told to stop (default TERM)
+#   STAGE_LOGS  a folder for one log per stage, besides what is printed
+#
+# Exit codes: 0, that of the stage that failed, 2 for a wrong name; when asked to stop, 85 after USR1 or
+# when a training run has saved and left by itself, 130 after Ctrl-C, 143 after TERM.
 
 PIPELINE_MODE=learn   # learn, then run
 PIPELINE_NAMES=()     # in order
 PIPELINE_KINDS=()     # stage, training, evaluation or report, by the same index
-PIPELINE_STARTED=0    # 1 once FROM or ONLY was reached
+PIPELINE_SELECTED=()  # names of the stages that this run includes
+PIPELINE_STARTED=0    # 1 once FROM was reached
+PIPELINE_ENDED=0      # 1 once UNTIL was passed
+PIPELINE_STOP=0       # the exit code, once a signal has asked for a stop
+PIPELINE_CHILD=""     # process id of the running command
+LAUNCH=(python -m)
+# Flags of how a command is carried out, not of what it computes: not part of what makes it another one.
+PIPELINE_FREE_FLAGS="--run --device_batch_size --save_every"
 
 stage() { pipeline_step stage "$@"; }
 training() { pipeline_step training "$@"; }
@@ -32,8 +49,18 @@ run_pipeline() {
     fi
     pipeline_require_name "${ONLY:-}"
     pipeline_require_name "${FROM:-}"
+    pipeline_require_name "${UNTIL:-}"
     PIPELINE_MODE=run
+    trap 'pipeline_stop 130' INT
+    trap 'pipeline_stop 143' TERM HUP
+    trap 'pipeline_stop 85' USR1
     "$1"
+    trap - INT TERM HUP USR1
+}
+
+# Say what this run has left, from the records and the files; fails when a stage is not done after all.
+finish_pipeline() {
+    python -m scripts.run_state verify "$(IFS=,; echo "${PIPELINE_SELECTED[*]}")"
 }
 
 pipeline_require_name() {
@@ -54,30 +81,31 @@ pipeline_step() {
         PIPELINE_KINDS+=("$kind")
         return
     fi
-    local forced=0
     pipeline_selected "$name" || return 0
-    if [ "$name" = "${ONLY:-}" ] || [ "$name" = "${FROM:-}" ]; then
-        forced=1
+    local command=("$@")
+    if [ "$1" = ranks ]; then
+        command=("${LAUNCH[@]}" "${@:2}")
     fi
     if [ "${DRY_RUN:-0}" = 1 ]; then
-        echo "$*"
+        echo "${command[*]}"
         return
     fi
 
-    local status
-    status="$(python -m scripts.run_state check "$name" --command="$*" --artifact="$artifact")"
-    if [ "$status" = "done" ] && [ "$forced" = 0 ]; then
+    PIPELINE_SELECTED+=("$name")
+    local forced status
+    forced="$(pipeline_forced "$name")"
+    status="$(python -m scripts.run_state begin "$name" --command="$(pipeline_record "$@")" \
+        --clears="$(pipeline_built_on "$kind" "$name")" --force="$forced")"
+    if [ "$status" = "done" ] && [ "$forced" = False ]; then
         echo "== $name: done before, skipped"
         return
     fi
-    local command=("$@")
     if [ "$kind" = training ] && [ "$status" = begun ]; then
         command+=(--resume)
     fi
     echo "== $name: ${command[*]}"
-    python -m scripts.run_state begin "$name" --command="$*" --clears="$(pipeline_built_on "$kind" "$name")"
     local code=0
-    pipeline_run "${command[@]}" || code=$?
+    pipeline_run "$name" "${command[@]}" || code=$?
     python -m scripts.run_state end "$name" --artifact="$artifact" --exit_code="$code" ||
         { [ "$code" != 0 ] || code=1; }
     case "$code" in
@@ -85,13 +113,14 @@ pipeline_step() {
     85 | 130 | 143) # 85: a training run that was asked to stop and has saved
         echo "stage $name was stopped (exit code $code); start the same command again to go on" >&2 ;;
     *)
+        pipeline_show_log "$name"
         echo "stage $name ended with exit code $code; mend the cause and start the same command again:" \
             "what is finished is skipped, what was interrupted goes on" >&2 ;;
     esac
     exit "$code"
 }
 
-# Whether ONLY and FROM let a stage run.
+# Whether ONLY, FROM and UNTIL let a stage run.
 pipeline_selected() {
     if [ -n "${ONLY:-}" ]; then
         [ "$1" = "$ONLY" ]
@@ -100,7 +129,34 @@ pipeline_selected() {
     if [ -z "${FROM:-}" ] || [ "$1" = "$FROM" ]; then
         PIPELINE_STARTED=1
     fi
+    [ "$PIPELINE_ENDED" = 0 ] || return 1
+    [ "$1" != "${UNTIL:-}" ] || PIPELINE_ENDED=1
     [ "$PIPELINE_STARTED" = 1 ]
+}
+
+# True or False: whether a stage runs even if it is done.
+pipeline_forced() {
+    if [ "${SKIP_DONE:-0}" = 0 ] && { [ "$1" = "${ONLY:-}" ] || [ "$1" = "${FROM:-}" ]; }; then
+        echo True
+    else
+        echo False
+    fi
+}
+
+# A command as it is remembered: the same on any number of devices and under any run name.
+pipeline_record() {
+    local word flag kept=()
+    if [ "$1" = ranks ]; then
+        shift
+        set -- python -m "$@"
+    fi
+    for word in "$@"; do
+        for flag in $PIPELINE_FREE_FLAGS; do
+            [ "${word%%=*}" != "$flag" ] || continue 2
+        done
+        kept+=("$word")
+    done
+    echo "${kept[*]}"
 }
 
 # The stages that are no longer done when NAME runs, separated by commas.
@@ -115,21 +171,71 @@ pipeline_built_on() {
     echo "${names#,}"
 }
 
-# Run a command so that a signal to this script reaches it, and wait until it has really ended: a training
+# Run a command so that a signal to this shell reaches it, and wait until it has really ended: a training
 # run that is told to stop still writes a checkpoint.
 pipeline_run() {
-    local signal_code=0 code=0 child
-    "$@" &
-    child=$!
-    trap 'signal_code=130; kill -TERM "$child" 2>/dev/null || true' INT
-    trap 'signal_code=143; kill -TERM "$child" 2>/dev/null || true' TERM HUP
-    wait "$child" || code=$?
-    while kill -0 "$child" 2>/dev/null; do
-        code=0
-        wait "$child" || code=$?
-    done
-    trap - INT TERM HUP
+    local name="$1" code=0
+    shift
+    [ "$PIPELINE_STOP" = 0 ] || return "$PIPELINE_STOP"
+    if [ -n "${STAGE_LOGS:-}" ]; then
+        pipeline_run_logged "$STAGE_LOGS/$name.log" "$@" || code=$?
+    else
+        "$@" &
+        pipeline_wait $! || code=$?
+    fi
     # Stopped early is not finished, even if the command left politely.
-    [ "$signal_code" = 0 ] || code="$signal_code"
+    [ "$PIPELINE_STOP" = 0 ] || code="$PIPELINE_STOP"
     return "$code"
+}
+
+# The same with both outputs printed and added to a log. SLURM signals every process of a job: the one
+# that writes the log must not be the first to go.
+pipeline_run_logged() {
+    local log="$1" code=0 output tee
+    shift
+    mkdir -p "$(dirname "$log")"
+    printf '== %s: %s\n' "$(date '+%F %T')" "$*" >>"$log"
+    exec {output}> >(trap '' INT TERM HUP USR1; exec tee -a "$log")
+    tee=$!
+    "$@" >&"$output" 2>&1 {output}>&- &
+    exec {output}>&-
+    pipeline_wait $! || code=$?
+    pipeline_wait_briefly "$tee"
+    return "$code"
+}
+
+# The exit code of a process, waiting on when a signal interrupts the wait.
+pipeline_wait() {
+    local code=0
+    PIPELINE_CHILD="$1"
+    wait "$1" || code=$?
+    while kill -0 "$1" 2>/dev/null; do
+        code=0
+        wait "$1" || code=$?
+    done
+    PIPELINE_CHILD=""
+    return "$code"
+}
+
+# Wait for a process that ends by itself, unless something it listens to was left behind.
+pipeline_wait_briefly() {
+    local i
+    for ((i = 0; i < 50; i++)); do
+        kill -0 "$1" 2>/dev/null || return 0
+        sleep 0.1
+    done
+}
+
+# What a signal does: remember it, and pass it on to the running command.
+pipeline_stop() {
+    PIPELINE_STOP="$1"
+    [ -z "$PIPELINE_CHILD" ] || kill -s "${STOP_SIGNAL:-TERM}" "$PIPELINE_CHILD" 2>/dev/null || true
+}
+
+pipeline_show_log() {
+    local log="${STAGE_LOGS:-}/$1.log"
+    [ -n "${STAGE_LOGS:-}" ] && [ -f "$log" ] || return 0
+    echo "---- the last 30 lines of $log" >&2
+    tail -n 30 "$log" >&2
+    echo "----" >&2
 }

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced: the virtual environment and what is installed in it.
 #
 #   ensure_venv EXTRA     make .venv if it is missing, install this project with EXTRA, activate

@@ -17,6 +17,8 @@ STAGES = REPOSITORY / "scripts" / "stages.sh"
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 
+SECONDS = 240  # for one run; what takes two on an idle machine
+
 # Each stage appends its name to a log and leaves a file, as the real ones leave checkpoints.
 PIPELINE = """
 set -euo pipefail
@@ -35,7 +37,7 @@ run_pipeline pipeline
 STUB = """
 echo "$*" >>"$LOG"
 [ "$1" != "${FAIL:-}" ] || exit 7
-[ "$1" != "${HANG:-}" ] || { echo started >"$NANOCHAT_BASE_DIR/hanging"; exec sleep 60; }
+[ "$1" != "${HANG:-}" ] || { echo started >"$NANOCHAT_BASE_DIR/hanging"; exec sleep 600; }
 [ "$1" = "${FORGET:-}" ] || touch "$NANOCHAT_BASE_DIR/$1.txt"
 """
 
@@ -72,7 +74,7 @@ class Pipeline:
 
     def run(self, **settings: str) -> "subprocess.CompletedProcess[str]":
         process = self.start(**settings)
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=SECONDS)
         return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
     @property
@@ -190,11 +192,11 @@ def test_list_prints_the_names(pipeline: Pipeline) -> None:
 def test_killed_run_continues(pipeline: Pipeline, number: int, code: int) -> None:
     process = pipeline.start(HANG="train")
     flag = pipeline.base / "hanging"
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + SECONDS
     while not flag.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(number)
-    assert process.wait(timeout=30) == code
+    assert process.wait(timeout=SECONDS) == code
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.communicate(timeout=30)
