@@ -1,8 +1,9 @@
-"""Pretraining data by name or folder, and the command that fetches or generates it.
+"""Pretraining data by name or folder, and the command that fetches, generates or converts it.
 
 python -m nanochat.dataset -n 8                      FineWeb-Edu: 8 training shards + validation
 python -m nanochat.dataset -n 8 --data=climbmix      the same of ClimbMix
 python -m nanochat.dataset -n 8 --data=embedded      generated here, without a network
+python -m nanochat.dataset -w 4 --data=my_texts      your own JSONL or text files, to shards
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import tyro
 
 from nanochat import configurator
 from nanochat.common import UserError
+from nanochat.prefetch import prefetch
 from nanochat.sources import DocumentSource, Position, Split
-from nanochat.sources.hub import HUB_DATASETS, download, open_hub, wanted_shards
+from nanochat.sources.hub import HUB_DATASETS, HubDataset, open_hub
 from nanochat.sources.parquet import ParquetSource
 
 __all__ = ["SOURCES", "DocumentSource", "Position", "Split", "open_source"]
@@ -30,10 +32,10 @@ SOURCES = (EMBEDDED, *HUB_DATASETS)
 
 
 def open_source(data: str) -> DocumentSource:
-    """The documents of a named source, or of a folder of parquet shards.
+    """The documents of a named source, or of a folder of parquet, JSONL or text files.
 
-    The embedded source writes its shards when they are missing; hub data sets must have been
-    fetched before. UserError when there is nothing usable.
+    The embedded source writes its shards when they are missing, and text files are converted to
+    shards once; hub data sets must have been fetched before. UserError when nothing is usable.
     """
     if data == EMBEDDED:
         # Here, because the tables of the embedded world are of no use to other sources.
@@ -42,6 +44,10 @@ def open_source(data: str) -> DocumentSource:
         return generated.open_embedded()
     if data in HUB_DATASETS:
         return open_hub(HUB_DATASETS[data])
+    return _open_folder(data, num_workers=1)
+
+
+def _open_folder(data: str, *, num_workers: int) -> ParquetSource:
     folder = Path(data).expanduser()
     if not folder.exists() and "/" not in data:
         close = difflib.get_close_matches(data, SOURCES, n=1)
@@ -49,6 +55,11 @@ def open_source(data: str) -> DocumentSource:
         raise UserError(
             f"unknown data {data!r}: neither one of {', '.join(SOURCES)} nor a folder{meant}"
         )
+    from nanochat.sources import own
+
+    # A note beside parquet shards does not make the folder one of texts.
+    if folder.exists() and not any(folder.glob("*.parquet")) and own.find_inputs(folder):
+        return own.open_own(folder, num_workers=num_workers)
     return ParquetSource.from_folder(folder)
 
 
@@ -59,9 +70,11 @@ class Config:
     num_files: Annotated[int, tyro.conf.arg(aliases=["-n"])] = -1
     """Training shards to have, counted from the first (-1: all); the validation shard is extra."""
     num_workers: Annotated[int, tyro.conf.arg(aliases=["-w"])] = 4
-    """Downloads or generating processes at the same time."""
+    """Downloads or processes at the same time."""
     data: str = "fineweb-edu"
-    """fineweb-edu, climbmix, embedded, or a folder, which is only checked."""
+    """fineweb-edu, climbmix, embedded, or a folder of parquet, JSONL or text files."""
+    verify: bool = False
+    """Compare the SHA-256 of shards that are already there, not only size and footer."""
 
 
 def main(config: Config) -> int:
@@ -73,21 +86,39 @@ def main(config: Config) -> int:
 
         generated.generate(config.num_files, num_workers=config.num_workers)
     elif config.data in HUB_DATASETS:
-        dataset = HUB_DATASETS[config.data]
-        shards = wanted_shards(dataset, config.num_files)
-        missing = download(dataset, shards, num_workers=config.num_workers)
-        print(f"Downloaded: {len(shards) - len(missing)}/{len(shards)} to {dataset.folder}")
-        if missing:
-            named = ", ".join(map(str, missing[:10]))
-            more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
-            logger.error("missing shards: %s%s; run the same command again", named, more)
+        if not _fetch(HUB_DATASETS[config.data], config):
             return 1
         if config.num_files == 0:
             return 0
+    else:
+        _open_folder(config.data, num_workers=config.num_workers)
+        _print_report(Path(config.data))
     source = open_source(config.data)
     num_train, num_val = len(source.shards("train")), len(source.shards("val"))
     print(f"{source.name}: {num_train} training shards, {num_val} validation shard")
     return 0
+
+
+def _fetch(dataset: HubDataset, config: Config) -> bool:
+    """Fetch shards and say how many; whether all are there."""
+    outcomes = prefetch(
+        dataset.assets(config.num_files), num_workers=config.num_workers, verify=config.verify
+    )
+    missing = [outcome for outcome in outcomes if outcome.problem is not None]
+    print(f"Downloaded: {len(outcomes) - len(missing)}/{len(outcomes)} to {dataset.folder}")
+    if missing:
+        named = ", ".join(outcome.asset.name.rpartition("/")[2] for outcome in missing[:10])
+        more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
+        logger.error("missing shards: %s%s; run the same command again", named, more)
+    return not missing
+
+
+def _print_report(folder: Path) -> None:
+    from nanochat.sources import own
+
+    report = own.last_report(folder)
+    for line in report.lines() if report else ():
+        print(line)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,9 @@ def prefetch(
         if missing and not offline:
             planned = list(pool.map(lambda asset: _plan(asset, transfer), missing))
             plans = [plan for plan in planned if isinstance(plan, _Plan)]
-            outcomes |= {o.asset: o for o in planned if isinstance(o, Outcome)}
+            impossible = [outcome for outcome in planned if isinstance(outcome, Outcome)]
+            outcomes |= {outcome.asset: outcome for outcome in impossible}
+            _tell_problems(impossible)
             _check_disk(plans)
             outcomes |= _fetch_all(plans, pool, transfer)
     return [outcomes[asset] for asset in assets]
@@ -207,7 +209,7 @@ def _plan(asset: Asset, transfer: Transfer) -> _Plan | Outcome:
     """What is to be fetched for an asset; an outcome when that cannot be known."""
     source = asset.source
     try:
-        check_network_allowed(asset.name, of_hub=isinstance(source, HubSplit | HubFile))
+        check_network_allowed(of_hub=isinstance(source, HubSplit | HubFile))
         if isinstance(source, HubSplit):
             revision, files = hub.list_split(source, transfer)
             return _Plan(asset, sum(f.num_bytes for f in files), revision, tuple(files))
@@ -263,6 +265,16 @@ def _fetch_all(
 def _cancel(futures: Sequence[Future[Outcome]]) -> None:
     for future in futures:
         future.cancel()
+
+
+def _tell_problems(outcomes: Sequence[Outcome]) -> None:
+    """One line for each reason, however many assets have it."""
+    by_reason: dict[str, list[str]] = {}
+    for outcome in outcomes:
+        by_reason.setdefault(str(outcome.problem), []).append(outcome.asset.name)
+    for reason, names in by_reason.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        logger.error("%s%s: %s", ", ".join(names[:3]), more, reason)
 
 
 def _tell(outcome: Outcome, done: int, total: int) -> None:

@@ -354,10 +354,10 @@ def is_on(variable: str) -> bool:
     return os.environ.get(variable, "").strip().lower() in _TRUE
 
 
-def check_network_allowed(what: str, *, of_hub: bool) -> None:
-    """UserError when the environment forbids to fetch `what`."""
+def check_network_allowed(*, of_hub: bool) -> None:
+    """TransferError when the environment forbids to fetch anything, or anything of the hub."""
     for variable in ("NANOCHAT_OFFLINE", *(("HF_HUB_OFFLINE",) if of_hub else ())):
         if is_on(variable):
             raise TransferError(
-                f"{variable} is set, so {what} is not fetched; unset it on a machine with internet"
+                f"{variable} is set, so nothing is fetched; unset it on a machine with internet"
             )

@@ -1,20 +1,23 @@
 """Parquet shards: order, positions, splits, the command, and every kind of unusable input."""
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from huggingface_hub.errors import LocalEntryNotFoundError
 
-from nanochat import dataset
+from nanochat import dataset, prefetch
 from nanochat.common import UserError
 from nanochat.dataset import Config, Position, open_source
-from nanochat.sources import START, generated, hub
+from nanochat.sources import START, generated
 from nanochat.sources.embedded import DEFAULT_SEED, generate_documents
 from nanochat.sources.hub import HUB_DATASETS, HubDataset
 from nanochat.sources.parquet import ParquetSource, read_note, shard_name, write_shard
+from nanochat.transfer import Patience, Transfer
+from tests.fake_hub import FakeHub, Fault, running
 
 
 def write_folder(folder: Path, *, rows_per_group: int = 150) -> list[str]:
@@ -215,96 +218,197 @@ def test_without_the_pinned_shard_the_last_one_is_held_out_with_a_notice(
     assert "shard_01822.parquet is not there" in caplog.text
 
 
-class FakeHub:
-    """Stands in for `hf_hub_download`: fails as told, then writes what the hub would."""
-
-    def __init__(self, failures: list[Exception] | None = None, gone: tuple[int, ...] = ()):
-        self.failures, self.gone = failures or [], [shard_name(i) for i in gone]
-        self.asked: list[str] = []
-
-    def __call__(self, repository: str, filename: str, *, local_dir: Path, **_: object) -> str:
-        self.asked.append(filename)
-        if self.failures:
-            raise self.failures.pop(0)
-        if filename in self.gone:
-            raise OSError("500 Server Error")
-        write_shard(local_dir / filename, [f"text of {filename}"] * 3, note={})
-        return str(local_dir / filename)
-
-
 @pytest.fixture
-def small_dataset(base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> HubDataset:
-    small = HubDataset("climbmix", "somebody/climbmix", num_shards=5)
+def small_hub(base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A hub with a data set of five shards under the name climbmix."""
+    small = HubDataset("climbmix", "somebody/climbmix", num_shards=5, license="MIT")
     monkeypatch.setitem(HUB_DATASETS, "climbmix", small)
-    monkeypatch.setattr(hub.time, "sleep", lambda seconds: None)
-    return small
+    fake = FakeHub(tmp_path / "hub")
+    (tmp_path / "hub/somebody/climbmix").mkdir(parents=True)
+    for shard in range(5):
+        texts = [f"text {i} of {shard}" for i in range(2000)]
+        write_shard(tmp_path / "hub/somebody/climbmix" / shard_name(shard), texts, note={})
+    with running(fake):
+        monkeypatch.setenv("HF_ENDPOINT", fake.url)
+        for variable in ("NANOCHAT_OFFLINE", "HF_HUB_OFFLINE"):
+            monkeypatch.delenv(variable, raising=False)
+        impatient = Transfer(Patience(backoff_seconds=0.0))
+        monkeypatch.setattr(prefetch, "Transfer", lambda: replace(impatient))
+        yield fake
 
 
-def use(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
-    monkeypatch.setattr(hub, "_hub_download", lambda: fake)
-    return fake
+def fetch(num_files: int, **options: object) -> int:
+    config = Config(num_files=num_files, num_workers=1, data="climbmix", **options)  # type: ignore[arg-type]
+    return dataset.main(config)
+
+
+def names_asked(fake: FakeHub) -> list[str]:
+    return [request.path.rpartition("/")[2] for request in fake.requests]
+
+
+def address(shard: int) -> str:
+    return f"/datasets/somebody/climbmix/resolve/main/{shard_name(shard)}"
 
 
 def test_n_shards_come_with_the_validation_shard_first(
-    small_dataset: HubDataset, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small_hub: FakeHub, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fake = use(FakeHub(), monkeypatch)
-    assert dataset.main(Config(num_files=2, num_workers=1, data="climbmix")) == 0
-    assert fake.asked == [shard_name(4), shard_name(0), shard_name(1)]
+    assert fetch(2) == 0
+    assert names_asked(small_hub) == [shard_name(4), shard_name(0), shard_name(1)]
     assert "Downloaded: 3/3" in capsys.readouterr().out
-    assert len(open_source("climbmix").shards("train")) == 2
+    source = open_source("climbmix")
+    assert [path.name for path in source.shards("train")] == [shard_name(0), shard_name(1)]
+    assert [path.name for path in source.shards("val")] == [shard_name(4)]
 
 
-def test_shards_that_are_there_are_not_fetched_and_damaged_ones_are(
-    small_dataset: HubDataset, monkeypatch: pytest.MonkeyPatch
+def test_shards_that_are_there_need_no_network(
+    small_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use(FakeHub(), monkeypatch)
-    dataset.main(Config(num_files=3, data="climbmix"))
-    path = small_dataset.path(1)
+    fetch(3)
+    small_hub.requests.clear()
+    monkeypatch.setenv("NANOCHAT_OFFLINE", "1")
+    assert fetch(3) == 0
+    assert small_hub.requests == []
+
+
+def cut_short(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
-    again = use(FakeHub(), monkeypatch)
-    assert dataset.main(Config(num_files=3, data="climbmix")) == 0
-    assert again.asked == [shard_name(1)]
 
 
-def test_a_failed_attempt_is_repeated(
-    small_dataset: HubDataset, monkeypatch: pytest.MonkeyPatch
+def lose_footer(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-8] + b"\0" * 8)
+
+
+def grow(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"PAR1")
+
+
+@pytest.mark.parametrize("damage", [cut_short, lose_footer, grow])
+def test_a_damaged_shard_is_put_aside_and_fetched_again(
+    small_hub: FakeHub, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    fake = use(FakeHub(failures=[OSError("cut"), OSError("cut")]), monkeypatch)
-    assert dataset.main(Config(num_files=1, num_workers=1, data="climbmix")) == 0
-    assert len(fake.asked) == 4
+    fetch(3)
+    path = HUB_DATASETS["climbmix"].path(1)
+    whole = path.read_bytes()
+    damage(path)
+    damaged = path.read_bytes()
+    small_hub.requests.clear()
+    assert fetch(3) == 0
+    assert names_asked(small_hub) == [shard_name(1)]
+    assert path.read_bytes() == whole
+    assert (path.parent / ".quarantine" / path.name).read_bytes() == damaged
+    assert "shard_00001.parquet" in caplog.text
+
+
+def test_one_changed_byte_is_found_with_verify(small_hub: FakeHub) -> None:
+    fetch(1)
+    path = HUB_DATASETS["climbmix"].path(0)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:30] + bytes([whole[30] ^ 1]) + whole[31:])
+    small_hub.requests.clear()
+    assert fetch(1) == 0
+    assert names_asked(small_hub) == []
+    assert fetch(1, verify=True) == 0
+    assert path.read_bytes() == whole
+
+
+def test_shards_that_came_another_way_are_taken_over(small_hub: FakeHub) -> None:
+    fetch(2)
+    folder = HUB_DATASETS["climbmix"].folder
+    shutil.rmtree(folder / ".manifests")
+    cut_short(folder / shard_name(0))
+    small_hub.requests.clear()
+    assert fetch(2) == 0
+    assert names_asked(small_hub) == [shard_name(0)]
+    assert len(list((folder / ".manifests").iterdir())) == 3
+
+
+def test_a_passing_error_is_repeated(small_hub: FakeHub) -> None:
+    small_hub.fail(address(0), Fault(503), Fault(cut_after=2000), Fault(500))
+    assert fetch(1) == 0
+    assert names_asked(small_hub).count(shard_name(0)) == 4
 
 
 def test_a_missing_shard_makes_the_command_fail_and_is_named(
-    small_dataset: HubDataset,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    capsys: pytest.CaptureFixture[str],
+    small_hub: FakeHub, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fake = use(FakeHub(gone=(1,)), monkeypatch)
-    assert dataset.main(Config(num_files=3, num_workers=1, data="climbmix")) == 1
-    assert fake.asked.count(shard_name(1)) == hub.ATTEMPTS
-    assert "missing shards: 1" in caplog.text
+    (small_hub.root / "somebody/climbmix" / shard_name(1)).unlink()
+    assert fetch(3) == 1
+    assert names_asked(small_hub).count(shard_name(1)) == 1
+    assert "missing shards: 00001" in caplog.text
     assert "Downloaded: 3/4" in capsys.readouterr().out
 
 
-def test_without_a_connection_only_one_shard_is_tried(
-    small_dataset: HubDataset, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("variable", ["NANOCHAT_OFFLINE", "HF_HUB_OFFLINE"])
+def test_offline_nothing_is_asked_and_the_variable_is_named(
+    small_hub: FakeHub,
+    variable: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    fake = use(FakeHub(failures=[LocalEntryNotFoundError("no connection")] * 9), monkeypatch)
-    assert dataset.main(Config(num_files=3, num_workers=1, data="climbmix")) == 1
-    assert fake.asked == [shard_name(4)]
-    assert "missing shards: 4, 0, 1, 2" in caplog.text
+    monkeypatch.setenv(variable, "1")
+    assert fetch(1) == 1
+    assert small_hub.requests == []
+    assert f"{variable} is set" in caplog.text
 
 
-def test_more_shards_than_exist_are_refused(small_dataset: HubDataset) -> None:
+def test_the_token_is_sent_to_the_hub(small_hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    fetch(0)
+    assert [request.authorization for request in small_hub.requests] == ["Bearer hf_secret"]
+
+
+def test_a_gated_repository_says_what_to_do(
+    small_hub: FakeHub, caplog: pytest.LogCaptureFixture
+) -> None:
+    small_hub.gated.add("somebody/climbmix")
+    assert fetch(0) == 1
+    assert "accept its terms" in caplog.text
+
+
+def test_a_full_disk_is_told_before_anything_is_fetched(
+    small_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage("/")._replace(free=600_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match=r"5 assets need about 0.5 GB, but .* has 0.6 GB free"):
+        fetch(4)
+    assert small_hub.requests == []
+
+
+def test_more_shards_than_exist_are_refused(small_hub: FakeHub) -> None:
     with pytest.raises(UserError, match="4 training shards, 7 were asked for"):
-        dataset.main(Config(num_files=7, data="climbmix"))
+        fetch(7)
 
 
 def test_published_data_sets_have_the_documented_sizes() -> None:
     ends = {name: d.path(d.validation_id).name for name, d in HUB_DATASETS.items()}
     assert ends == {"fineweb-edu": "shard_01822.parquet", "climbmix": "shard_06542.parquet"}
+
+
+# ---- what a checkpoint remembers of its data --------------------------------------------------
+
+
+def test_shards_added_at_the_end_are_the_same_data(folder: Path) -> None:
+    saved = open_source(str(folder)).fingerprint()
+    (folder / shard_name(2)).rename(folder / shard_name(9))
+    write_shard(folder / shard_name(2), ["later"], note={})
+    assert open_source(str(folder)).changes_since(saved) is None
+
+
+def test_a_changed_or_missing_shard_is_named(folder: Path) -> None:
+    saved = open_source(str(folder)).fingerprint()
+    write_shard(folder / shard_name(1), ["other"] * 300, note={})
+    assert "first 2 training shards" in str(open_source(str(folder)).changes_since(saved))
+    (folder / shard_name(1)).unlink()
+    changed = open_source(str(folder)).changes_since(saved)
+    assert changed == "it has 1 training shards, and had 2"
+
+
+def test_another_validation_shard_is_named(folder: Path) -> None:
+    saved = open_source(str(folder)).fingerprint()
+    write_shard(folder / shard_name(2), ["other"], note={})
+    assert "validation" in str(open_source(str(folder)).changes_since(saved))
 
 
 # ---- the embedded world -----------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 Split = Literal["train", "val"]
 
@@ -38,6 +38,14 @@ class DocumentSource(Protocol):
 
     def num_row_groups(self, split: Split) -> int:
         """Row groups in one epoch of a split."""
+        ...
+
+    def fingerprint(self) -> dict[str, Any]:
+        """A few JSON values by which to recognise the documents."""
+        ...
+
+    def changes_since(self, saved: dict[str, Any]) -> str | None:
+        """Say in what the documents differ from those of an earlier fingerprint, None if not."""
         ...
 
     def documents(

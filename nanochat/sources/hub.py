@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import logging
-import threading
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanochat.assets import Asset, HubFile
 from nanochat.common import UserError, shards_dir
-from nanochat.sources.parquet import ParquetSource, looks_complete, shard_name
+from nanochat.sources.parquet import ParquetSource, shard_name
 
 logger = logging.getLogger(__name__)
 
-# On top of the client's own: it repeats what finds no connection five times in 25 s, but not a
-# transfer that is cut.
-ATTEMPTS = 3
+SHARD_BYTES = 100_000_000  # of both data sets, about
 
 
 @dataclass(frozen=True)
@@ -27,6 +22,7 @@ class HubDataset:
     name: str
     repository: str
     num_shards: int
+    license: str
 
     @property
     def folder(self) -> Path:
@@ -42,12 +38,30 @@ class HubDataset:
         """Where one shard lies, whether it is there or not."""
         return self.folder / shard_name(shard)
 
+    def asset(self, shard: int) -> Asset:
+        """One shard as something that can be fetched."""
+        return Asset(
+            name=f"{self.name}/{shard:05d}",
+            place=f"{self.folder.name}/{shard_name(shard)}",
+            source=HubFile(self.repository, shard_name(shard)),
+            license=self.license,
+            approximate_bytes=SHARD_BYTES,
+        )
+
+    def assets(self, num_train: int) -> list[Asset]:
+        """The validation shard and the first `num_train` training shards (-1: all)."""
+        return [self.asset(shard) for shard in wanted_shards(self, num_train)]
+
 
 HUB_DATASETS = {
     dataset.name: dataset
     for dataset in (
-        HubDataset("fineweb-edu", "karpathy/fineweb-edu-100b-shuffle", num_shards=1823),
-        HubDataset("climbmix", "karpathy/climbmix-400b-shuffle", num_shards=6543),
+        HubDataset(
+            "fineweb-edu", "karpathy/fineweb-edu-100b-shuffle", num_shards=1823, license="ODC-BY"
+        ),
+        HubDataset(
+            "climbmix", "karpathy/climbmix-400b-shuffle", num_shards=6543, license="CC BY-NC 4.0"
+        ),
     )
 }
 
@@ -83,75 +97,3 @@ def wanted_shards(dataset: HubDataset, num_train: int) -> list[int]:
         )
     count = available if num_train == -1 else num_train
     return [dataset.validation_id, *range(count)]
-
-
-def download(dataset: HubDataset, shards: Sequence[int], *, num_workers: int) -> list[int]:
-    """Fetch the shards that are not there yet; returns the ids that could not be had."""
-    dataset.folder.mkdir(parents=True, exist_ok=True)
-    unreachable = threading.Event()
-    with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        fetched = list(pool.map(lambda shard: _fetch(dataset, shard, unreachable), shards))
-    return [shard for shard, ok in zip(shards, fetched, strict=True) if not ok]
-
-
-def _fetch(dataset: HubDataset, shard: int, unreachable: threading.Event) -> bool:
-    """Whether the shard is there now. Sets `unreachable` for the others when there is no hub."""
-    path = dataset.path(shard)
-    if looks_complete(path):
-        logger.info("%s is already there", path.name)
-        return True
-    if unreachable.is_set():
-        return False
-    if path.exists():
-        logger.warning("%s is incomplete and is fetched again", path)
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            _hub_download()(
-                dataset.repository,
-                path.name,
-                repo_type="dataset",
-                local_dir=dataset.folder,
-                force_download=path.exists(),
-            )
-        except Exception as error:
-            # Whatever went wrong with one shard, the others are still worth fetching.
-            reason = " ".join(str(error).split()) or type(error).__name__
-            if attempt == ATTEMPTS or not _worth_retrying(error):
-                logger.error("%s could not be fetched: %s", path.name, reason)
-                if _is_unreachable(error):
-                    unreachable.set()
-                return False
-            wait = 2**attempt
-            logger.warning("%s: %s; trying again in %d s", path.name, reason, wait)
-            time.sleep(wait)
-        else:
-            break
-    if not looks_complete(path):
-        logger.error("%s arrived incomplete", path.name)
-        return False
-    logger.info("%s fetched", path.name)
-    return True
-
-
-def _hub_download() -> Callable[..., str]:
-    # Imported on first use: it takes half a second that reading local shards need not wait for.
-    from huggingface_hub import hf_hub_download
-
-    # What the client says about its requests is said here once, in one line a shard.
-    for name in ("httpx", "httpx2", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    return hf_hub_download
-
-
-def _is_unreachable(error: Exception) -> bool:
-    """Whether the hub can not be asked at all: no connection, or none is allowed."""
-    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    return isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled)
-
-
-def _worth_retrying(error: Exception) -> bool:
-    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
-
-    # LocalEntryNotFoundError, which is no connection, is an EntryNotFoundError as well.
-    return not isinstance(error, EntryNotFoundError | RepositoryNotFoundError)

@@ -3,7 +3,7 @@
 Slots: {n} {he} {him} {his} {He} {His} and {n2} ... people, {x} goods or {f} fruit, {a} {b} {c}
 numbers, written as digits. What is counted is {x} or {f} unless the template says otherwise
 after "|". Training uses training templates with training numbers, evaluation held-out templates
-with held-out numbers; `make_problem` never mixes them.
+with held-out numbers; reinforcement learning practises on templates of its own.
 """
 
 import random
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from nanochat.sources.world.numbers import is_held_out_pair
 from nanochat.sources.world.people import FRUITS, GOODS, two_people
+from nanochat.sources.world.practice_texts import PRACTICE
 from nanochat.sources.world.problem_texts import FAMILIES
 from nanochat.sources.world.split import pick
 
@@ -92,11 +93,15 @@ def draw_numbers(rng: random.Random, family: str, *, held_out: bool) -> Numbers:
             return numbers
 
 
-def make_problem(rng: random.Random, *, held_out: bool) -> Problem:
-    """Make one problem, for training or for evaluation."""
+def make_problem(rng: random.Random, *, held_out: bool, practice: bool = False) -> Problem:
+    """Make one problem with numbers of training or held-out ones, in a text of the same kind.
+
+    practice: in a text that is neither taught nor tested.
+    """
     family = pick(rng, FAMILY_ORDER)
     numbers = draw_numbers(rng, family, held_out=held_out)
-    template = pick(rng, FAMILIES[family].held_out if held_out else FAMILIES[family].training)
+    texts = FAMILIES[family].held_out if held_out else FAMILIES[family].training
+    template = pick(rng, PRACTICE[family] if practice else texts)
     text, _, unit = template.partition("|")
     first, second = two_people(rng)
     counted = pick(rng, FRUITS if "{f}" in text else GOODS)
