@@ -282,7 +282,9 @@ DEEDS = {
     """,
     # ---- files of the user and of the machine
     "read_the_home_folder": """
-        print("ESCAPED", os.listdir(os.path.expanduser("~root")))
+        # The way to the interpreter may show, nothing else.
+        names = [name for name in os.listdir("HOME") if f"HOME/{name}" not in sys.base_prefix]
+        print("ESCAPED" if names else "", names)
     """,
     "read_a_secret": """
         print("ESCAPED", open("SECRET_FILE").read())
@@ -330,6 +332,30 @@ DEEDS = {
     "change_the_mode_of_the_library": """
         import json
         os.chmod(json.__file__, 0o666)
+        print("ESCAPED")
+    """,
+    "touch_a_secret": """
+        os.utime("SECRET_FILE", (0, 0))
+        print("ESCAPED")
+    """,
+    "mark_a_secret": """
+        os.setxattr("SECRET_FILE", "user.mark", b"x")
+        print("ESCAPED")
+    """,
+    "truncate_a_secret": """
+        os.truncate("SECRET_FILE", 0)
+        print("ESCAPED")
+    """,
+    "truncate_a_secret_by_reading": """
+        os.open("SECRET_FILE", os.O_RDONLY | os.O_TRUNC)
+        print("ESCAPED")
+    """,
+    "open_a_secret_for_all": """
+        os.chmod("SECRET_FILE", 0o666)
+        print("ESCAPED")
+    """,
+    "create_in_a_folder_of_the_user": """
+        os.mkdir("OUTSIDE/planted")
         print("ESCAPED")
     """,
     "write_below_with_dots": """
@@ -555,9 +581,14 @@ FORGERIES = {
                 print("ESCAPED", thing)
     """,
     "nonce_from_memory": """
-        import re
+        needle = b"an" + b"swer(3) == 9"
+        memory = open("/proc/self/mem", "rb", 0)
         for line in open("/proc/self/maps"):
-            print("ESCAPED", line)
+            first, last = (int(text, 16) for text in line.split()[0].split("-"))
+            with contextlib.suppress(OSError, OverflowError, ValueError):
+                memory.seek(first)
+                if needle in memory.read(min(last - first, 1 << 22)):
+                    print("ESCAPED", line)
     """,
     "nonce_from_the_descriptors": """
         for i in range(256):

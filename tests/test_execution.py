@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from hostile_programs import DEEDS, FORGERIES, source
 
 from nanochat import execution
 from nanochat.common import UserError
 from nanochat.execution import ExecutionResult, check_program, execute_code, sandbox_problem
 from nanochat.sandbox import supervisor, wire
 
-HUMANEVAL = Path(__file__).parents[2] / "shared/data/tasks/humaneval/HumanEval.jsonl.gz"
+REPOSITORY = Path(__file__).parents[1]
+HUMANEVAL = REPOSITORY.parent / "shared/data/tasks/humaneval/HumanEval.jsonl.gz"
 SYSTEM_PYTHON = Path("/usr/bin/python3")
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="the sandbox is made of Linux system calls"
@@ -111,6 +109,19 @@ def test_threads_work() -> None:
 def test_senseless_limits_are_refused(timeout: float, memory: int) -> None:
     with pytest.raises(UserError, match=r"timeout of|the interpreter alone needs"):
         execute_code("pass", timeout, memory)
+
+
+def test_what_a_program_leaves_is_removed_however_deep_and_closed(tmp_path: Path) -> None:
+    folder = tmp_path / "left"
+    (folder / "closed/inside").mkdir(parents=True)
+    (folder / "closed/inside").chmod(0)
+    (folder / "closed").chmod(0)
+    (folder / "link").symlink_to(tmp_path)
+    deep = "import os\nfor _ in range(3000): os.mkdir('d'); os.chdir('d')\nopen('f', 'w')"
+    subprocess.run([sys.executable, "-c", deep], cwd=folder, check=True)
+    assert supervisor.is_full(folder)
+    supervisor.remove(folder)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_every_wall_is_reported() -> None:
@@ -299,98 +310,3 @@ def test_all_reference_solutions_of_humaneval_pass() -> None:
 def test_all_broken_solutions_of_humaneval_fail(body: str) -> None:
     results = humaneval({"body": body})
     assert not any(result.success or result.skipped for result in results)
-
-
-# ---- hostile programs ----------------------------------------------------------------------------
-
-# A second is enough for those that never end, and these must be seen to be stopped by something
-# other than the clock.
-SECRET = "the-users-secret-0451"
-
-
-class Host:
-    """A machine with something to lose."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.chmod(0o755)
-        self.secret = folder / "secret.txt"
-        self.secret.write_text(SECRET)
-        self.victim = subprocess.Popen(["sleep", "600"])
-
-    def source(self, body: str) -> str:
-        text = source(body).replace("SECRET_FILE", str(self.secret))
-        return text.replace("OUTSIDE", str(self.folder)).replace("VICTIM", str(self.victim.pid))
-
-    def run(self, body: str, without: tuple[str, ...] = ()) -> ExecutionResult:
-        request = {
-            "program": self.source(body),
-            "tests": "assert answer(3) == 9",
-            "prelude": "",
-            "functions": ["answer"],
-        }
-        return execution._execute(request, 1.0, MEMORY, unsafe=False, without=without)
-
-    def check(self, name: str, result: ExecutionResult) -> None:
-        assert not result.skipped, result.error
-        assert not result.success, name
-        assert result.error
-        for text in (result.stdout, result.stderr, result.error):
-            assert "ESCAPED" not in text.replace('print("ESCAPED', ""), (name, text[:2000])
-            assert SECRET not in text, name
-            assert "secret-of-the-environment" not in text, name
-        assert len(result.stdout) <= supervisor.OUTPUT_BYTES
-        assert result.seconds < 30  # one second of its own, and a busy machine
-
-    def check_untouched(self) -> None:
-        assert self.victim.poll() is None
-        assert os.getpriority(os.PRIO_PROCESS, self.victim.pid) == os.getpriority(
-            os.PRIO_PROCESS, 0
-        )
-        assert [path.name for path in self.folder.iterdir()] == ["secret.txt"]
-        assert self.secret.read_text() == SECRET
-        assert not Path("/tmp/nanochat_planted").exists()
-
-
-@pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Host]:
-    monkeypatch.setenv("NANOCHAT_TEST_SECRET", "secret-of-the-environment")
-    folder = tmp_path / "host"
-    folder.mkdir()
-    host = Host(folder)
-    yield host
-    host.victim.kill()
-    host.victim.wait()
-
-
-def test_the_suite_is_as_large_as_promised() -> None:
-    assert len(DEEDS) + len(FORGERIES) >= 60
-
-
-def run_all(host: Host, names: dict[str, str], without: tuple[str, ...]) -> None:
-    with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(lambda body: host.run(body, without), names.values()))
-    for name, result in zip(names, results, strict=True):
-        host.check(name, result)
-    host.check_untouched()
-
-
-@pytest.mark.parametrize("programs", [DEEDS, FORGERIES], ids=["deeds", "forgeries"])
-def test_hostile_programs_are_contained(host: Host, programs: dict[str, str]) -> None:
-    run_all(host, programs, ())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "without",
-    [
-        ("pid namespace",),  # a machine that forbids user namespaces
-        ("private root",),
-        ("landlock",),
-        ("seccomp",),
-        ("landlock", "seccomp"),
-    ],
-    ids=" and ".join,
-)
-def test_hostile_programs_are_contained_without(host: Host, without: tuple[str, ...]) -> None:
-    run_all(host, DEEDS | FORGERIES, without)

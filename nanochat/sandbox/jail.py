@@ -21,6 +21,7 @@ import sysconfig
 import traceback
 import types
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -76,7 +77,11 @@ class _Walls:
         if not options["unsafe"]:
             self.put_up("no_new_privs", layers.forbid_new_privileges)
             self.put_up("landlock", layers.landlock, self.scratch, self.readable)
-            self.put_up("seccomp", layers.filter_system_calls)
+            # Where nothing else keeps the user's files apart, none is opened for writing.
+            may_write = "landlock" in self.active or "private root" in self.active
+            if not may_write:
+                self.missing.append("scratch folder: without landlock or private root, read-only")
+            self.put_up("seccomp", partial(layers.filter_system_calls, may_write=may_write))
 
     @property
     def problem(self) -> str | None:

@@ -263,11 +263,11 @@ def _opened(path: str) -> Iterator[int | None]:
         os.close(descriptor)
 
 
-def filter_system_calls() -> None:
+def filter_system_calls(*, may_write: bool) -> None:
     """The seccomp filter of `syscalls`; needs no_new_privs."""
     machine = os.uname().machine
     try:
-        program = filter_program(machine)
+        program = filter_program(machine, may_write=may_write)
     except KeyError as error:
         raise OSError(f"no table of system calls for {machine}") from error
     code = ctypes.create_string_buffer(program, len(program))

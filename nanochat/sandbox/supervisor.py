@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import selectors
-import shutil
 import signal
 import stat
 import subprocess
@@ -21,6 +20,7 @@ SCRATCH_ENTRIES = 4096
 # A loaded machine may need seconds to start an interpreter; the program's own time comes after.
 STARTUP_SECONDS = 20.0
 _TICK_SECONDS = 0.05  # between looks at the scratch folder, where its size is not limited
+_MAX_PATH_CHARS = 2048  # what lies deeper would soon be out of the kernel's reach, and uncounted
 _CHUNK_BYTES = 1 << 16
 _SOURCE = str(Path(__file__).resolve().parents[2])
 _LAUNCH = (
@@ -205,7 +205,8 @@ def is_full(folder: Path) -> bool:
                     status = entry.stat(follow_symlinks=False)
                     num_bytes += status.st_blocks * 512
                     num_entries += 1
-                    if num_bytes > SCRATCH_BYTES or num_entries > SCRATCH_ENTRIES:
+                    is_deep = len(entry.path) > _MAX_PATH_CHARS
+                    if num_bytes > SCRATCH_BYTES or num_entries > SCRATCH_ENTRIES or is_deep:
                         return True
                     if stat.S_ISDIR(status.st_mode):
                         pending.append(entry.path)
@@ -215,10 +216,37 @@ def is_full(folder: Path) -> bool:
 
 
 def remove(folder: Path) -> None:
-    """Delete what the program left, also folders it has closed."""
-    for parent, names, _ in os.walk(folder):
-        for name in names:
-            path = os.path.join(parent, name)
-            if not os.path.islink(path):
-                os.chmod(path, 0o700)
-    shutil.rmtree(folder)
+    """Delete what a program left, however deep its folders are and whatever they allow.
+
+    Goes down and up by descriptors: a path to the depth may be longer than the kernel takes, and
+    the nesting deeper than Python recurses.
+    """
+    here = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    names: list[str] = []
+    try:
+        while True:
+            child = _first_folder(here)
+            if child is None and not names:
+                break
+            if child is not None:
+                os.chmod(child, 0o700, dir_fd=here)
+                names.append(child)
+            step = ".." if child is None else child
+            there = os.open(step, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=here)
+            os.close(here)
+            here = there
+            if child is None:
+                os.rmdir(names.pop(), dir_fd=here)
+    finally:
+        os.close(here)
+    folder.rmdir()
+
+
+def _first_folder(descriptor: int) -> str | None:
+    """A folder inside an open one; files on the way to it are deleted."""
+    with os.scandir(descriptor) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                return entry.name
+            os.unlink(entry.name, dir_fd=descriptor)
+    return None

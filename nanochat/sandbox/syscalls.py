@@ -15,14 +15,15 @@ from dataclasses import dataclass
 _ALLOW, _KILL = 0x7FFF0000, 0x80000000  # SECCOMP_RET_ALLOW, SECCOMP_RET_KILL_PROCESS
 _ERRNO = 0x00050000  # SECCOMP_RET_ERRNO, the error in the low half
 _LOAD, _JUMP_EQUAL, _JUMP_GREATER_EQUAL, _JUMP_SET, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_REFUSE = _ERRNO | errno.EPERM
 _NUMBER, _ARCHITECTURE, _ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data
 _CLONE_THREAD = 0x10000
 _X32_BIT = 0x40000000  # the second, 32-bit table that x86-64 kernels keep under other numbers
 
 # From here on both architectures have the same numbers.
 _FIRST_SHARED = 424
-# close_range, openat2, faccessat2, epoll_pwait2, futex_waitv, fchmodat2
-_ALLOWED_SHARED = (436, 437, 439, 441, 449, 452)
+# close_range, faccessat2, epoll_pwait2, futex_waitv. Not openat2: a filter cannot read its flags.
+_ALLOWED_SHARED = (436, 439, 441, 449)
 
 # name -> (x86-64, aarch64); None where the architecture has no such call. Refused with EPERM.
 REFUSED: dict[str, tuple[int | None, int | None]] = {
@@ -87,6 +88,25 @@ REFUSED: dict[str, tuple[int | None, int | None]] = {
     "setdomainname": (171, 162),
     "mknod": (133, None),
     "mknodat": (259, 33),
+    # what Landlock does not look at, so that files of the same user anywhere could be changed
+    "chmod": (90, None),
+    "fchmod": (91, 52),
+    "fchmodat": (268, 53),
+    "chown": (92, None),
+    "lchown": (94, None),
+    "fchown": (93, 55),
+    "fchownat": (260, 54),
+    "setxattr": (188, 5),
+    "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7),
+    "removexattr": (197, 14),
+    "lremovexattr": (198, 15),
+    "fremovexattr": (199, 16),
+    "utime": (132, None),
+    "utimes": (235, None),
+    "futimesat": (261, None),
+    "utimensat": (280, 88),
+    "truncate": (76, 45),  # from version 3 on it does
     # the kernel
     "bpf": (321, 280),
     "perf_event_open": (298, 241),
@@ -119,8 +139,34 @@ REFUSED: dict[str, tuple[int | None, int | None]] = {
     "io_setup": (206, 0),
 }
 
+# Refused as well where no other wall keeps a program from the user's files.
+CHANGING_FILES: dict[str, tuple[int | None, int | None]] = {
+    "creat": (85, None),
+    "unlink": (87, None),
+    "unlinkat": (263, 35),
+    "rename": (82, None),
+    "renameat": (264, 38),
+    "renameat2": (316, 276),
+    "mkdir": (83, None),
+    "mkdirat": (258, 34),
+    "rmdir": (84, None),
+    "link": (86, None),
+    "linkat": (265, 37),
+    "symlink": (88, None),
+    "symlinkat": (266, 36),
+}
+
 # Looked at by their arguments below.
-CLONE, FCNTL, IOCTL, PRLIMIT = (56, 220), (72, 25), (16, 29), (302, 261)
+LOOKED_AT: dict[str, tuple[int | None, int | None]] = {
+    "clone": (56, 220),
+    "fcntl": (72, 25),
+    "ioctl": (16, 29),
+    "prlimit64": (302, 261),
+    "open": (2, None),
+    "openat": (257, 56),
+}
+_OPEN_FLAGS = {"open": 1, "openat": 2}  # which argument they are
+_WRITING, _CREATING, _TRUNCATING = 0o3, 0o100, 0o1000  # O_WRONLY | O_RDWR, O_CREAT, O_TRUNC
 
 # fcntl: F_SETOWN, F_SETSIG, F_SETOWN_EX: they choose a process and a signal it is to get.
 _REFUSED_FCNTL = (8, 10, 15)
@@ -146,10 +192,12 @@ ARCHITECTURES = {
 }
 
 
-def filter_program(machine: str) -> bytes:
-    """The filter as an array of struct sock_filter. KeyError for a machine without a table."""
+def filter_program(machine: str, *, may_write: bool) -> bytes:
+    """The filter as an array of struct sock_filter. KeyError for a machine without a table.
+
+    may_write: whether files may be opened for writing; where is left to other walls.
+    """
     architecture = ARCHITECTURES[machine]
-    refuse = _ERRNO | errno.EPERM
     program = [
         _instruction(_LOAD, _ARCHITECTURE),
         *_unless(_JUMP_EQUAL, architecture.audit, _KILL),
@@ -157,25 +205,43 @@ def filter_program(machine: str) -> bytes:
     ]
     if machine == "x86_64":
         program += _when(_JUMP_GREATER_EQUAL, _X32_BIT, _KILL)
-    # ENOSYS, so that the C library falls back from clone3 to clone, whose flags can be read.
     for number in _ALLOWED_SHARED:
         program += _when(_JUMP_EQUAL, number, _ALLOW)
+    # ENOSYS, so that the C library falls back from clone3 to clone, whose flags can be read.
     program += _when(_JUMP_GREATER_EQUAL, _FIRST_SHARED, _ERRNO | errno.ENOSYS)
-    for name in REFUSED:
-        refused = REFUSED[name][architecture.column]
-        if refused is not None:
-            program += _when(_JUMP_EQUAL, refused, refuse)
-    column = architecture.column
-    program += _by_argument(CLONE[column], 0, _unless(_JUMP_SET, _CLONE_THREAD, refuse))
-    fcntl = [part for command in _REFUSED_FCNTL for part in _when(_JUMP_EQUAL, command, refuse)]
-    program += _by_argument(FCNTL[column], 1, fcntl)
-    ioctl = [part for what in _ALLOWED_IOCTL for part in _when(_JUMP_EQUAL, what, _ALLOW)]
-    not_a_terminal = _instruction(_RETURN, _ERRNO | errno.ENOTTY)
-    program += _by_argument(IOCTL[column], 1, [*ioctl, not_a_terminal])
-    # Limits of oneself only; others of the same user have a process number.
-    program += _by_argument(PRLIMIT[column], 0, _unless(_JUMP_EQUAL, 0, refuse))
+    refused = REFUSED if may_write else REFUSED | CHANGING_FILES
+    for numbers in refused.values():
+        refused_number = numbers[architecture.column]
+        if refused_number is not None:
+            program += _when(_JUMP_EQUAL, refused_number, _REFUSE)
+    for name, (argument, rules) in _argument_rules(may_write).items():
+        looked_at = LOOKED_AT[name][architecture.column]
+        if looked_at is not None:
+            program += _by_argument(looked_at, argument, rules)
     program.append(_instruction(_RETURN, _ALLOW))
     return b"".join(program)
+
+
+def _argument_rules(may_write: bool) -> dict[str, tuple[int, list[bytes]]]:
+    """For each call of LOOKED_AT the argument and the rules on it."""
+    fcntl = [part for command in _REFUSED_FCNTL for part in _when(_JUMP_EQUAL, command, _REFUSE)]
+    ioctl = [part for what in _ALLOWED_IOCTL for part in _when(_JUMP_EQUAL, what, _ALLOW)]
+    if may_write:
+        # Truncating what was opened for reading, which Landlock sees from version 3 on.
+        opening = [
+            *_unless(_JUMP_SET, _TRUNCATING, _ALLOW),
+            *_unless(_JUMP_SET, _WRITING, _REFUSE),
+        ]
+    else:
+        opening = _when(_JUMP_SET, _WRITING | _CREATING | _TRUNCATING, _REFUSE)
+    return {
+        "clone": (0, _unless(_JUMP_SET, _CLONE_THREAD, _REFUSE)),
+        "fcntl": (1, fcntl),
+        "ioctl": (1, [*ioctl, _instruction(_RETURN, _ERRNO | errno.ENOTTY)]),
+        # Limits of oneself only; others of the same user have a process number.
+        "prlimit64": (0, _unless(_JUMP_EQUAL, 0, _REFUSE)),
+        **{name: (argument, opening) for name, argument in _OPEN_FLAGS.items()},
+    }
 
 
 def _instruction(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
