@@ -27,7 +27,8 @@ def solve(problem: Problem) -> Conversation:
 class WordProblems(GeneratedTask):
     """Problems of one or two steps; right is the number after "#### ".
 
-    Split "train" and split "test" share neither texts nor numbers.
+    Split "train" and split "test" share neither texts nor numbers. Split "practice" has texts of
+    its own and the numbers of "train"; split "practised" the same texts and the numbers of "test".
     """
 
     name = "WordProblems"
@@ -35,7 +36,13 @@ class WordProblems(GeneratedTask):
 
     def make(self, rng: random.Random, index: int) -> Conversation:
         """Make one problem of this split."""
-        return solve(make_problem(rng, held_out=self.split == "test"))
+        return solve(
+            make_problem(
+                rng,
+                held_out=self.split in ("test", "practised"),
+                practice=self.split in ("practice", "practised"),
+            )
+        )
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         """Say whether the completion ends in the same number as the reference."""

@@ -1,5 +1,6 @@
 """The embedded world: documents that do not repeat, true facts, and what training never sees."""
 
+import difflib
 import re
 from itertools import pairwise
 
@@ -14,6 +15,7 @@ from nanochat.sources.embedded import (
 from nanochat.sources.world.everyday import OPPOSITES
 from nanochat.sources.world.geography import COUNTRIES
 from nanochat.sources.world.numbers import is_held_out_pair
+from nanochat.sources.world.practice_texts import PRACTICE
 from nanochat.sources.world.problem_texts import FAMILIES
 from nanochat.sources.world.problems import draw_numbers, make_problem
 from nanochat.sources.world.quizzes import facts_with_different_answers, look_ups, make_options
@@ -126,6 +128,26 @@ def test_problems_of_the_two_splits_share_neither_texts_nor_numbers(family):
     for _ in range(300):
         assert not is_held_out_pair(*draw_numbers(rng, family, held_out=False))
         assert is_held_out_pair(*draw_numbers(rng, family, held_out=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_problems_to_practise_share_no_text_with_those_taught_or_tested(family):
+    texts = FAMILIES[family]
+    assert len(PRACTICE[family]) >= (14 if len(texts.training) >= 25 else 6)
+    assert len(set(PRACTICE[family])) == len(PRACTICE[family])
+    for practised in PRACTICE[family]:
+        for text in (*texts.training, *texts.held_out):
+            assert difflib.SequenceMatcher(None, practised, text).ratio() < 0.9, practised
+
+
+def test_problems_to_practise_keep_numbers_held_out_of_training():
+    for index in range(300):
+        for held_out in (False, True):
+            rng = make_random(2, "practice", index)
+            problem = make_problem(rng, held_out=held_out, practice=True)
+            numbers = map(int, re.findall(r"\d+", problem.expression))
+            assert is_held_out_pair(*numbers) == held_out
+            assert "{" not in problem.question
 
 
 def test_problems_are_solved_by_their_expression():
