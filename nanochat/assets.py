@@ -84,6 +84,8 @@ class Generated:
     """Makes what is missing of it."""
     is_current: Callable[[], bool]
     """Whether what is there was made by the program as it is now."""
+    obstacle: Callable[[], str | None] = lambda: None
+    """Why it cannot be made here, None when it can."""
 
     def __str__(self) -> str:
         return "generated here"
@@ -104,6 +106,8 @@ class Asset:
     license: str = "see its source"
     approximate_bytes: int = 0
     """For the free-disk check before the true size is known."""
+    is_optional: bool = False
+    """A run says what it leaves out and goes on without it."""
 
     @property
     def path(self) -> Path:
@@ -279,10 +283,10 @@ def problem_with(asset: Asset, *, verify: bool = False) -> str | None:
     """Say why an asset cannot be used, None when it can.
 
     Sizes and footers are compared with the manifest, a few milliseconds a file; `verify` reads
-    all bytes and compares hashes as well.
+    all bytes and compares hashes as well. What is generated can be used wherever it can be made.
     """
     if isinstance(asset.source, Generated):
-        return None if asset.source.is_current() else "not made yet"
+        return None if asset.source.is_current() else asset.source.obstacle()
     manifest = read_manifest(asset)
     if manifest is None:
         return "there, but without a manifest" if asset.path.exists() else "missing"

@@ -17,7 +17,19 @@ from typing import Any, Literal, cast, get_args
 
 import yaml
 
+from nanochat.assets import Asset, ZipUrl
 from nanochat.common import UserError
+
+# The 22 tasks of CORE in Mosaic's format, as the 2025 nanochat packed them.
+EVAL_BUNDLE = Asset(
+    name="eval-bundle",
+    place="eval_bundle",
+    source=ZipUrl(
+        "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip", folder="eval_bundle"
+    ),
+    license="Apache-2.0 (Mosaic); the data sets inside keep their authors' licenses",
+    approximate_bytes=162_000_000,
+)
 
 TaskKind = Literal["multiple_choice", "schema", "language_modeling"]
 Item = dict[str, Any]

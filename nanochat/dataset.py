@@ -11,12 +11,14 @@ from __future__ import annotations
 import difflib
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from nanochat import configurator
+from nanochat.assets import Asset, Generated
 from nanochat.common import UserError
 from nanochat.prefetch import prefetch
 from nanochat.sources import DocumentSource, Position, Split
@@ -47,6 +49,26 @@ def open_source(data: str) -> DocumentSource:
     return _open_folder(data, num_workers=1)
 
 
+def assets_of(data: str, num_train: int) -> list[Asset]:
+    """What a run on `data` reads: shards of a hub data set, or what is made on this machine.
+
+    num_train: training shards of a hub data set (-1: all); the validation shard is extra.
+    """
+    if data in HUB_DATASETS:
+        return HUB_DATASETS[data].assets(num_train)
+    from nanochat.sources import generated, own
+
+    if data == EMBEDDED:
+        return [generated.asset()]
+    folder = Path(data).expanduser().absolute()
+    source = Generated(
+        make=partial(open_source, data),
+        is_current=partial(own.is_converted, folder),
+        obstacle=partial(own.obstacle, folder),
+    )
+    return [Asset(data, str(folder), source, license="your own")]
+
+
 def _open_folder(data: str, *, num_workers: int) -> ParquetSource:
     folder = Path(data).expanduser()
     if not folder.exists() and "/" not in data:
@@ -57,8 +79,7 @@ def _open_folder(data: str, *, num_workers: int) -> ParquetSource:
         )
     from nanochat.sources import own
 
-    # A note beside parquet shards does not make the folder one of texts.
-    if folder.exists() and not any(folder.glob("*.parquet")) and own.find_inputs(folder):
+    if own.is_text(folder):
         return own.open_own(folder, num_workers=num_workers)
     return ParquetSource.from_folder(folder)
 

@@ -115,12 +115,12 @@ def _is_fetched(asset: Asset) -> bool:
 def _without_network(asset: Asset, offline: bool, verify: bool) -> Outcome:
     """Find an asset present, or make it so from what is on this machine."""
     problem = problem_with(asset, verify=verify)
-    if problem is None:
-        return Outcome(asset, "already there")
     try:
-        if isinstance(asset.source, Generated):
+        if isinstance(asset.source, Generated) and not asset.source.is_current():
             asset.source.make()
             return Outcome(asset, "made")
+        if problem is None:
+            return Outcome(asset, "already there")
         _set_damaged_aside(asset, verify)
         if _take_over(asset, offline):
             return Outcome(asset, "taken over")

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+from nanochat.assets import Asset, Generated
 from nanochat.common import UserError, locked, shards_dir
 from nanochat.sources.embedded import DEFAULT_SEED, NUM_DOCUMENTS, generate_documents
 from nanochat.sources.parquet import (
@@ -44,6 +45,22 @@ def open_embedded() -> ParquetSource:
     if not _train_shards(folder) or not is_current(folder / shard_name(num_train_shards())):
         generate(min(DEFAULT_NUM_TRAIN, num_train_shards()))
     return ParquetSource(NAME, _train_shards(folder), folder / shard_name(num_train_shards()))
+
+
+def asset() -> Asset:
+    """The embedded world as something a run reads; it is made wherever it is missing."""
+    return Asset(
+        name=NAME,
+        place=shards_dir(NAME).name,
+        source=Generated(make=open_embedded, is_current=_is_complete),
+        license="MIT",
+    )
+
+
+def _is_complete() -> bool:
+    folder = shards_dir(NAME)
+    shards = [*_train_shards(folder)[:1], folder / shard_name(num_train_shards())]
+    return len(shards) == 2 and all(map(is_current, shards))
 
 
 def generate(num_train: int, *, num_workers: int | None = None) -> int:

@@ -91,6 +91,29 @@ def find_inputs(folder: Path) -> list[Path]:
     ]
 
 
+def is_text(folder: Path) -> bool:
+    """Whether a folder, or file, is one to convert: a note beside parquet shards makes it none."""
+    return folder.exists() and not any(folder.glob("*.parquet")) and bool(find_inputs(folder))
+
+
+def is_converted(folder: Path) -> bool:
+    """Whether a folder can be read as it is: shards, or texts that became shards."""
+    if is_text(folder):
+        return _state_of(find_inputs(folder)) == _converted_state(shards_of(folder))
+    return obstacle(folder) is None
+
+
+def obstacle(folder: Path) -> str | None:
+    """Why a folder is of no use, None when it is."""
+    if is_text(folder):
+        return None
+    try:
+        ParquetSource.from_folder(folder)
+    except UserError as error:
+        return str(error)
+    return None
+
+
 def open_own(folder: Path, *, num_workers: int = 1) -> ParquetSource:
     """The documents of a folder of JSONL or text files, converted now unless that was done."""
     inputs = find_inputs(folder)
