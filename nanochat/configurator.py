@@ -86,12 +86,11 @@ def run(main: Callable[[C], int | None], config_type: type[C]) -> NoReturn:
     """
     try:
         config = parse(config_type)
+        setup_logging()
+        sys.exit(main(config) or 0)
     except UsageError as error:
         print(f"error: {error} (see {_program_name()} --help)", file=sys.stderr)
         sys.exit(2)
-    setup_logging()
-    try:
-        sys.exit(main(config) or 0)
     except UserError as error:
         _fail(str(error))
     except OSError as error:

@@ -86,10 +86,6 @@ class Config:
     device_type: str = ""
     """cuda, cpu or mps; default: the best there is."""
 
-    def __post_init__(self) -> None:
-        if self.source is None and self.show is None:
-            raise UsageError("--source is missing: give base, mid, sft or rl (or a file to --show)")
-
 
 @dataclass(frozen=True)
 class Line:
@@ -109,7 +105,8 @@ def main(config: Config) -> None:
     if config.show is not None:
         show(config)
         return
-    assert config.source is not None  # Config has checked
+    if config.source is None:
+        raise UsageError("--source is missing: give base, mid, sft or rl, or a file to --show")
     sampling = _sampling(config)
     with runtime.start(config.device_type, dtype=config.dtype) as rt:
         model, tokenizer, checkpoint = checkpoint_manager.load_model(

@@ -56,7 +56,9 @@ def scripted_model(chain: Sequence[int], *, sequence_len: int = 64) -> GPT:
     return model.eval()
 
 
-def save(stage: str, model: GPT, *, tag: str = "d1", data: str = "embedded") -> Path:
+def save(
+    stage: str, model: GPT, *, tag: str = "d1", data: str = "embedded", tasks: str | None = None
+) -> Path:
     """Write a checkpoint of `model` below NANOCHAT_BASE_DIR."""
     with tempfile.TemporaryDirectory() as folder:
         byte_tokenizer().save(folder)
@@ -70,6 +72,7 @@ def save(stage: str, model: GPT, *, tag: str = "d1", data: str = "embedded") -> 
                 "model_config": model.config.to_json(),
                 "config": {"eval_tokens": 256},
                 "data": data,
+                "tasks": tasks,
             },
             extra=None,
             tokenizer_dir=Path(folder),

@@ -1,0 +1,305 @@
+"""chat_eval on the public tasks: what has no score, what was seen in training, saved answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from public_data import ARC_ROW, GSM8K_ROW, HUMANEVAL_ROW, MMLU_ROW, place, place_file
+from scripted_model import byte_tokenizer, save
+
+from nanochat import report
+from nanochat.common import UserError, report_dir
+from nanochat.configurator import UsageError, parse
+from nanochat.gpt import GPT, GPTConfig
+from scripts import chat_eval
+from tasks import public
+from tasks.arc import ARC
+from tasks.gsm8k import GSM8K
+from tasks.humaneval import HumanEval
+from tasks.mmlu import MMLU
+from tasks.spellingbee import WORD_LIST
+
+NUM_ROWS = 4
+LONG = " ".join(f"word{i}" for i in range(20))
+
+
+@pytest.fixture(autouse=True)
+def base_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> str:
+    """Training documents of which one holds the second GSM8K question."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for number, text in enumerate([f"Here is a riddle: {LONG} 2? Nobody knows.", "held out"]):
+        table = pa.table({"text": [text, "something else"]})
+        pq.write_table(table, folder / f"shard_{number:05d}.parquet")
+    return str(folder)
+
+
+@pytest.fixture
+def tasks_here() -> None:
+    """A few rows of every public evaluation set."""
+    for task, row in (
+        (ARC("ARC-Easy", "test"), ARC_ROW),
+        (ARC("ARC-Challenge", "test"), ARC_ROW),
+        (MMLU("test"), MMLU_ROW),
+        (HumanEval(), HUMANEVAL_ROW),
+    ):
+        place(task.rows.asset, [row] * NUM_ROWS)
+    rows = [GSM8K_ROW | {"question": f"{LONG} {i}?"} for i in range(NUM_ROWS)]
+    place(GSM8K("test").rows.asset, rows)
+    place_file(WORD_LIST, b"strawberry\nzebra\n")
+
+
+def random_model(sequence_len: int = 1024) -> GPT:
+    model = GPT(
+        GPTConfig(
+            sequence_len=sequence_len,
+            vocab_size=byte_tokenizer().vocab_size,
+            n_layer=1,
+            n_head=2,
+            n_embd=16,
+        )
+    )
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+    return model
+
+
+def run(*arguments: str) -> None:
+    chat_eval.main(parse(chat_eval.Config, ["--device-type=cpu", "--dtype=float32", *arguments]))
+
+
+def section(stage: str = "sft") -> dict[str, Any]:
+    path = report_dir() / f"{report.slug(f'Chat evaluation {stage}')}.json"
+    stored = json.loads(path.read_text())
+    return {key: value for item in stored["data"] for key, value in item.items()}
+
+
+# ---- tasks and their scores --------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("tasks_here")
+@pytest.mark.parametrize("stage", ["base", "mid", "sft", "rl"])
+def test_every_stage_is_evaluated_on_the_six_public_tasks(stage: str, shards: str) -> None:
+    save(stage, random_model(), data=shards)
+    run("-i", stage, "-x", "2", "-m", "4")
+    result = section(stage)
+    rows = {row["task"]: row for row in result["accuracies"]}
+    assert list(rows) == [task.name for task in public.evaluation_tasks()]
+    assert {row["problems"] for row in rows.values()} == {2}
+    centered = [(row["accuracy"] - row["chance"]) / (1 - row["chance"]) for row in rows.values()]
+    assert result["ChatCORE metric"] == pytest.approx(sum(centered) / 6)
+
+
+@pytest.mark.usefixtures("tasks_here")
+def test_a_task_without_its_files_has_no_score_and_there_is_no_chat_core(
+    shards: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save("sft", random_model(), data=shards)
+    MMLU("test").rows.asset.manifest_path.unlink()
+    run("-i", "sft", "-x", "2", "-m", "4")
+    result = section()
+    assert len(result["accuracies"]) == 5
+    assert "ChatCORE metric" not in result
+    reason = result["No score for MMLU"]
+    assert "without a manifest; fetch it with python -m scripts.assets prefetch" in reason
+    assert f"MMLU                     no score: {reason}" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("tasks_here")
+@pytest.mark.parametrize(
+    ("task", "row", "named"),
+    [
+        (ARC("ARC-Easy", "test"), ARC_ROW | {"answerKey": "Z"}, "its answer is 'Z'"),
+        (MMLU("test"), MMLU_ROW | {"choices": ["1", "2", "3"]}, "it has 3 choices, not 4"),
+        (GSM8K("test"), GSM8K_ROW | {"answer": "Ten"}, "no number after"),
+        (
+            ARC("ARC-Easy", "test"),
+            ARC_ROW | {"choices": {"text": ["a", "b"], "label": ["A", "(B)"]}, "answerKey": "A"},
+            r"the letter '\(B\)' of problem \d of ARC-Easy is 3 tokens",
+        ),
+        (
+            MMLU("test"),
+            MMLU_ROW | {"question": "long " * 300},
+            r"prompts of MMLU do not fit the model's context of 1024: problem \d has 1\d{3} tokens",
+        ),
+    ],
+)
+def test_a_row_that_cannot_be_judged_leaves_its_task_without_a_score(
+    task: Any, row: dict[str, Any], named: str, shards: str
+) -> None:
+    save("sft", random_model(), data=shards)
+    rows = [ARC_ROW if task.name == "ARC-Easy" else MMLU_ROW if task.name == "MMLU" else GSM8K_ROW]
+    place(task.rows.asset, [*rows * 3, row])
+    with pytest.raises(UserError, match=named):
+        run("-i", "sft", "-a", task.name, "-m", "4")
+    run("-i", "sft", "-a", f"{task.name}|SpellingBee", "-x", str(NUM_ROWS), "-m", "4")
+    assert [row["task"] for row in section()["accuracies"]] == ["SpellingBee"]
+    assert f"No score for {task.name}" in section()
+
+
+@pytest.mark.usefixtures("tasks_here")
+def test_without_a_sandbox_humaneval_is_skipped_with_the_reason(
+    shards: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save("sft", random_model(), data=shards)
+    asked = []
+
+    def no_walls(unsafe: bool) -> str | None:
+        asked.append(unsafe)
+        return None if unsafe else "neither seccomp nor a pid namespace"
+
+    monkeypatch.setattr("tasks.humaneval.sandbox_problem", no_walls)
+    run("-i", "sft", "-x", "1", "-m", "4")
+    assert section()["No score for HumanEval"] == "neither seccomp nor a pid namespace"
+    assert "ChatCORE metric" not in section()
+    run("-i", "sft", "-x", "1", "-m", "4", "-a", "HumanEval", "--unsafe")
+    assert [row["task"] for row in section()["accuracies"]] == ["HumanEval"]
+    assert asked == [False, True]
+
+
+def test_tasks_are_those_the_model_was_trained_with(shards: str) -> None:
+    save("sft", random_model(2048), data=shards, tasks="embedded")
+    run("-i", "sft", "-a", "Facts", "-x", "2")
+    assert [row["task"] for row in section()["accuracies"]] == ["Facts"]
+    with pytest.raises(UserError, match=r"no task 'facts'; .*There are ARC-Easy"):
+        run("-i", "sft", "-a", "Facts", "--tasks=public")
+    save("mid", random_model(2048), data=shards)
+    run("-i", "mid", "-a", "Facts", "-x", "2", "--tasks=auto")
+    with pytest.raises(UserError, match=r"ARC-Easy:test: missing; fetch it with"):
+        run("-i", "mid", "-a", "ARC-Easy")
+
+
+def test_samples_at_temperature_0_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    save("sft", random_model(2048))
+    run("-i", "sft", "-a", "Identity", "-x", "1", "-n", "2", "-m", "2")
+    assert "all 2 answers to a problem are the same" in caplog.text
+
+
+def test_a_source_is_needed_unless_answers_are_shown() -> None:
+    with pytest.raises(UsageError, match="--source is missing: give base, mid, sft or rl"):
+        run()
+
+
+# ---- contamination -----------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("tasks_here")
+def test_problems_in_the_training_data_are_counted_beside_the_score(
+    shards: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save("base", random_model(), data=shards)
+    run("-i", "base", "-a", "GSM8K|ARC-Easy", "-m", "4", "--contamination")
+    rows = {row["task"]: row for row in section("base")["accuracies"]}
+    assert rows["GSM8K"]["in training"] == f"{NUM_ROWS} of {NUM_ROWS}"
+    assert rows["GSM8K"]["words in a row"] == 13
+    assert rows["GSM8K"]["accuracy on others"] is None
+    assert rows["ARC-Easy"]["in training"] == "0 of 0"  # three words are too few to say
+    assert f"in training {NUM_ROWS}/{NUM_ROWS}" in capsys.readouterr().out
+
+
+def test_conversations_of_the_stages_are_looked_through_too(monkeypatch: Any) -> None:
+    """Held-out questions of the embedded world; one of them is put into the training mixture."""
+    save("sft", random_model(2048))
+    held_out = chat_eval.mixtures.evaluation_tasks("embedded")[1]
+    monkeypatch.setattr(chat_eval, "open_source", lambda data: NoDocuments())
+    monkeypatch.setattr(
+        chat_eval.mixtures,
+        "training_mixture",
+        lambda stage, tasks, chats: [held_out[3]] if stage == "mid" else [],
+    )
+    run("-i", "sft", "-a", "WordProblems", "-x", "10", "-m", "2", "--contamination")
+    row = section()["accuracies"][0]
+    assert row["in training"] == "1 of 10"
+    assert row["accuracy on others"] == 0.0
+
+
+class NoDocuments:
+    """A source that has nothing."""
+
+    def documents(self, split: str, *, endless: bool) -> list[Any]:
+        return []
+
+
+# ---- saved answers -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def answers(tmp_path: Path) -> Path:
+    path = tmp_path / "answers.jsonl"
+    rows = [
+        {
+            "task": task,
+            "index": index,
+            "messages": [
+                {"role": "user", "content": f"question {index} of {task}"},
+                {"role": "assistant", "content": [{"type": "text", "text": "reference"}]},
+            ],
+            "completions": ["first try", "second try"],
+            "correct": [False, index == 1],
+        }
+        for task in ("GSM8K", "MMLU")
+        for index in range(3)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_saved_answers_are_shown_with_their_verdicts(
+    answers: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(f"--show={answers}")
+    output = capsys.readouterr().out
+    assert output.count("====") == 6
+    assert "==== GSM8K 1: right\n[user] question 1 of GSM8K\n[reference] reference\n" in output
+    assert "[wrong] first try\n[right] second try\n" in output
+    assert output.endswith("6 problems, 2 right, 4 wrong\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["--verdict=right"], ["GSM8K 1: right", "MMLU 1: right"]),
+        (["--verdict=wrong", "-a", "mmlu"], ["MMLU 0: wrong", "MMLU 2: wrong"]),
+        (["-x", "1"], ["GSM8K 0: wrong"]),
+    ],
+)
+def test_saved_answers_can_be_chosen(
+    answers: Path, arguments: list[str], shown: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(f"--show={answers}", *arguments)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.removeprefix("==== ") for line in lines if line.startswith("====")] == shown
+
+
+def test_what_is_not_a_file_of_answers_is_refused(answers: Path) -> None:
+    with pytest.raises(UserError, match=r"no answers of 'ARC'.*it has GSM8K, MMLU"):
+        run(f"--show={answers}", "-a", "ARC")
+    answers.write_text(answers.read_text() + '{"task": "x"}\n')
+    with pytest.raises(UserError, match=r"line 7 is not an answer"):
+        run(f"--show={answers}")
+    with pytest.raises(UserError, match=r"there is no file none\.jsonl"):
+        run("--show=none.jsonl")
+
+
+def test_what_was_saved_can_be_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save("sft", random_model(2048))
+    path = tmp_path / "out.jsonl"
+    run("-i", "sft", "-a", "Facts|WordProblems", "-x", "3", "-m", "4", f"--save={path}")
+    capsys.readouterr()
+    run(f"--show={path}")
+    output = capsys.readouterr().out
+    assert output.count("[reference]") == 6
+    assert "[user] Multiple choice: " in output
