@@ -296,13 +296,15 @@ class Trainer:
         with self._own_work.measured():
             batch, loss_sum = self.accumulate_gradients()
         multiplier = self.plan.schedule.multiplier(self.state.step)
-        grad_norm = self.optimizer.step(
-            grad_scale=1.0 / batch.num_targets,
-            lr_multiplier=multiplier,
-            muon_momentum=muon_momentum(self.state.step),
-            grad_clip=self.plan.grad_clip,
-        )
-        self.weights.publish()
+        grad_norm = torch.zeros(())
+        if batch.num_targets:  # else nothing was learned, and momentum alone must not move weights
+            grad_norm = self.optimizer.step(
+                grad_scale=1.0 / batch.num_targets,
+                lr_multiplier=multiplier,
+                muon_momentum=muon_momentum(self.state.step),
+                grad_clip=self.plan.grad_clip,
+            )
+            self.weights.publish()
         self.optimizer.zero_grad()
         self.runtime.world.all_reduce_(loss_sum)
         self.state.step += 1
@@ -311,7 +313,7 @@ class Trainer:
         self._pending.append(
             _Pending(
                 self.state.step,
-                loss_sum / batch.num_targets,
+                loss_sum / max(batch.num_targets, 1),
                 grad_norm,
                 {"lr": multiplier, **batch.measures},
             )
@@ -323,7 +325,7 @@ class Trainer:
         self.state.seconds += seconds
         self.speed.count(seconds, num_tokens)
         if is_logged:
-            self._log(multiplier)
+            self._log(multiplier, batch.measures)
             self._name_slow_ranks()
 
     # ---- what a run tells ---------------------------------------------------------------------
@@ -361,12 +363,13 @@ class Trainer:
                 self.state.step, save_stall_seconds=cost.stall_seconds, save_seconds=cost.seconds
             )
 
-    def _log(self, multiplier: float) -> None:
+    def _log(self, multiplier: float, measures: Mapping[str, float]) -> None:
         state, last = self.state, self.plan.schedule.num_iterations
         speed = self.speed.tokens_per_second
         parts = [
             f"step {state.step}/{last}",
             f"loss {state.smooth_loss:.3f}",
+            *(f"{name.replace('_', ' ')} {value:.3g}" for name, value in measures.items()),
             f"lr x{multiplier:.2f}",
         ]
         if speed:

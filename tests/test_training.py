@@ -16,6 +16,7 @@ import torch
 
 from nanochat import checkpoint_manager
 from nanochat.common import UserError
+from nanochat.dataloader import Batch
 from nanochat.runtime import Runtime, World
 from nanochat.schedule import Schedule, muon_momentum
 from nanochat.stopping import StoppedError, catch_signals
@@ -87,6 +88,24 @@ def test_loss_and_gradients_do_not_depend_on_micro_batches_or_ranks(
     # fp32 sums of about 100 terms in another order
     assert largest_difference(whole, split) < 1e-6
     assert largest_difference(whole, two_ranks[0]) < 1e-6
+
+
+def test_step_without_targets_leaves_the_weights_as_they_are(
+    runtime: Runtime, tmp_path: Path
+) -> None:
+    """In reinforcement learning, when all answers are equally good. Momentum must not move them."""
+    trainer = make_trainer(tmp_path, runtime)
+    trainer._step()
+    trained = {name: value.clone() for name, value in trainer.weights.state_dict().items()}
+    nothing = torch.empty(0, 3, dtype=torch.int64)
+    empty = Batch(nothing, nothing, 0, torch.empty(0, 3), {"reward": 1.0})
+    trainer.loader.next_step = lambda: empty  # type: ignore[method-assign]
+    trainer._step()
+    trainer._flush()
+    assert largest_difference(trained, trainer.weights.state_dict()) == 0
+    assert trainer.state.step == 2
+    row = read_metrics(tmp_path / "run/metrics.jsonl")[-1]
+    assert (row["step"], row["loss"], row["grad_norm"], row["reward"]) == (2, 0.0, 0.0, 1.0)
 
 
 def test_loss_falls_and_every_step_is_in_the_metrics(runtime: Runtime, tmp_path: Path) -> None:
