@@ -16,11 +16,12 @@ CONFINED = {
     "torch.distributed": {
         "nanochat/adamw.py",
         "nanochat/checkpoint_manager.py",
+        "nanochat/fullshard.py",
         "nanochat/muon.py",
         "nanochat/runtime.py",
     },
     "fastapi": {"nanochat/server.py"},
-    "uvicorn": {"nanochat/server.py"},
+    "uvicorn": {"nanochat/server.py", "nanochat/serving/protocol.py"},
     "wandb": {"nanochat/tracking.py"},
     "huggingface_hub": {"nanochat/hub.py"},
     "requests": {"nanochat/transfer.py"},

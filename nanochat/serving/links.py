@@ -1,0 +1,292 @@
+"""A model at work away from the event loop: one thread or process owns a Scheduler.
+
+    event loop --commands--> run_engine (thread, or main thread of a process) --tokens--> event loop
+
+Commands are small tuples; tokens come back in one delivery a step, for all requests together.
+Nothing but this file crosses the border, so what is on either side needs no locks.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import queue
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import Connection
+from typing import Literal, Protocol
+
+from nanochat.common import UserError, setup_logging
+from nanochat.request import Request, TokenEvent
+from nanochat.sampling import SamplingSettings
+from nanochat.scheduler import QueueFullError, Scheduler
+
+logger = logging.getLogger(__name__)
+
+SPAWN = multiprocessing.get_context("spawn")
+# A process that has not loaded its model by then (a cold network file system) never will.
+START_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of an answer, as the scheduler tells it (see `TokenEvent`)."""
+
+    id: int
+    text: str = ""
+    is_forced: bool = False
+    logprob: float | None = None
+    alternatives: tuple[tuple[int, float], ...] = ()
+    finish: Literal["stop", "length"] | None = None
+
+    @classmethod
+    def of(cls, event: TokenEvent) -> Token:
+        """Take what the other side needs out of a scheduler's event."""
+        return cls(
+            event.token,
+            event.text,
+            event.is_forced,
+            event.logprob,
+            tuple(event.alternatives),
+            event.finish,
+        )
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a request has no answer, or no more of it."""
+
+    kind: Literal["refused", "full", "broken"]
+    message: str
+
+
+Command = tuple[Literal["submit", "cancel", "stop"], int, Sequence[int], SamplingSettings | None]
+Delivery = list[tuple[int, Token | Failure]]
+
+
+# ---- the side of the model ---------------------------------------------------------------------
+
+
+def run_engine(
+    make_scheduler: Callable[[], Scheduler],
+    commands: queue.Queue[Command],
+    deliver: Callable[[Delivery], None],
+) -> None:
+    """Obey commands and step the scheduler until the command "stop".
+
+    A request that the scheduler refuses, and all requests when a step breaks, get a Failure; then
+    a new scheduler goes on, so that one bad request, or a full memory, does not end the service.
+    """
+    scheduler = make_scheduler()
+    numbers: dict[Request, int] = {}
+    requests: dict[int, Request] = {}
+    while True:
+        while not commands.empty() or scheduler.is_idle:
+            action, number, prompt, settings = commands.get()
+            if action == "stop":
+                return
+            if action == "cancel":
+                if (request := requests.pop(number, None)) is not None:
+                    del numbers[request]
+                    scheduler.cancel(request)
+                continue
+            assert settings is not None
+            try:
+                requests[number] = request = scheduler.submit(prompt, settings)
+                numbers[request] = number
+            except UserError as error:
+                is_full = isinstance(error, QueueFullError)
+                deliver([(number, Failure("full" if is_full else "refused", str(error)))])
+        try:
+            events = scheduler.step()
+        except Exception:
+            logger.exception("a step of the engine failed; its %d requests end", len(requests))
+            broken = Failure("broken", "the engine failed while it answered; try again")
+            deliver([(number, broken) for number in requests])
+            numbers.clear()
+            requests.clear()
+            scheduler = make_scheduler()
+            continue
+        deliver([(numbers[event.request], Token.of(event)) for event in events])
+        for event in events:
+            if event.finish is not None:
+                del requests[numbers.pop(event.request)]
+
+
+# ---- the side of the event loop ----------------------------------------------------------------
+
+
+class Link(Protocol):
+    """A way to an engine: a thread of this process, or a process of its own."""
+
+    def start(self, deliver: Callable[[Delivery], None], lost: Callable[[], None]) -> None:
+        """Begin. `deliver` and `lost` (the engine has died) may be called from any thread."""
+
+    def send(self, command: Command) -> None:
+        """Hand over a command; never blocks."""
+
+    def stop(self) -> None:
+        """End the engine, whatever it is doing, and wait for it."""
+
+
+class Recipe(Protocol):
+    """How to load a model."""
+
+    def load(self) -> Callable[[], Scheduler]:
+        """Load it; the result makes schedulers that share it. UserError when it cannot be."""
+
+
+class ThreadLink:
+    """The engine in a thread of this process."""
+
+    def __init__(self, make_scheduler: Callable[[], Scheduler]) -> None:
+        self._make_scheduler = make_scheduler
+        self._commands: queue.Queue[Command] = queue.Queue()
+        self._thread: threading.Thread | None = None
+
+    def start(self, deliver: Callable[[Delivery], None], lost: Callable[[], None]) -> None:
+        """Start the thread."""
+
+        def work() -> None:
+            try:
+                run_engine(self._make_scheduler, self._commands, deliver)
+            except BaseException:
+                logger.exception("the engine ended")
+                lost()
+
+        self._thread = threading.Thread(target=work, name="engine", daemon=True)
+        self._thread.start()
+
+    def send(self, command: Command) -> None:
+        """Queue a command for the next step."""
+        self._commands.put(command)
+
+    def stop(self) -> None:
+        """End the thread after its step."""
+        self.send(("stop", 0, (), None))
+        if self._thread is not None:
+            self._thread.join()
+
+
+class ProcessLink:
+    """The engine in a process of its own, for a GPU of its own.
+
+    recipe: picklable; its `load` is called in the process.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._ours, theirs = SPAWN.Pipe()
+        self._outgoing: queue.Queue[Command] = queue.Queue()
+        self._process = SPAWN.Process(
+            target=_engine_process, args=(recipe, theirs), name="engine", daemon=True
+        )
+        self._process.start()
+        theirs.close()  # so that the end of the process is the end of the pipe
+
+    def start(self, deliver: Callable[[Delivery], None], lost: Callable[[], None]) -> None:
+        """Wait until the process has its model, then listen. UserError when it never gets it."""
+        try:
+            word = self._ours.recv_bytes() if self._ours.poll(START_SECONDS) else b"late"
+        except EOFError:
+            word = b"ended"
+        if word != b"ready":
+            self._process.kill()
+            raise UserError(f"an engine process did not start ({word.decode()}); see the log above")
+
+        def listen() -> None:
+            try:
+                while True:
+                    deliver(_unpacked(self._ours.recv_bytes()))
+            except (EOFError, OSError):
+                lost()
+
+        def talk() -> None:
+            while True:
+                command = self._outgoing.get()
+                try:
+                    self._ours.send_bytes(_packed_command(command))
+                except OSError:  # its end was noticed by `listen`
+                    return
+                if command[0] == "stop":
+                    return
+
+        for work in (listen, talk):
+            threading.Thread(target=work, name="engine link", daemon=True).start()
+
+    def send(self, command: Command) -> None:
+        """Queue a command; a thread of its own writes it, as a pipe may be full."""
+        self._outgoing.put(command)
+
+    def stop(self) -> None:
+        """Ask the process to end; kill it when it does not."""
+        self.send(("stop", 0, (), None))
+        self._process.join(5.0)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        self._ours.close()
+
+
+def _engine_process(recipe: Recipe, pipe: Connection) -> None:
+    """What the process of a `ProcessLink` runs."""
+    # Ctrl-C goes to the whole group; the server decides when its engines end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    setup_logging()
+    commands: queue.Queue[Command] = queue.Queue()
+    try:
+        make_scheduler = recipe.load()
+    except UserError as error:
+        logger.error("%s", error)
+        return
+
+    def listen() -> None:
+        try:
+            while True:
+                commands.put(_unpacked_command(pipe.recv_bytes()))
+        except (EOFError, OSError):
+            commands.put(("stop", 0, (), None))
+
+    threading.Thread(target=listen, daemon=True).start()
+    pipe.send_bytes(b"ready")
+    try:
+        run_engine(make_scheduler, commands, lambda items: pipe.send_bytes(_packed(items)))
+    except OSError:
+        logger.error("the server has gone; this engine ends")
+
+
+def _packed_command(command: Command) -> bytes:
+    action, number, prompt, settings = command
+    values = None if settings is None else asdict(settings)
+    return json.dumps([action, number, list(prompt), values]).encode()
+
+
+def _unpacked_command(data: bytes) -> Command:
+    action, number, prompt, values = json.loads(data)
+    settings = None
+    if values is not None:
+        settings = SamplingSettings(**{**values, "stop": tuple(values["stop"])})
+    return action, number, prompt, settings
+
+
+def _packed(delivery: Delivery) -> bytes:
+    return json.dumps(
+        [
+            [number, isinstance(item, Failure), list(asdict(item).values())]
+            for number, item in delivery
+        ]
+    ).encode()
+
+
+def _unpacked(data: bytes) -> Delivery:
+    delivery: Delivery = []
+    for number, is_failure, values in json.loads(data):
+        if is_failure:
+            delivery.append((number, Failure(*values)))
+        else:
+            token = Token(*values)
+            pairs = tuple((int(i), float(p)) for i, p in token.alternatives)
+            delivery.append((number, replace(token, alternatives=pairs)))
+    return delivery

@@ -1,0 +1,55 @@
+"""Several engines behind one port: each request goes to the one with the fewest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nanochat.sampling import SamplingSettings
+from nanochat.serving.links import Failure
+from nanochat.serving.worker import Answer, AnswerError, Worker
+
+
+class Pool:
+    """Workers that hold the same model."""
+
+    def __init__(self, workers: Sequence[Worker]) -> None:
+        self.workers = tuple(workers)
+
+    def start(self) -> None:
+        """Start all engines. Must run on the event loop."""
+        for worker in self.workers:
+            worker.start()
+
+    def stop(self) -> None:
+        """End all engines."""
+        for worker in self.workers:
+            worker.stop()
+
+    @property
+    def num_alive(self) -> int:
+        """Workers whose engine runs."""
+        return sum(worker.is_alive for worker in self.workers)
+
+    @property
+    def num_free(self) -> int:
+        """Workers that would answer at once."""
+        return sum(worker.is_free for worker in self.workers)
+
+    def open(self, prompt: Sequence[int], settings: Sequence[SamplingSettings]) -> list[Answer]:
+        """Ask one worker for an answer with each of `settings`, which thus share the prompt.
+
+        QueueFullError when it cannot take all; AnswerError when no engine is alive.
+        """
+        alive = [worker for worker in self.workers if worker.is_alive]
+        if not alive:
+            raise AnswerError(Failure("broken", "no engine is running; restart the server"))
+        worker = min(alive, key=lambda worker: worker.num_open)
+        answers: list[Answer] = []
+        try:
+            for each in settings:
+                answers.append(worker.open(prompt, each))
+        except BaseException:
+            for answer in answers:
+                answer.close()
+            raise
+        return answers

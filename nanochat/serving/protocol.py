@@ -1,0 +1,74 @@
+"""uvicorn's HTTP protocol with the patience it lacks: for request heads and for slow readers."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+# Browsers and clients send a request's head in one go; a person with telnet has this long.
+HEAD_SECONDS = 10.0
+# A reader that takes nothing of what waits for it for so long has gone.
+WRITE_SECONDS = 30.0
+
+
+class PatientProtocol(H11Protocol):
+    """Closes a connection whose request head does not come, or whose client does not read.
+
+    uvicorn itself limits only the idle time between two requests.
+    """
+
+    _head_timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        """Expect a request from the start."""
+        super().connection_made(transport)
+        self._expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the timers."""
+        super().connection_lost(exc)
+        self._stop_head_timer()
+        self._stop_write_timer()
+
+    def data_received(self, data: bytes) -> None:
+        """Begin, or end, to wait for the rest of a head."""
+        super().data_received(data)
+        self._expect_head()
+
+    def _expect_head(self) -> None:
+        if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
+            self._stop_head_timer()
+        elif self._head_timer is None:
+            self._head_timer = self.loop.call_later(HEAD_SECONDS, self._head_is_late)
+
+    def _head_is_late(self) -> None:
+        self._head_timer = None
+        if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+            self.transport.write(
+                b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+            )
+            self.transport.close()
+
+    def pause_writing(self) -> None:
+        """The client has stopped reading; wait for it, but not for ever."""
+        super().pause_writing()
+        self._write_timer = self.loop.call_later(WRITE_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """The client reads again."""
+        super().resume_writing()
+        self._stop_write_timer()
+
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None

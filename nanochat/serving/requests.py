@@ -1,0 +1,255 @@
+"""What a client may ask, with its limits: one place for the checks and for the OpenAPI document.
+
+Types are strict (no "5" for 5), unknown fields are refused: a setting is honoured or named in an
+error, never ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+# The limits that the documents state, for all routes.
+MAX_MESSAGES = 500
+MAX_MESSAGE_CHARS = 8_000
+MAX_TOTAL_CHARS = 32_000
+MAX_TEMPERATURE = 2.0
+MAX_TOP_K = 200
+MAX_TOKENS = 4_096
+# Ours. One client may take an eighth of the 64 rows that an engine answers at a time.
+MAX_CHOICES = 8
+MAX_STOPS, MAX_STOP_CHARS = 4, 100
+MAX_LOGPROBS = 20
+MAX_SEED = 2**63 - 1
+# 32,000 characters, each written \ud83d\ude00 (12 bytes), and 500 messages around them.
+MAX_BODY_BYTES = 512 * 1024
+
+Text = Annotated[str, Field(min_length=1, max_length=MAX_MESSAGE_CHARS)]
+TokenId = Annotated[int, Field(ge=0)]
+
+
+def _kind(value: Any) -> str:
+    """Which form a value has that may be a text or a list; the others then do not complain."""
+    if not isinstance(value, list):
+        return "text"
+    if value and all(isinstance(entry, list) for entry in value):
+        return "lists"
+    return "ids" if value and isinstance(value[0], int) else "list"
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+# ---- conversations -----------------------------------------------------------------------------
+
+
+class ContentPart(_Model):
+    """A piece of a message: text; in an assistant's also a call of the calculator, its result."""
+
+    type: Literal["text", "python", "python_output"]
+    text: Annotated[str, Field(max_length=MAX_MESSAGE_CHARS)]
+
+
+Parts = Annotated[list[ContentPart], Field(min_length=1, max_length=MAX_MESSAGES)]
+
+
+class ChatMessage(_Model):
+    """One turn. A system text may come first; then user and assistant take turns."""
+
+    role: Literal["system", "user", "assistant"]
+    content: Annotated[
+        Annotated[Text, Tag("text")] | Annotated[Parts, Tag("list")],
+        Discriminator(lambda value: "list" if isinstance(value, list) else "text"),
+    ]
+    name: Annotated[str, Field(max_length=64)] | None = None
+
+
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+
+
+# ---- settings ----------------------------------------------------------------------------------
+
+
+class Sampling(_Model):
+    """How to choose tokens; what is left out is as the server was started."""
+
+    temperature: Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)] | None = None
+    top_k: Annotated[int, Field(ge=1, le=MAX_TOP_K)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    min_p: Annotated[float, Field(ge=0, lt=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    seed: Annotated[int, Field(ge=-MAX_SEED, le=MAX_SEED)] | None = None
+    stop: (
+        Annotated[
+            Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS), Tag("text")]
+            | Annotated[
+                list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
+                Field(max_length=MAX_STOPS),
+                Tag("list"),
+            ],
+            Discriminator(lambda value: "list" if isinstance(value, list) else "text"),
+        ]
+        | None
+    ) = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings as a tuple."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class ChatRequest(Sampling):
+    """POST /chat/completions: what the page sends. The answer is always a stream."""
+
+    messages: Messages
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    """Report each token with its log probability and this many alternatives."""
+    stream: Literal[True] | None = None
+
+
+class TokenizeRequest(_Model):
+    """POST /tokenize: a conversation as the model would read it, or a plain text."""
+
+    messages: Messages | None = None
+    text: Annotated[str, Field(min_length=1, max_length=MAX_TOTAL_CHARS)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> TokenizeRequest:
+        if (self.messages is None) == (self.text is None):
+            raise ValueError("give either messages or text")
+        return self
+
+
+# ---- the OpenAI API ----------------------------------------------------------------------------
+
+
+class StreamOptions(_Model):
+    """Options of a streamed answer."""
+
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class _OpenAI(Sampling):
+    model: Annotated[str, Field(max_length=200)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    # Only at the value that changes nothing: there is no such feature here.
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    # Labels for the client's own book-keeping.
+    user: Annotated[str, Field(max_length=200)] | None = None
+
+
+class ResponseFormat(_Model):
+    """Only plain text."""
+
+    type: Literal["text"]
+
+
+class OpenAIChatRequest(_OpenAI):
+    """POST /v1/chat/completions."""
+
+    messages: Messages
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    metadata: dict[str, str] | None = None
+    store: Literal[False] | None = None
+
+
+class OpenAICompletionRequest(_OpenAI):
+    """POST /v1/completions: continue a text, or several."""
+
+    prompt: Annotated[
+        Annotated[str, Field(min_length=1, max_length=MAX_TOTAL_CHARS), Tag("text")]
+        | Annotated[
+            list[Annotated[str, Field(min_length=1, max_length=MAX_TOTAL_CHARS)]],
+            Field(min_length=1, max_length=MAX_CHOICES),
+            Tag("list"),
+        ]
+        | Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOTAL_CHARS), Tag("ids")]
+        | Annotated[
+            list[Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOTAL_CHARS)]],
+            Field(min_length=1, max_length=MAX_CHOICES),
+            Tag("lists"),
+        ],
+        Discriminator(_kind),
+    ]
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    best_of: Literal[1] | None = None
+    suffix: Annotated[str, Field(max_length=0)] | None = None
+
+
+# ---- reasons -----------------------------------------------------------------------------------
+
+
+class RequestError(Exception):
+    """A request that is answered with an error: status, sentence, and which field is wrong."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+
+# Violations of a limit, in words; everything else pydantic finds is a matter of form.
+_REASONS = {
+    "greater_than_equal": "must be at least {ge}",
+    "greater_than": "must be above {gt}",
+    "less_than_equal": "must be at most {le}",
+    "less_than": "must be below {lt}",
+    "finite_number": "must be a finite number",
+    "string_too_short": "must not be empty",
+    "string_too_long": "must have at most {max_length:,} characters",
+    "too_short": "must have at least {min_length} entry",
+    "too_long": "must have at most {max_length:,} entries",
+    "literal_error": "must be {expected}",
+    "value_error": "{error}",
+    "extra_forbidden": "is not a field of this request",
+    "missing": "is missing",
+    "string_unicode": "is not valid Unicode (a lone surrogate)",
+}
+LIMITS = frozenset(_REASONS) - {"extra_forbidden", "missing", "string_unicode"}
+_TAGS = {"text", "list", "ids", "lists"}
+
+
+def reason_of(error: dict[str, Any]) -> tuple[str, str]:
+    """The field a validation error is about, and a sentence that says what is wrong with it.
+
+    error: one entry of `pydantic.ValidationError.errors()`, its place without the leading "body".
+    The value itself is not repeated: it may be long, and it is the client's.
+    """
+    # Inside a text that may have several forms, pydantic names the form after the field.
+    steps = [step for i, step in enumerate(error["loc"]) if not (i and step in _TAGS)]
+    place = "".join(f"[{s}]" if isinstance(s, int) else f".{s}" for s in steps).lstrip(".")
+    template = _REASONS.get(error["type"])
+    if template is None:
+        what = error["msg"][:1].lower() + error["msg"][1:]
+    else:
+        what = template.format(**error.get("ctx", {}))
+    if error["type"] == "value_error":
+        return place, what
+    return place, f"{place or 'the body'} {what}" if template else f"{place or 'the body'}: {what}"
+
+
+def total_chars(messages: Sequence[ChatMessage]) -> int:
+    """Characters of all messages together."""
+    return sum(
+        len(message.content)
+        if isinstance(message.content, str)
+        else sum(len(part.text) for part in message.content)
+        for message in messages
+    )

@@ -1,0 +1,152 @@
+"""An engine as the event loop sees it, and the answers it is asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Sequence
+
+from nanochat.sampling import SamplingSettings
+from nanochat.scheduler import QueueFullError
+from nanochat.serving.links import Delivery, Failure, Link, Token
+
+logger = logging.getLogger(__name__)
+
+
+class AnswerError(Exception):
+    """A request ended without (the rest of) its answer. `failure` says why."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
+class Answer:
+    """An answer as it grows. Iterate over it for lists of the tokens that came meanwhile."""
+
+    def __init__(self, worker: Worker, number: int) -> None:
+        self.worker, self.number = worker, number
+        self.is_open = True
+        self._arrived: list[Token] = []
+        self._failure: Failure | None = None
+        self._news = asyncio.Event()
+
+    def take(self, item: Token | Failure) -> None:
+        """Called by the worker, on the event loop."""
+        if isinstance(item, Failure):
+            self._failure = item
+            self.is_open = False
+        else:
+            self._arrived.append(item)
+            self.is_open = item.finish is None
+        self._news.set()
+
+    def __aiter__(self) -> Answer:
+        return self
+
+    async def __anext__(self) -> list[Token]:
+        """Wait for at least one token. AnswerError when the engine gave up."""
+        while not self._arrived:
+            if self._failure is not None:
+                raise AnswerError(self._failure)
+            if not self.is_open:
+                raise StopAsyncIteration
+            self._news.clear()
+            await self._news.wait()
+        arrived, self._arrived = self._arrived, []
+        return arrived
+
+    @property
+    def has_news(self) -> bool:
+        """Whether the next `__anext__` has something to tell already."""
+        return bool(self._arrived) or self._failure is not None
+
+    def close(self) -> None:
+        """Give the slot back if the answer is not finished. May be called twice."""
+        if self.is_open:
+            self.is_open = False
+            self.worker.cancel(self)
+
+
+class Worker:
+    """An engine as the event loop sees it. All methods belong to the loop's thread."""
+
+    def __init__(self, link: Link, *, gpu_id: int, device: str, max_rows: int, max_waiting: int):
+        self.gpu_id, self.device = gpu_id, device
+        self.max_rows, self.max_waiting = max_rows, max_waiting
+        self.is_alive = False
+        self.num_answered = 0
+        self.num_tokens = 0
+        self._link = link
+        self._numbers = itertools.count()
+        self._answers: dict[int, Answer] = {}
+
+    def start(self) -> None:
+        """Start the engine. Must run on the event loop; blocks until a process has its model."""
+        loop = asyncio.get_running_loop()
+
+        def deliver(delivery: Delivery) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self._deliver, delivery)
+
+        def lost() -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self._lost)
+
+        self._link.start(deliver, lost)
+        self.is_alive = True
+
+    def stop(self) -> None:
+        """End the engine; what is open is cut off."""
+        self.is_alive = False
+        self._link.stop()
+
+    @property
+    def num_open(self) -> int:
+        """Requests that are being answered or wait."""
+        return len(self._answers)
+
+    @property
+    def is_free(self) -> bool:
+        """Whether a request would be answered without waiting for another to end."""
+        return self.is_alive and self.num_open < self.max_rows
+
+    def open(self, prompt: Sequence[int], settings: SamplingSettings) -> Answer:
+        """Ask for an answer. QueueFullError when too many wait already."""
+        if self.num_open >= self.max_rows + self.max_waiting:
+            raise QueueFullError(
+                f"{self.max_rows} answers are being written and {self.max_waiting} requests "
+                "wait; try again later"
+            )
+        number = next(self._numbers)
+        answer = Answer(self, number)
+        self._answers[number] = answer
+        self._link.send(("submit", number, prompt, settings))
+        return answer
+
+    def cancel(self, answer: Answer) -> None:
+        """Free the answer's slot before the next step."""
+        if self._answers.pop(answer.number, None) is not None:
+            self._link.send(("cancel", answer.number, (), None))
+
+    def _deliver(self, delivery: Delivery) -> None:
+        for number, item in delivery:
+            answer = self._answers.get(number)
+            if answer is None:  # cancelled while the step ran
+                continue
+            answer.take(item)
+            self.num_tokens += isinstance(item, Token)
+            if not answer.is_open:
+                self.num_answered += 1
+                del self._answers[number]
+
+    def _lost(self) -> None:
+        if not self.is_alive:  # it was told to end
+            return
+        logger.error("the engine on %s has died", self.device)
+        self.is_alive = False
+        failure = Failure("broken", "the engine has died; the server needs a restart")
+        for answer in self._answers.values():
+            answer.take(failure)
+        self._answers.clear()

@@ -1,0 +1,474 @@
+"""The server over real HTTP: routes, limits, who may come in, what happens when things break."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from scripted_model import byte_tokenizer, scripted_model, tokens_of
+from web_server import (
+    CONTEXT,
+    END,
+    HELLO,
+    ScriptedScheduler,
+    always,
+    events_of,
+    service_of,
+    serving,
+    text_of,
+)
+
+from nanochat import server
+from nanochat.scheduler import Scheduler
+from nanochat.serving import guard, protocol
+from nanochat.serving.guard import Access
+from nanochat.serving.requests import MAX_BODY_BYTES
+
+CHAT = "/chat/completions"
+CALCULATION = ["It is ", "<|python_start|>", "6*7", "<|python_end|>"]
+CALLED = tokens_of(*CALCULATION, "<|output_start|>", "42", "<|output_end|>", ".", END)
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[httpx.Client]:
+    """A server that says the same to everything."""
+    service = service_of(lambda: ScriptedScheduler(always("Hey \U0001f642 you")))
+    with serving(service) as address, httpx.Client(base_url=address, timeout=20) as client:
+        yield client
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": text}]}
+
+
+# ---- the documented routes ---------------------------------------------------------------------
+
+
+def test_health_and_stats_have_the_documented_fields(client: httpx.Client) -> None:
+    health = client.get("/health").json()
+    assert (health["status"], health["ready"]) == ("ok", True)
+    assert (health["num_gpus"], health["available_workers"]) == (1, 1)
+    stats = client.get("/stats").json()
+    assert (stats["total_workers"], stats["available_workers"], stats["busy_workers"]) == (1, 1, 0)
+    assert (stats["workers"][0]["gpu_id"], stats["workers"][0]["device"]) == (0, "cpu")
+
+
+def test_an_answer_is_a_stream_of_tokens_that_ends_with_done(client: httpx.Client) -> None:
+    response = client.post(CHAT, json=HELLO)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    events = events_of(response)
+    assert events[0]["dropped_turns"] == 0
+    assert all(event["gpu"] == 0 for event in events if "token" in event)
+    assert events[-1]["done"] is True
+    assert text_of(response) == "Hey \U0001f642 you"
+
+
+def test_characters_of_several_tokens_are_never_cut(client: httpx.Client) -> None:
+    # One token a byte: the smiley is four of them.
+    events = events_of(client.post(CHAT, json=HELLO))
+    pieces = [event["token"] for event in events if "token" in event]
+    assert "\ufffd" not in "".join(pieces)
+    assert any("\U0001f642" in piece for piece in pieces)
+
+
+def test_a_call_of_the_calculator_is_told_apart_from_text() -> None:
+    service = service_of(lambda: ScriptedScheduler(lambda _: CALLED))
+    with serving(service) as address:
+        response = httpx.post(address + CHAT, json=HELLO)
+    events = events_of(response)
+    parts: dict[str, str] = {}
+    for event in events:
+        if "token" in event:
+            kind = event.get("part", "text")
+            parts[kind] = parts.get(kind, "") + event.get("text", event["token"])
+    assert parts == {"text": "It is .", "python": "6*7", "python_output": "42"}
+    assert text_of(response) == "It is [6*7 = 42]."
+
+
+def test_each_token_is_reported_with_its_alternatives_on_request(client: httpx.Client) -> None:
+    events = events_of(client.post(CHAT, json={**HELLO, "logprobs": 2}))
+    tokens = [token for event in events for token in event.get("tokens", [])]
+    assert len(tokens) == len(tokens_of("Hey \U0001f642 you", END))
+    assert tokens[0]["text"] == "H"
+    assert [other["logprob"] for other in tokens[0]["top"]] == [-0.25, -2.0]
+    assert tokens[4]["text"] == "<F0>"  # the first byte of the smiley
+    assert tokens[-1]["special"] is True
+
+
+def test_tokenize_shows_a_prompt_and_a_text(client: httpx.Client) -> None:
+    shown = client.post("/tokenize", json=user("Hi")).json()
+    texts = [token["text"] for token in shown["tokens"]]
+    assert texts == ["<|bos|>", "<|user_start|>", "H", "i", "<|user_end|>", "<|assistant_start|>"]
+    assert [token["special"] for token in shown["tokens"]] == [True, True, False, False, True, True]
+    assert len(client.post("/tokenize", json={"text": "abc"}).json()["tokens"]) == 3
+    assert client.post("/tokenize", json={}).status_code == 400
+
+
+def test_the_page_is_self_contained_and_may_run_only_its_own_script(client: httpx.Client) -> None:
+    response = client.get("/")
+    policy = response.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert policy.count("'sha256-") == 2
+    assert "unsafe" not in policy
+    for word in ("http://", "https://", "innerHTML", "outerHTML", "insertAdjacentHTML", "eval("):
+        assert word not in response.text.replace("http://www.w3.org/2000/svg", ""), word
+    assert client.get("/logo.svg").headers["content-type"] == "image/svg+xml"
+
+
+def test_a_long_conversation_loses_its_oldest_turns_and_says_so(client: httpx.Client) -> None:
+    turns = [
+        {"role": role, "content": "x" * 1200} for role in ("user", "assistant", "user", "assistant")
+    ]
+    body = {"messages": [*turns, {"role": "user", "content": "and now?"}], "max_tokens": 10}
+    assert events_of(client.post(CHAT, json=body))[0]["dropped_turns"] == 2
+
+
+# ---- limits, each with its reason --------------------------------------------------------------
+
+TALK = [{"role": role, "content": "a"} for role in ("user", "assistant")]
+LIMITS = {
+    "no messages": ({"messages": []}, "messages must have at least 1 entry"),
+    "501 messages": ({"messages": (TALK * 251)[:501]}, "messages must have at most 500 entries"),
+    "an empty message": (user(""), "messages[0].content must not be empty"),
+    "a long message": (user("a" * 8001), "messages[0].content must have at most 8,000 characters"),
+    "a long conversation": (
+        {"messages": [{"role": m["role"], "content": "a" * 8000} for m in (TALK * 3)[:5]]},
+        "the conversation has 40,000 characters; at most 32,000 are allowed",
+    ),
+    "a wrong role": ({"messages": [{"role": "tool", "content": "a"}]}, "messages[0].role must be"),
+    "two questions": (
+        {"messages": [TALK[0], TALK[0]]},
+        "message 1 is from user, expected assistant",
+    ),
+    "an answer at the end": ({"messages": TALK}, "the last message must be the user's"),
+    "only a system text": ({"messages": [{"role": "system", "content": "a"}]}, "at least one user"),
+    "cold": ({**HELLO, "temperature": -0.1}, "temperature must be at least 0"),
+    "hot": ({**HELLO, "temperature": 2.1}, "temperature must be at most 2"),
+    "no candidates": ({**HELLO, "top_k": 0}, "top_k must be at least 1"),
+    "many candidates": ({**HELLO, "top_k": 201}, "top_k must be at most 200"),
+    "no mass": ({**HELLO, "top_p": 0}, "top_p must be above 0"),
+    "no tokens": ({**HELLO, "max_tokens": 0}, "max_tokens must be at least 1"),
+    "many tokens": ({**HELLO, "max_tokens": 4097}, "max_tokens must be at most 4096"),
+    "a huge seed": ({**HELLO, "seed": 2**64}, "seed must be at most"),
+    "many stops": ({**HELLO, "stop": ["a"] * 5}, "stop must have at most 4 entries"),
+    "a huge temperature": ({**HELLO, "temperature": 1e300}, "temperature must be at most 2"),
+    "a prompt without room": (user("a" * (CONTEXT - 20)), "and the answer needs"),
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_limits_are_answered_with_400_and_the_reason(client: httpx.Client, name: str) -> None:
+    body, reason = LIMITS[name]
+    response = client.post(CHAT, json=body)
+    assert response.status_code == 400
+    assert reason in response.json()["error"]["message"]
+
+
+FORMS: dict[str, tuple[bytes, str]] = {
+    "malformed JSON": (b'{"messages": [', "the body is not valid JSON"),
+    "an empty body": (b"", "is missing"),
+    "a list": (b"[1]", "the body"),
+    "no messages": (b"{}", "messages is missing"),
+    "a number as text": (b'{"messages": [{"role": "user", "content": 5}]}', "valid string"),
+    "a text as number": (json.dumps({**HELLO, "temperature": "hot"}).encode(), "valid number"),
+    "a misspelt setting": (json.dumps({**HELLO, "temprature": 1}).encode(), "temprature is not a"),
+    "half a character": (rb'{"messages": [{"role": "user", "content": "\ud83d"}]}', "Unicode"),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_wrong_form_is_answered_with_422(client: httpx.Client, name: str) -> None:
+    body, reason = FORMS[name]
+    response = client.post(CHAT, content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 422
+    assert reason in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"messages": [{"role": "user", "content": "\xff\xfe"}]}',
+        b"[" * 100_000,
+        b'{"max_tokens": 1' + b"0" * 5000 + b"}",
+    ],
+    ids=["invalid UTF-8", "deep nesting", "a number of 5,000 digits"],
+)
+def test_json_that_cannot_be_read_is_refused(client: httpx.Client, body: bytes) -> None:
+    response = client.post(CHAT, content=body, headers={"content-type": "application/json"})
+    assert response.status_code in (400, 422)
+    assert response.json()["error"]["message"]
+
+
+def test_not_a_number_is_refused(client: httpx.Client) -> None:
+    body = json.dumps({**HELLO, "temperature": float("nan")})
+    response = client.post(CHAT, content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 400
+
+
+def test_errors_do_not_repeat_what_the_client_sent(client: httpx.Client) -> None:
+    for body in (user("secret" * 2000), {"messages": [{"role": "secret", "content": "secret"}]}):
+        assert "secret" not in client.post(CHAT, json=body).text
+
+
+# ---- who may come in ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8000", "", "localhost.evil.example"]
+)
+def test_other_host_names_are_refused(client: httpx.Client, host: str) -> None:
+    response = client.get("/health", headers={"host": host})
+    assert (response.status_code, response.json()["error"]["code"]) == (403, "host_not_allowed")
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "LOCALHOST:99", "127.0.0.1", "[::1]:8000", "10.0.0.7"]
+)
+def test_our_names_and_addresses_are_let_in(client: httpx.Client, host: str) -> None:
+    assert client.get("/health", headers={"host": host}).status_code == 200
+
+
+@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:1"])
+def test_pages_of_other_origins_are_refused(client: httpx.Client, origin: str) -> None:
+    response = client.post(CHAT, json=HELLO, headers={"origin": origin})
+    assert (response.status_code, response.json()["error"]["code"]) == (403, "origin_not_allowed")
+    assert "access-control-allow-origin" not in response.headers
+
+
+def test_the_own_page_is_let_in(client: httpx.Client) -> None:
+    origin = str(client.base_url).rstrip("/")
+    assert client.post(CHAT, json=HELLO, headers={"origin": origin}).status_code == 200
+
+
+@pytest.mark.parametrize("media_type", ["text/plain", "application/x-www-form-urlencoded", ""])
+def test_only_json_is_taken(client: httpx.Client, media_type: str) -> None:
+    # What a form on another page can send without asking first.
+    body = json.dumps(HELLO)
+    response = client.post(CHAT, content=body, headers={"content-type": media_type})
+    assert response.status_code == 415
+
+
+def test_a_key_is_asked_for_everywhere_but_on_the_page() -> None:
+    service = service_of(lambda: ScriptedScheduler(always("Hey")))
+    with serving(service, Access(api_key="k3y")) as address:
+        assert httpx.get(address + "/health").json()["needs_key"] is True
+        assert httpx.get(address + "/").status_code == 200
+        for route in ("/stats", "/v1/models", "/openapi.json"):
+            assert httpx.get(address + route).status_code == 401
+        for key in ("", "Bearer", "Bearer k3", "k3y", "Basic k3y"):
+            response = httpx.post(address + CHAT, json=HELLO, headers={"authorization": key})
+            assert (response.status_code, response.headers["www-authenticate"]) == (401, "Bearer")
+        good = {"authorization": "Bearer k3y"}
+        assert httpx.post(address + CHAT, json=HELLO, headers=good).status_code == 200
+
+
+def test_no_path_leads_to_a_file(client: httpx.Client) -> None:
+    for path in ("/../pyproject.toml", "/%2e%2e/server.py", "/ui.html", "/v1/models/..%2f..%2fx"):
+        assert client.get(path).status_code == 404
+
+
+# ---- abuse -------------------------------------------------------------------------------------
+
+
+def raw(client: httpx.Client, *, timeout: float = 10) -> socket.socket:
+    return socket.create_connection((client.base_url.host, client.base_url.port or 0), timeout)
+
+
+def test_a_long_body_is_refused_before_and_while_it_comes(client: httpx.Client) -> None:
+    head = {"content-type": "application/json"}
+    announced = client.post(CHAT, content=b" " * (MAX_BODY_BYTES + 1), headers=head)
+    assert announced.status_code == 413
+    chunks = (b" " * 65536 for _ in range(MAX_BODY_BYTES // 65536 + 2))
+    assert client.post(CHAT, content=chunks, headers=head).status_code == 413
+
+
+def test_a_long_head_is_refused(client: httpx.Client) -> None:
+    assert client.get("/health", headers={"x-long": "a" * 20_000}).status_code == 431
+    assert client.get("/health?" + "a" * 20_000).status_code == 431
+
+
+def test_a_head_without_end_is_cut_off(client: httpx.Client) -> None:
+    endless = b"GET /health HTTP/1.1\r\nhost: localhost\r\n" + (b"x-more: aaaaaaaa\r\n" * 500_000)
+    with raw(client) as connection, pytest.raises((BrokenPipeError, ConnectionResetError)):
+        connection.sendall(endless)
+    assert client.get("/health").status_code == 200
+
+
+def test_a_head_that_does_not_come_ends_the_connection(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "HEAD_SECONDS", 0.2)
+    for start in (b"", b"GET /health HTTP/1.1\r\nhost: loc"):
+        with raw(client) as connection:
+            connection.sendall(start)
+            assert connection.recv(100).startswith(b"HTTP/1.1 408")
+            assert connection.recv(100) == b""
+
+
+def test_a_body_that_does_not_come_ends_the_request(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "BODY_SECONDS", 0.2)
+    with raw(client) as connection:
+        connection.sendall(
+            b"POST /chat/completions HTTP/1.1\r\nhost: localhost\r\n"
+            b"content-type: application/json\r\ncontent-length: 100\r\n\r\n{"
+        )
+        assert connection.recv(100).startswith(b"HTTP/1.1 408")
+
+
+def test_nonsense_instead_of_http_is_refused(client: httpx.Client) -> None:
+    with raw(client) as connection:
+        connection.sendall(b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 400")
+    assert client.get("/health").status_code == 200
+
+
+# ---- the engine's side -------------------------------------------------------------------------
+
+
+class Gate:
+    """Lets the engine take a counted number of steps."""
+
+    def __init__(self) -> None:
+        self._steps = threading.Semaphore(0)
+        self.num_waits = 0
+
+    def __call__(self) -> None:
+        self.num_waits += 1
+        assert self._steps.acquire(timeout=20)
+
+    def open(self, steps: int = 100_000) -> None:
+        self._steps.release(steps)
+
+
+def eventually(claim: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not claim():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+LONG = tokens_of(*["word "] * 300)
+
+
+@pytest.mark.parametrize("route", [CHAT, "/v1/chat/completions"])
+def test_a_client_that_goes_away_frees_its_slot_within_a_step(route: str) -> None:
+    gate = Gate()
+    scheduler = ScriptedScheduler(lambda _: LONG, pace=gate)
+    service = service_of(lambda: scheduler)
+    body = json.dumps(HELLO).encode()
+    with serving(service) as address:
+        host = httpx.URL(address)
+        with socket.create_connection((host.host, host.port or 0)) as connection:
+            connection.sendall(
+                b"POST %s HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+                b"content-length: %d\r\n\r\n%s" % (route.encode(), len(body), body)
+            )
+            eventually(lambda: gate.num_waits == 1)
+        (worker,) = service.pool.workers
+        eventually(lambda: worker.num_open == 0)  # the server has noticed
+        gate.open(1)
+        eventually(lambda: len(scheduler.cancelled) == 1)
+        assert scheduler.is_idle
+        assert gate.num_waits == 1
+        gate.open()
+
+
+def test_a_full_queue_is_429_with_a_time_to_come_back() -> None:
+    gate = Gate()
+    service = service_of(
+        lambda: ScriptedScheduler(always("Hey"), pace=gate, max_rows=1), max_rows=1, max_waiting=1
+    )
+    with serving(service) as address, httpx.Client(base_url=address, timeout=20) as client:
+        answers = []
+
+        def ask() -> None:
+            answers.append(text_of(client.post(CHAT, json=HELLO)))
+
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        eventually(lambda: service.pool.workers[0].num_open == 2)
+        assert client.get("/health").json()["available_workers"] == 0
+        refused = client.post(CHAT, json=HELLO)
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "5")
+        assert refused.json()["error"]["code"] == "queue_full"
+        gate.open()
+        for thread in threads:
+            thread.join(20)
+        assert answers == ["Hey", "Hey"]
+        assert client.post(CHAT, json=HELLO).status_code == 200
+
+
+def test_a_step_that_breaks_ends_its_answers_and_nothing_else(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    troubles = iter([RuntimeError("out of memory")])
+
+    def pace() -> None:
+        if (trouble := next(troubles, None)) is not None:
+            raise trouble
+
+    service = service_of(lambda: ScriptedScheduler(always("Hey"), pace=pace))
+    with serving(service) as address, httpx.Client(base_url=address) as client:
+        broken = events_of(client.post(CHAT, json=HELLO))
+        assert "engine failed" in broken[-1]["error"]["message"]
+        assert text_of(client.post(CHAT, json=HELLO)) == "Hey"
+        assert client.get("/health").json()["ready"] is True
+    assert "out of memory" in caplog.text
+
+
+def test_an_answer_of_special_tokens_only_is_empty_and_ends() -> None:
+    silent = tokens_of("<|python_start|>", "<|output_end|>", "<|user_end|>", END)
+    service = service_of(lambda: ScriptedScheduler(lambda _: silent))
+    with serving(service) as address:
+        response = httpx.post(address + CHAT, json=HELLO)
+        assert events_of(response)[-1] | {"seconds": 0, "first_token_seconds": 0} == {
+            "done": True,
+            "finish": "stop",
+            "num_tokens": 3,
+            "seconds": 0,
+            "first_token_seconds": 0,
+        }
+        assert "<|" not in text_of(response)
+
+
+def test_a_real_model_is_served() -> None:
+    model = scripted_model(tokens_of("<|assistant_start|>", "Hey!", END))
+    service = service_of(lambda: Scheduler(model, byte_tokenizer()))
+    with serving(service) as address:
+        response = httpx.post(address + CHAT, json={**user("?"), "temperature": 0.0})
+    assert text_of(response) == "Hey!"
+
+
+@pytest.mark.parametrize("is_wanted", [False, True])
+def test_conversations_are_logged_only_on_request(
+    caplog: pytest.LogCaptureFixture, is_wanted: bool
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    service = service_of(
+        lambda: ScriptedScheduler(always("the answer")), log_conversations=is_wanted
+    )
+    with serving(service) as address:
+        httpx.post(address + CHAT, json=user("the question"))
+        httpx.post(address + "/v1/chat/completions", json=user("the question"))
+        httpx.get(address + "/%0Afake?the%20question")
+    assert ("the question" in caplog.text, "the answer" in caplog.text) == (is_wanted, is_wanted)
+    assert "POST /chat/completions 200" in caplog.text
+    assert "GET /\\nfake 404" in caplog.text
+
+
+def test_the_page_lies_beside_the_server_whatever_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert server.create_app(service_of(lambda: ScriptedScheduler(always("Hey")))) is not None
