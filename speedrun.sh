@@ -21,6 +21,7 @@ source scripts/main_job.sh
 d20_sizes() {
     DEVICES=gpu                    # one process for each GPU
     DATA=fineweb-edu               # embedded, fineweb-edu, climbmix, or a folder of parquet shards
+    TASKS=public                   # conversations and questions: embedded, public, or auto = public if here
     NUM_SHARDS=240                 # 216 would do: 11.2e9 tokens x 4.8 characters / 250e6 a shard
     MAX_CHARS=2000000000           # text the tokenizer is trained on
     VOCAB_SIZE=65536

@@ -18,9 +18,6 @@ mkdir -p logs
 
 # The stages of the job that can be done here; it will find them done. No GPU is needed for these.
 export NPROC_PER_NODE="${NPROC_PER_NODE:-8}"
-if [ -f scripts/assets.py ]; then
-    python -m scripts.assets prefetch --all
-fi
 bash speedrun.sh --yes --until tok_train "$@"
 bash speedrun.sh --check "$@"
 echo "everything is in $NANOCHAT_BASE_DIR; next: bash scripts/submit.sh"

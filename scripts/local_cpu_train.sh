@@ -19,6 +19,7 @@ source scripts/main_job.sh
 quick_sizes() {
     DEVICES=cpu                    # one process
     DATA=embedded                  # embedded, fineweb-edu, climbmix, or a folder of parquet shards
+    TASKS=auto                     # conversations and questions: embedded, public, or auto = public if here
     NUM_SHARDS=8                   # training shards to generate or fetch
     MAX_CHARS=10000000             # text the tokenizer is trained on
     VOCAB_SIZE=4096
@@ -52,6 +53,7 @@ quick_sizes() {
 full_sizes() {
     DEVICES=cpu
     DATA=fineweb-edu
+    TASKS=auto
     NUM_SHARDS=4
     MAX_CHARS=1000000000
     VOCAB_SIZE=65536

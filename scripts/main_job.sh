@@ -16,11 +16,11 @@ source scripts/stages.sh
 source scripts/ranks.sh
 
 # What a flag may set; --max-seq-len and --max_seq_len both set MAX_SEQ_LEN.
-SIZES=(DATA NUM_SHARDS MAX_CHARS VOCAB_SIZE DEPTH TOKEN_SHIFT MAX_SEQ_LEN DEVICE_BATCH_SIZE TOTAL_BATCH_SIZE
+SIZES=(DATA TASKS NUM_SHARDS MAX_CHARS VOCAB_SIZE DEPTH TOKEN_SHIFT MAX_SEQ_LEN DEVICE_BATCH_SIZE TOTAL_BATCH_SIZE
     NUM_ITERATIONS FINAL_LR SAVE_EVERY EVAL_EVERY EVAL_TOKENS CORE_EVERY SAMPLE_EVERY CORE_MAX_PER_TASK
     MID_ITERATIONS MID_FINAL_LR SFT_ITERATIONS SFT_DEVICE_BATCH_SIZE SFT_EXAMPLES_PER_STEP SFT_PACKING
     SFT_LR_FRACTION MAX_PROBLEMS MAX_NEW_TOKENS)
-NO_NUMBERS=" DATA SFT_PACKING "
+NO_NUMBERS=" DATA TASKS SFT_PACKING "
 
 # ---- the stages: name, what it leaves behind in the base folder, command ------------------------------
 
@@ -30,8 +30,14 @@ pipeline() {
         python -m nanochat.report reset
 
     # [1/5] data and tokenizer
-    stage dataset "" \
-        python -m nanochat.dataset --data="$DATA" -n "$NUM_SHARDS"
+    if [ "$TASKS" = public ]; then
+        # Shards, and all conversations and questions that later stages read.
+        stage dataset "" \
+            python -m scripts.assets prefetch --all --data="$DATA" -n "$NUM_SHARDS"
+    else
+        stage dataset "" \
+            python -m nanochat.dataset --data="$DATA" -n "$NUM_SHARDS"
+    fi
     stage tok_train "tokenizer/tokenizer.json" \
         python -m scripts.tok_train --data="$DATA" --max_chars="$MAX_CHARS" --vocab_size="$VOCAB_SIZE"
     evaluation tok_eval "report/tokenizer-evaluation.json" \
@@ -51,29 +57,29 @@ pipeline() {
     evaluation base_eval "report/base-model-evaluation.json" \
         ranks scripts.base_eval --model-tag="$tag" --max-per-task="$CORE_MAX_PER_TASK" --eval="$BASE_EVAL"
     evaluation chat_eval_base "report/chat-evaluation-base.json" \
-        ranks scripts.chat_eval --source=base --model-tag="$tag" \
+        ranks scripts.chat_eval --source=base --model-tag="$tag" --tasks="$TASKS" \
         --max-new-tokens="$MAX_NEW_TOKENS" --max-problems="$MAX_PROBLEMS"
 
     # [3/5] midtraining
     training mid_train "mid_checkpoints/$tag/step_*/manifest.json" \
-        ranks scripts.mid_train --model_tag="$tag" --max_seq_len="$MAX_SEQ_LEN" \
+        ranks scripts.mid_train --model_tag="$tag" --tasks="$TASKS" --max_seq_len="$MAX_SEQ_LEN" \
         --device_batch_size="$DEVICE_BATCH_SIZE" --total_batch_size="$TOTAL_BATCH_SIZE" \
         --num_iterations="$MID_ITERATIONS" --final_lr_frac="$MID_FINAL_LR" \
         --eval_every="$EVAL_EVERY" --eval_tokens="$EVAL_TOKENS" \
         --save_every="$SAVE_EVERY" --run="$WANDB_RUN"
     evaluation chat_eval_mid "report/chat-evaluation-mid.json" \
-        ranks scripts.chat_eval --source=mid --model-tag="$tag" \
+        ranks scripts.chat_eval --source=mid --model-tag="$tag" --tasks="$TASKS" \
         --max-new-tokens="$MAX_NEW_TOKENS" --max-problems="$MAX_PROBLEMS"
 
     # [4/5] supervised finetuning
     training chat_sft "chatsft_checkpoints/$tag/step_*/manifest.json" \
-        ranks scripts.chat_sft --model_tag="$tag" \
+        ranks scripts.chat_sft --model_tag="$tag" --tasks="$TASKS" \
         --device_batch_size="$SFT_DEVICE_BATCH_SIZE" --target_examples_per_step="$SFT_EXAMPLES_PER_STEP" \
         --packing="$SFT_PACKING" --init_lr_frac="$SFT_LR_FRACTION" --num_iterations="$SFT_ITERATIONS" \
         --eval_every="$EVAL_EVERY" --eval_tokens="$EVAL_TOKENS" \
         --save_every="$SAVE_EVERY" --run="$WANDB_RUN"
     evaluation chat_eval_sft "report/chat-evaluation-sft.json" \
-        ranks scripts.chat_eval --source=sft --model-tag="$tag" \
+        ranks scripts.chat_eval --source=sft --model-tag="$tag" --tasks="$TASKS" \
         --max-new-tokens="$MAX_NEW_TOKENS" --max-problems="$MAX_PROBLEMS"
 
     # [5/5] report
@@ -255,9 +261,10 @@ settle_places() {
     if [ -d "$CALLER_DIR/$DATA" ]; then
         DATA="$(cd "$CALLER_DIR/$DATA" && pwd)"
     fi
-    # base_loss measures bits per byte. The embedded world brings its own CORE tasks.
-    BASE_EVAL=core,sample
-    if [ "$DATA" != embedded ] && [ ! -f "$NANOCHAT_BASE_DIR/eval_bundle/core.yaml" ]; then
+    # The embedded world brings its own conversations and questions, and its own CORE tasks.
+    [ "$DATA" != embedded ] || TASKS=embedded
+    BASE_EVAL=core,sample # base_loss measures bits per byte
+    if [ "$TASKS" = auto ] && [ ! -f "$NANOCHAT_BASE_DIR/eval_bundle/core.yaml" ]; then
         BASE_EVAL=sample
         echo "note: no CORE tasks in $NANOCHAT_BASE_DIR/eval_bundle, so CORE is left out" >&2
     fi
@@ -265,8 +272,7 @@ settle_places() {
 
 # Fail in seconds, before any GPU time, when something that the stages will read is not here.
 check_assets() {
-    [ -f scripts/assets.py ] || return 0
-    python -m scripts.assets check --offline || {
+    python -m scripts.assets check --offline --all --data="$DATA" -n "$NUM_SHARDS" || {
         echo "error: files are missing that the stages need; on a machine with internet run:" \
             "bash scripts/download_data.sh" >&2
         return 1

@@ -99,10 +99,11 @@ requeue_job() {
         exit "$2"
     fi
     echo "== job $SLURM_JOB_ID: $1; it goes back to the queue, $(date '+%F %T')"
-    scontrol requeue "$SLURM_JOB_ID" || {
+    # Refused as well when SLURM was faster: then the job is not running any more.
+    if ! scontrol requeue "$SLURM_JOB_ID" && [ "$(job_state)" = RUNNING ]; then
         echo "error: SLURM does not requeue this job; submit it again and it goes on" >&2
         exit "$2"
-    }
+    fi
     exit 0
 }
 

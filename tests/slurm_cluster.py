@@ -156,12 +156,11 @@ class SlurmCluster:
     def kill_node(self, name: str) -> None:
         """End a node as a power cut would: its daemon and everything it had started."""
         daemon = self._daemons.pop(f"slurmd {name}")
-        doomed = [daemon.pid, *_descendants(daemon.pid)]
-        # A job's shepherd leaves the daemon; it names the node in its command line.
-        for pid, (_, command) in _processes().items():
-            if command.startswith("slurmstepd") and f"spool.{name}" in _open_files(pid):
-                doomed += [pid, *_descendants(pid)]
-        for pid in doomed:
+        doomed = [daemon.pid]
+        # What a node runs has left its daemon and belongs to a shepherd each; it knows its node.
+        for pid in _processes_on(name):
+            doomed += [_parent(pid), pid]
+        for pid in set(doomed) - {0, 1}:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         daemon.wait()
@@ -266,26 +265,19 @@ def _free_ports(count: int) -> list[int]:
         return [one.getsockname()[1] for one in sockets]
 
 
-def _processes() -> dict[int, tuple[int, str]]:
-    """Parent and command line of every process."""
-    found = {}
+def _processes_on(node: str) -> list[int]:
+    """Processes whose environment names the node they run on."""
+    found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            found[int(folder.name)] = (parent, command)
+            if f"SLURMD_NODENAME={node}\0".encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
     return found
 
 
-def _descendants(pid: int) -> list[int]:
-    children = [child for child, (parent, _) in _processes().items() if parent == pid]
-    return children + [below for child in children for below in _descendants(child)]
-
-
-def _open_files(pid: int) -> str:
-    files = []
+def _parent(pid: int) -> int:
+    """The parent of a process; the process itself when it has just ended."""
     with contextlib.suppress(OSError):
-        for link in Path(f"/proc/{pid}/fd").iterdir():
-            with contextlib.suppress(OSError):
-                files.append(os.readlink(link))
-    return "\n".join(files)
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        return int(stat.rpartition(")")[2].split()[1])
+    return pid
