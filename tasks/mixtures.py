@@ -9,7 +9,6 @@ length; what counts is their proportion. A row is made when it is asked for.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 

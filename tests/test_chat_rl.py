@@ -1,0 +1,159 @@
+"""The command of reinforcement learning: it learns, resumes exactly, and later commands know it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scripted_model import byte_tokenizer, save
+
+from nanochat import checkpoint_manager, configurator
+from nanochat.common import UserError, checkpoints_dir
+from nanochat.conversation import Conversation, chat
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.tracking import read_metrics
+from scripts import chat_cli, chat_eval, chat_rl
+from tasks.common import Task
+
+
+class SmallLetters(Task):
+    """An answer is right when it begins with a small letter, which one in ten does at first."""
+
+    name = "SmallLetters"
+    eval_type = "generative"
+
+    def num_rows(self) -> int:
+        return 40
+
+    def row(self, index: int) -> Conversation:
+        return chat(f"question {index}", "a")
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        return completion[:1].islower()
+
+
+class Letters(SmallLetters):
+    eval_type = "categorical"
+
+
+@pytest.fixture
+def sft_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A base folder with a random sft model, and a task that it can learn in seconds."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    pair = SmallLetters(), SmallLetters()
+    monkeypatch.setattr(
+        chat_rl.mixtures,
+        "rl_tasks",
+        lambda tasks: {"SmallLetters": pair, "Letters": (Letters(), Letters())},
+    )
+    vocab_size = byte_tokenizer().vocab_size
+    model = GPT(GPTConfig(sequence_len=64, vocab_size=vocab_size, n_layer=1, n_head=2, n_embd=32))
+    model.init_weights(torch.Generator().manual_seed(1))
+    save("sft", model)
+    return tmp_path
+
+
+def run(*flags: str, **settings: Any) -> int:
+    """`chat_rl` in small."""
+    sizes = {
+        "num_iterations": 4,
+        "examples_per_step": 2,
+        "num_samples": 8,
+        "max_new_tokens": 1,
+        "top_k": 0,
+        "device_batch_size": 16,
+        "eval_examples": 40,
+        "eval_samples": 2,
+        "eval_every": 2,
+        "save_every": 2,
+        "keep_last": 5,
+        "dtype": "float32",
+        "device_type": "cpu",
+    }
+    arguments = [f"--{name}={value}" for name, value in {**sizes, **settings}.items()]
+    return chat_rl.main(configurator.parse(chat_rl.Config, [*arguments, *flags]))
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return read_metrics(folder / "chatrl_checkpoints/d1/metrics.jsonl")
+
+
+def test_reward_rises_and_the_report_tells(sft_model: Path) -> None:
+    assert run(num_iterations=40, examples_per_step=6, init_lr_frac=0.5, eval_every=20) == 0
+    rewards = [row["reward"] for row in metrics(sft_model) if "reward" in row]
+    assert len(rewards) == 40
+    assert sum(rewards[:5]) / 5 < 0.3
+    assert sum(rewards[-5:]) / 5 > 0.6
+    passes = [row for row in metrics(sft_model) if "pass_at_1" in row]
+    assert [row["step"] for row in passes] == [0, 20, 40]
+    assert passes[0]["pass_at_1"] < passes[0]["pass_at_2"]
+    assert passes[-1]["pass_at_1"] > passes[0]["pass_at_1"] + 0.3
+    assert '"Final pass at 1"' in (sft_model / "report/chat-rl.json").read_text()
+
+
+def test_resumed_run_equals_undisturbed_run_bit_for_bit(sft_model: Path) -> None:
+    run()
+    folder = checkpoints_dir("rl") / "d1"
+    whole = checkpoint_manager.newest_checkpoint(folder)
+    assert whole is not None
+    assert whole.step == 4
+    start = checkpoint_manager.find_checkpoint("sft", None, None)
+    assert whole.weights_hash != start.weights_hash
+    rows = [row for row in metrics(sft_model) if "reward" in row or "pass_at_1" in row]
+    hash_of_whole = whole.weights_hash
+    shutil.rmtree(folder / "step_000004")
+
+    run("--resume")
+
+    resumed = checkpoint_manager.newest_checkpoint(folder)
+    assert resumed is not None
+    assert resumed.step == 4
+    assert resumed.weights_hash == hash_of_whole
+    again = [row for row in metrics(sft_model) if "reward" in row or "pass_at_1" in row]
+    assert again == rows
+
+
+def test_rl_model_can_be_evaluated_and_talked_to(
+    sft_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(num_iterations=1)
+    monkeypatch.setattr(
+        chat_eval.mixtures, "evaluation_tasks", lambda tasks, **settings: [SmallLetters()]
+    )
+    chat_eval.main(
+        configurator.parse(chat_eval.Config, ["-i", "rl", "-m", "2", "--device-type=cpu"])
+    )
+    assert "SmallLetters" in capsys.readouterr().out
+    chat_cli.main(
+        configurator.parse(
+            chat_cli.Config, ["-i", "rl", "-p", "hello", "-t", "0", "--max-new-tokens=2"]
+        )
+    )
+    state = checkpoint_manager.find_checkpoint("rl", None, None).state
+    assert state["parent"]["stage"] == "sft"
+    assert state["task"] == "SmallLetters"
+
+
+def test_tasks_that_cannot_be_practised_are_named(sft_model: Path) -> None:
+    with pytest.raises(UserError, match="Letters is categorical"):
+        run("--task=Letters")
+    with pytest.raises(UserError, match="did you mean SmallLetters"):
+        run("--task=smalleters")
+
+
+@pytest.mark.parametrize("flag", ["eval_samples", "eval_examples", "num_epochs"])
+def test_counts_below_one_are_refused(sft_model: Path, flag: str) -> None:
+    with pytest.raises(UserError, match=f"--{flag.replace('_', '-')} is 0"):
+        run(**{flag: 0})
+
+
+def test_kl_term_needs_no_more_than_its_flag(sft_model: Path) -> None:
+    assert run("--kl-weight=0.1", num_iterations=2) == 0
+    rows = [row for row in metrics(sft_model) if "kl" in row]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert rows[1]["kl"] > rows[0]["kl"]
