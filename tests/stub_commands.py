@@ -3,7 +3,8 @@
 `install(folder)` writes a `python` that records each command and leaves the files that the real one
 would leave, in milliseconds; a training "run" takes steps that a signal can interrupt. Variables:
 STUB_LOG (what ran, one line each), STUB_FAIL (part of a command that shall fail), STUB_CODE (with
-which exit code), STUB_STEPS (of a training run, 0.1 s each).
+which exit code), STUB_STEPS (of a training run, 0.1 s each), STUB_REAL (a module that is not
+pretended), STUB_SLEEP (seconds of a chat evaluation).
 """
 
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 # Everything but the record of stages is pretended.
 PYTHON = r"""#!/usr/bin/env bash
-if [ "${2:-}" = scripts.run_state ]; then exec {python} "$@"; fi
+if [ "${2:-}" = scripts.run_state ] || [ "${2:-}" = "${STUB_REAL:-}" ]; then exec {python} "$@"; fi
 [ "$1" = -m ] || exit 0
 shift
 echo "${RANK:-0}/${WORLD_SIZE:-1} $*" >>"$STUB_LOG"
@@ -43,7 +44,7 @@ scripts.base_loss*) section base-model-loss.json ;;
 scripts.base_eval*) section base-model-evaluation.json ;;
 scripts.mid_train*) checkpoint mid ;;
 scripts.chat_sft*) checkpoint chatsft ;;
-scripts.chat_eval*) name="${2#--source=}"; section "chat-evaluation-$name.json" ;;
+scripts.chat_eval*) sleep "${STUB_SLEEP:-0}"; name="${2#--source=}"; section "chat-evaluation-$name.json" ;;
 "nanochat.report generate") section report.md ;;
 esac
 """

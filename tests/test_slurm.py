@@ -160,7 +160,7 @@ def test_disturbed_in_every_way_a_job_ends_with_the_same_weights(
     assert (alone.base / "report" / "report.md").is_file()
     print(f"undisturbed: {time.monotonic() - started:.0f} s, offline: {cluster.is_isolated}")
 
-    job = other.submit("--nodes=2", "--signal=B:USR1@60", flags=TINY)
+    job = other.submit("--nodes=2", flags=TINY)
 
     def at_work(stage: str, times: int) -> None:
         """Until the `times`-th start of a stage has done its first steps."""
@@ -172,11 +172,10 @@ def test_disturbed_in_every_way_a_job_ends_with_the_same_weights(
     at_work("base_train", 1)
     cluster.run("scontrol", "requeue", job)
     other.wait_for_state(job, "PENDING")
-    # The next leg gets two minutes, of which the last one begins with USR1.
-    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=2")
-    other.wait_for(job, "USR1: the time limit is near")
+    at_work("base_train", 2)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)  # as before the time limit
     other.wait_for_state(job, "PENDING")
-    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60", "Partition=graceful")
+    cluster.run("scontrol", "update", f"JobId={job}", "Partition=graceful")
     at_work("mid_train", 1)
     preempt(cluster)  # with grace: only the ranks are told
     other.wait_for_state(job, "PENDING")
@@ -196,3 +195,126 @@ def test_disturbed_in_every_way_a_job_ends_with_the_same_weights(
     assert other.final_weights() == alone.final_weights()
     assert list(other.home.rglob("*")) == []
     print(f"both: {time.monotonic() - started:.0f} s")
+
+
+def test_a_job_with_eight_gpus_and_an_address(stubbed: Clone) -> None:
+    """Neither a run name nor a folder for the logs is needed."""
+    (stubbed.root / ".env.local").write_text("EMAIL = 'someone@example.edu'\n")
+    (stubbed.root / "logs").rmdir()
+    told = stubbed.cluster.run(
+        "bash", "scripts/submit.sh", variables=stubbed.variables, cwd=stubbed.root
+    )
+    job = told.partition("submitted as job ")[2].split()[0]
+    assert stubbed.finish(job) == "0", stubbed.output(job, "err")
+    output = stubbed.output(job)
+    assert "all 13 stages are done" in output
+    assert stubbed.output(job, "err") == ""
+    base_train = next(
+        line for line in stubbed.stages_run() if line.startswith("scripts.base_train")
+    )
+    assert f"--run=slurm-{job}" in base_train.split()
+    lines = stubbed.log.read_text(encoding="utf-8").splitlines()
+    ranks = sorted(line.split()[0] for line in lines if " scripts.base_train " in line)
+    assert ranks == [f"{rank}/8" for rank in range(8)]
+    mails = stubbed.cluster.folder / "mails"
+    stubbed.cluster.until(lambda: "Ended" in mails.read_text(), "the mail at the end", SECONDS)
+    ours = [line for line in mails.read_text().splitlines() if f"Job_id={job} " in line]
+    assert any("Began" in line for line in ours)
+    assert all(line.endswith("someone@example.edu") for line in ours)
+    assert list(stubbed.home.rglob("*")) == []
+
+
+@pytest.mark.parametrize("name", ["dummy", "12"])
+def test_a_run_name_changes_nothing_but_the_name(stubbed: Clone, name: str) -> None:
+    """One GPU, no address, plain sbatch."""
+    stubbed.variables["WANDB_RUN"] = name
+    job = stubbed.submit()
+    assert stubbed.finish(job) == "0", stubbed.output(job, "err")
+    assert "all 13 stages are done" in stubbed.output(job)
+    base_train = next(
+        line for line in stubbed.stages_run() if line.startswith("scripts.base_train")
+    )
+    assert f"--run={name}" in base_train.split()
+    assert "--total_batch_size=524288" in base_train.split()
+    assert "no email in .env.local" in stubbed.output(job, "err")
+    mails = stubbed.cluster.folder / "mails"
+    assert not mails.exists() or f"Job_id={job} " not in mails.read_text()
+
+
+def test_a_missing_asset_ends_the_job_before_any_stage(stubbed: Clone) -> None:
+    stubbed.variables["STUB_REAL"] = "scripts.assets"
+    job = stubbed.submit()
+    assert stubbed.finish(job) == "1"
+    assert "python -m scripts.assets prefetch" in stubbed.output(job, "err")
+    assert "bash scripts/download_data.sh" in stubbed.output(job, "err")
+    assert not stubbed.log.exists()
+    assert "done" not in stubbed.output(job)
+
+
+def test_a_failing_stage_is_the_end_of_the_job(stubbed: Clone) -> None:
+    stubbed.variables |= {"STUB_FAIL": "mid_train", "STUB_CODE": "9"}
+    job = stubbed.submit("--nodes=2")
+    assert stubbed.finish(job) == "9"
+    errors = stubbed.output(job, "err")
+    shown = errors.partition("the last 30 lines of")[2].splitlines()[1:31]
+    assert shown[-1] == "line 40 of the error"
+    assert "stage mid_train ended with exit code 9" in errors
+    assert "stages are done" not in stubbed.output(job)
+    assert stubbed.cluster.field(job, "Restarts") == "0"
+
+    # Mended, it goes on at midtraining, with the job that begins there.
+    del stubbed.variables["STUB_FAIL"]
+    stubbed.log.unlink()
+    job = stubbed.submit(job="scripts/resume_mid_sft.slurm")
+    assert stubbed.finish(job) == "0", stubbed.output(job, "err", "resume_mid_sft")
+    assert stubbed.stages_run()[1].startswith("scripts.mid_train ")  # 0 is the check
+    assert "all 5 stages are done" in stubbed.output(job, name="resume_mid_sft")
+
+
+def test_near_its_time_limit_a_job_saves_and_goes_on(stubbed: Clone) -> None:
+    """SLURM sends USR1 between 60 and 97 seconds before the end: it looks every half minute."""
+    stubbed.variables["STUB_STEPS"] = "700"
+    limit = ("--time=2", "--signal=B:USR1@60")
+    job = stubbed.submit(*limit, flags=["--from", "base_train", "--until", "base_train"])
+    assert stubbed.finish(job) == "0", stubbed.output(job, "err")
+    output = stubbed.output(job)
+    assert output.count("USR1: the time limit is near") >= 1
+    assert output.count("saved at") >= 1
+    assert "restart 1" in output
+    assert stubbed.stages_run()[-1].endswith("--resume")
+
+
+def test_a_cancelled_job_does_not_come_back(stubbed: Clone) -> None:
+    stubbed.variables["STUB_STEPS"] = "1000"
+    job = stubbed.submit()
+    stubbed.wait_for(job, "== base_train")
+    stubbed.cluster.run("scancel", job)
+    stubbed.wait_for_state(job, "CANCELLED")
+    stubbed.cluster.until(
+        lambda: "was stopped" in stubbed.output(job, "err"), "its last words", SECONDS
+    )
+    assert stubbed.state(job) == "CANCELLED"
+    assert "goes back to the queue" not in stubbed.output(job)
+
+
+def test_an_evaluation_that_is_preempted_runs_again(stubbed: Clone) -> None:
+    """It cannot save; SLURM tells only the ranks, and nobody would requeue the job but itself."""
+    stubbed.variables["STUB_SLEEP"] = "20"
+    job = stubbed.submit("--partition=graceful", flags=["--until", "chat_eval_base"])
+    stubbed.wait_for(job, "== chat_eval_base")
+    preempt(stubbed.cluster)
+    stubbed.wait_for(job, "goes back to the queue")
+    stubbed.wait_for(job, "restart 1")
+    assert stubbed.finish(job) == "0", stubbed.output(job, "err")
+    assert sum("--source=base" in line for line in stubbed.stages_run()) == 2
+
+
+def test_a_chat_in_a_job(stubbed: Clone) -> None:
+    """From the login node one answer; as a job the page, and how to reach it."""
+    talk = ("bash", "scripts/chat.slurm", "-p", "Why is the sky blue?")
+    stubbed.cluster.run(*talk, variables=stubbed.variables, cwd=stubbed.root)
+    assert stubbed.stages_run() == ["scripts.chat_cli -p Why is the sky blue?"]
+    job = stubbed.submit(job="scripts/chat.slurm")
+    assert stubbed.finish(job) == "0"
+    assert "ssh -L 8000:" in stubbed.output(job, name="chat")
+    assert stubbed.stages_run()[1].startswith("scripts.chat_web --port=80")
