@@ -9,6 +9,7 @@ T, D) inside.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +64,32 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tens
         q.transpose(1, 2), k, v, attn_mask=visible, enable_gqa=q.size(2) != k.size(1)
     )
     return out.transpose(1, 2)
+
+
+class Past(Protocol):
+    """What `GPT.hidden` needs of the tokens before its own; `KVCache` is one."""
+
+    longest: int
+
+    def check_room(self, num_new: int) -> None:
+        """ValueError when `num_new` more tokens a row do not fit."""
+        ...
+
+    def positions(self, num_new: int) -> Tensor:
+        """Index of each new token in its own sequence: (B, num_new) int64."""
+        ...
+
+    def append_tokens(self, idx: Tensor, positions: Tensor) -> Tensor:
+        """Note new token ids (B, T); return each one's predecessor, anything at position 0."""
+        ...
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+        """Attend from new tokens, q (B, T, H, D), to the past and to k, v (B, T, K, D)."""
+        ...
+
+    def advance(self, num_new: int) -> None:
+        """All layers have seen `num_new` more tokens."""
+        ...
 
 
 class KVCache:
@@ -132,6 +159,11 @@ class KVCache:
         if self._places is not None:
             keys, values = keys[self._places], values[self._places]
         return keys, values
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+        """Store k and v, then attend from q (B, T, H, D) to all that is stored."""
+        keys, values = self.append(layer, k, v, positions)
+        return cached_attention(q, keys, values, positions)
 
     def _row_places(self) -> Tensor:
         """Where each row lies in the storage: (B,) int64."""

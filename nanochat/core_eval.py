@@ -2,37 +2,31 @@
 
 The definition is that of DCLM (arXiv:2406.11794, section 3.5): centered accuracy is 0 at chance
 and 1 at perfection, CORE is its plain mean over tasks. A slow implementation that scores one
-sequence at a time is in tests/reference; every decision here must equal the one there.
-
-Legend: N = sequences of a batch, T = positions of the longest, C = model width.
+sequence at a time is in tests/reference; every decision must equal the one there.
+`core_bundle` makes the prompts, `core_scoring` decides, `core_progress` remembers.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
 from nanochat.common import UserError
 from nanochat.core_bundle import CoreTask, Item, load_bundle
-from nanochat.gpt import GPT, softcap
-from nanochat.runtime import Runtime, World
-from nanochat.tokenizer import Tokenizer
+from nanochat.core_progress import CoreProgress
+from nanochat.core_scoring import LanguageModel, Tokenizer, decide
+from nanochat.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 
-# Items tokenized together: enough that sorting by length leaves little padding in a batch.
-ITEMS_PER_GROUP = 512
-# Padded tokens of one forward pass: keeps the states of a depth-4 model within a few MB.
-TOKENS_PER_BATCH = 16_384
-HEAD_ROWS = 512  # positions whose logits are held at once
+# Items tokenized together: enough that sorting by length leaves little padding in a batch, few
+# enough that a killed evaluation loses little.
+ITEMS_PER_GROUP = 256
+_BAR_CHARS, _TERMINAL_CHARS = 20, 100
 
 
 @dataclass(frozen=True)
@@ -45,7 +39,7 @@ class TaskScore:
     num_items: int
     seconds: float
     decisions: tuple[bool, ...]
-    """Right or wrong, for the items rank, rank + world, ... of this rank."""
+    """Right or wrong, item by item in the task's order."""
 
 
 @dataclass(frozen=True)
@@ -81,23 +75,20 @@ class CoreResult:
         return "\n".join(lines) + "\n"
 
 
-@dataclass(frozen=True)
-class _Sequence:
-    """One text of an item; the tokens ids[start:end] are scored."""
-
-    item: int
-    ids: list[int]
-    start: int
-    end: int
-
-
 def evaluate_core(
-    model: GPT, tokenizer: Tokenizer, bundle_dir: Path, max_per_task: int, runtime: Runtime
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    bundle_dir: Path,
+    max_per_task: int,
+    runtime: Runtime,
+    *,
+    progress_dir: Path | None = None,
 ) -> CoreResult:
     """Score every task of a bundle, each on its first `max_per_task` items if that is > 0.
 
     All ranks take part and get the same result. UserError for a broken bundle; a task without
-    item file is named in the log and in the result.
+    item file is named in the log and in the result. progress_dir: a folder on a disk all ranks
+    see, named after model and settings; an evaluation that was killed goes on from there.
     """
     tasks = load_bundle(bundle_dir)
     present = [task for task in tasks if task.path.exists()]
@@ -108,164 +99,84 @@ def evaluate_core(
         logger.warning("CORE is partial: no items for %s", ", ".join(missing))
     # Read at once: a broken file of the last task must not cost the time of all before.
     items = [task.items(max_per_task) for task in present]
-    scores = []
+    progress = CoreProgress(progress_dir, runtime.world)
+    bar = _Bar(sum(map(len, items)), runtime.world.is_main)
+    scores: list[TaskScore] = []
     for number, (task, task_items) in enumerate(zip(present, items, strict=True), 1):
-        score = evaluate_task(model, tokenizer, task, task_items, runtime.world)
+        score = evaluate_task(model, tokenizer, task, task_items, progress, bar)
         scores.append(score)
+        bar.scored(score)
+        bar.clear()
         logger.info(
             "%d/%d %s  %d-shot  accuracy %.4f  centered %+.4f  %.1f s",
             *(number, len(present), task.label, task.num_shots),
             *(score.accuracy, score.centered, score.seconds),
         )
+    progress.finish()
     return CoreResult(tuple(scores), missing)
 
 
 def evaluate_task(
-    model: GPT, tokenizer: Tokenizer, task: CoreTask, items: Sequence[Item], world: World
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    task: CoreTask,
+    items: Sequence[Item],
+    progress: CoreProgress,
+    bar: _Bar | None = None,
 ) -> TaskScore:
-    """Score one task; rank r decides the items r, r + world, ..."""
+    """Score one task; the ranks share what is not decided yet."""
     started = time.perf_counter()
-    indices = range(world.rank, len(items), world.size)
-    was_training = model.training
-    model.eval()
-    decisions: list[bool] = []
-    for start in range(0, len(indices), ITEMS_PER_GROUP):
-        group = indices[start : start + ITEMS_PER_GROUP]
-        decisions += decide(model, tokenizer, task, items, group)
-    model.train(was_training)
-    accuracy = world.sum(sum(decisions)) / len(items)
+    own: dict[int, bool] = {}
+    left = progress.remaining(task.label, len(items))
+    bar = bar or _Bar(len(items), False)
+    bar.add(task.label, len(items) - len(left) * progress.world.size)
+    for start in range(0, len(left), ITEMS_PER_GROUP):
+        group = left[start : start + ITEMS_PER_GROUP]
+        decisions = decide(model, tokenizer, task, items, group)
+        progress.add(task.label, group, decisions)
+        own.update(zip(group, decisions, strict=True))
+        bar.add(task.label, len(group) * progress.world.size)
+    together = progress.gathered(task.label, own)
+    accuracy = sum(together.values()) / len(items)
     return TaskScore(
         label=task.label,
         accuracy=accuracy,
         centered=task.center(accuracy),
         num_items=len(items),
         seconds=time.perf_counter() - started,
-        decisions=tuple(decisions),
+        decisions=tuple(together.values()),
     )
 
 
-def decide(
-    model: GPT, tokenizer: Tokenizer, task: CoreTask, items: Sequence[Item], indices: Sequence[int]
-) -> list[bool]:
-    """Whether the model is right on each of the given items."""
-    sequences = _sequences(tokenizer, task, items, indices, max_length=model.cos.size(0))
-    losses, exact = _score(model, sequences, padding=tokenizer.bos_id)
-    if task.kind == "language_modeling":
-        return exact
-    by_item: dict[int, list[float]] = {index: [] for index in indices}
-    for sequence, loss in zip(sequences, losses, strict=True):
-        by_item[sequence.item].append(loss)
-    return [by_item[index].index(min(by_item[index])) == items[index]["gold"] for index in indices]
+class _Bar:
+    """One line on a terminal: items done, time left, mean centered accuracy of tasks so far."""
 
+    def __init__(self, num_items: int, is_shown: bool) -> None:
+        self._total, self._done = num_items, 0
+        self._is_shown = is_shown and sys.stderr.isatty()
+        self._started = time.perf_counter()
+        self._centered: list[float] = []
 
-def _sequences(
-    tokenizer: Tokenizer,
-    task: CoreTask,
-    items: Sequence[Item],
-    indices: Sequence[int],
-    *,
-    max_length: int,
-) -> list[_Sequence]:
-    """Token sequences of the items, in order; one an option, or one for language modeling."""
-    texts = [task.prompts(items, index) for index in indices]
-    flat = [text for prompts in texts for text in prompts]
-    ids, offsets = tokenizer.encode_batch(flat, prepend=tokenizer.bos_id)
-    rows = (ids[a:b].tolist() for a, b in itertools.pairwise(offsets))
-    sequences = []
-    for index, prompts in zip(indices, texts, strict=True):
-        options = [next(rows) for _ in prompts]
-        spans = _scored_spans(task, options)
-        if task.kind == "language_modeling":
-            options = options[1:]
-        for option, (start, end) in zip(options, spans, strict=True):
-            # What the model cannot hold is cut from the left.
-            cut = max(len(option) - max_length, 0)
-            if not 0 < start - cut < end - cut:
-                raise UserError(
-                    f"{task.label}, item {index} of the shuffled order: nothing is left to score "
-                    f"of an answer of {end - start} tokens in a sequence of {len(option)}"
-                )
-            sequences.append(_Sequence(index, option[cut:], start - cut, end - cut))
-    return sequences
-
-
-def _scored_spans(task: CoreTask, options: list[list[int]]) -> list[tuple[int, int]]:
-    """Where the answers lie: what options do not share in front, or do share at the end."""
-    if task.kind == "multiple_choice":
-        start = _common_prefix(options)
-        return [(start, len(option)) for option in options]
-    if task.kind == "schema":
-        length = _common_prefix([option[::-1] for option in options])
-        return [(len(option) - length, len(option)) for option in options]
-    question, whole = options
-    if whole[: len(question)] != question:
-        raise UserError(
-            f"{task.label}: the tokens of a question do not begin those of question and answer, "
-            f"so the answer has no first token; check the delimiter {task.delimiter!r}"
+    def add(self, label: str, num_items: int) -> None:
+        self._done += num_items
+        if not self._is_shown or self._done <= 0:
+            return
+        elapsed = time.perf_counter() - self._started
+        minutes = elapsed / self._done * max(self._total - self._done, 0) / 60
+        filled = min(self._done * _BAR_CHARS // self._total, _BAR_CHARS)
+        running = sum(self._centered) / len(self._centered) if self._centered else 0.0
+        line = (
+            f"[{'=' * filled}{' ' * (_BAR_CHARS - filled)}] {self._done}/{self._total} items  "
+            f"{label}  CORE so far {running:+.4f}  {minutes:.0f} min left"
         )
-    return [(len(question), len(whole))]
+        sys.stderr.write("\r" + line[:_TERMINAL_CHARS].ljust(_TERMINAL_CHARS))
+        sys.stderr.flush()
 
+    def scored(self, score: TaskScore) -> None:
+        self._centered.append(score.centered)
 
-def _common_prefix(rows: list[list[int]]) -> int:
-    """Number of leading tokens that all rows share."""
-    length = 0
-    for column in zip(*rows, strict=False):
-        if any(token != column[0] for token in column):
-            break
-        length += 1
-    return length
-
-
-def _score(
-    model: GPT, sequences: list[_Sequence], *, padding: int
-) -> tuple[list[float], list[bool]]:
-    """Mean loss of each sequence's scored tokens, and whether all of them are the likeliest."""
-    losses, exact = [0.0] * len(sequences), [False] * len(sequences)
-    for batch in _batches(sequences):
-        chosen = [sequences[i] for i in batch]
-        batch_losses, batch_exact = _score_batch(model, chosen, padding)
-        for i, loss, is_exact in zip(batch, batch_losses, batch_exact, strict=True):
-            losses[i], exact[i] = loss, is_exact
-    return losses, exact
-
-
-def _batches(sequences: list[_Sequence]) -> Iterator[list[int]]:
-    """Indices of sequences of similar length, longest first, within the token budget."""
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].ids), reverse=True)
-    start = 0
-    while start < len(order):
-        longest = len(sequences[order[start]].ids)
-        stop = start + max(TOKENS_PER_BATCH // longest, 1)
-        yield order[start:stop]
-        start = stop
-
-
-@torch.inference_mode()
-def _score_batch(
-    model: GPT, sequences: list[_Sequence], padding: int
-) -> tuple[list[float], list[bool]]:
-    """Only the scored positions meet the head: few-shot prompts are long, answers short."""
-    longest = max(len(sequence.ids) for sequence in sequences)
-    ids = torch.tensor(
-        [s.ids + [padding] * (longest - len(s.ids)) for s in sequences], device=model.device
-    )
-    counts = torch.tensor([s.end - s.start for s in sequences], device=model.device)
-    rows = torch.arange(len(sequences), device=model.device).repeat_interleave(counts)
-    positions = torch.cat([torch.arange(s.start, s.end) for s in sequences]).to(model.device)
-    states = model.hidden(ids)[rows, positions - 1]
-    losses, hits = _head(model, states, ids[rows, positions])
-    # Sums of one sequence after the other, so that a sequence's mean is independent of the batch.
-    parts = torch.split(losses, counts.tolist()), torch.split(hits, counts.tolist())
-    means = [float(part.mean()) for part in parts[0]]
-    return means, [bool(part.all()) for part in parts[1]]
-
-
-def _head(model: GPT, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses and hits of targets (P,) predicted from states (P, C)."""
-    losses, hits = [], []
-    chunks = torch.split(states, HEAD_ROWS), torch.split(targets, HEAD_ROWS)
-    for part, wanted in zip(*chunks, strict=True):
-        logits = softcap(model.lm_head(part))
-        losses.append(F.cross_entropy(logits, wanted, reduction="none"))
-        hits.append(logits.argmax(dim=-1) == wanted)
-    return torch.cat(losses), torch.cat(hits)
+    def clear(self) -> None:
+        """Make room for a line of the log."""
+        if self._is_shown:
+            sys.stderr.write("\r" + " " * _TERMINAL_CHARS + "\r")
+            sys.stderr.flush()

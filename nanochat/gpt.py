@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat import fused
-from nanochat.attention import KVCache, cached_attention, causal_attention
+from nanochat.attention import KVCache, Past, causal_attention
 from nanochat.common import UserError
 
 LOGIT_SOFTCAP = (
@@ -168,8 +168,7 @@ class CausalSelfAttention(nn.Module):
         if cached is None:
             y = causal_attention(q, k, v)
         else:
-            keys, values = cached.cache.append(self.layer, k, v, cached.positions)
-            y = cached_attention(q, keys, values, cached.positions)
+            y = cached.cache.attend(self.layer, q, k, v, cached.positions)
         out: Tensor = self.c_proj(y.flatten(-2))
         return out
 
@@ -214,7 +213,7 @@ TransformerBlock = Block
 class CachedStep:
     """One forward pass over a cache: where this call's tokens stand in their rows, (B, T) int64."""
 
-    cache: KVCache
+    cache: Past
     positions: Tensor
 
 
@@ -284,7 +283,7 @@ class GPT(nn.Module):
             mlp.c_proj.weight.zero_()
         self.lm_head.weight.zero_()
 
-    def hidden(self, idx: Tensor, kv_cache: KVCache | None = None) -> Tensor:
+    def hidden(self, idx: Tensor, kv_cache: Past | None = None) -> Tensor:
         """Final normed states of tokens idx (B, T) int64: (B, T, C) in the compute dtype.
 
         With a cache the tokens continue each row at its own length, and the cache grows by T.

@@ -16,6 +16,7 @@ from nanochat import checkpoint_manager, configurator, report, runtime
 from nanochat.answers import plain_text
 from nanochat.common import UserError, atomic_write_text, base_dir
 from nanochat.core_eval import CoreResult, evaluate_core
+from nanochat.core_scoring import GptModel
 from nanochat.dataset import open_source
 from nanochat.engine import Engine, sample_prompts
 from nanochat.gpt import GPT
@@ -69,7 +70,7 @@ def main(config: Config) -> None:
         sections: list[dict[str, Any]] = [{"Model": f"{checkpoint.tag}, step {checkpoint.step}"}]
         if "core" in parts:
             core = evaluate_core(
-                model, tokenizer, mixtures.core_bundle(data), config.max_per_task, rt
+                GptModel(model), tokenizer, mixtures.core_bundle(data), config.max_per_task, rt
             )
             if rt.world.is_main:
                 path = base_dir() / "base_eval" / f"base_model_{checkpoint.step:06d}.csv"

@@ -14,11 +14,13 @@ import torch
 
 from nanochat import configurator, core_eval, runtime, scaling
 from nanochat.common import tokenizer_dir
+from nanochat.core_scoring import GptModel
 from nanochat.dataloader import DocumentLoader, evaluation_batches
 from nanochat.dataset import open_source
 from nanochat.engine import sample_prompts
 from nanochat.gpt import GPT
 from nanochat.loss_eval import bits_per_byte
+from nanochat.resuming import DATA_FINGERPRINT
 from nanochat.stage import StageConfig, check_positive, train_stage
 from nanochat.tokenizer import get_tokenizer
 from nanochat.training import Hook, Trainer
@@ -113,7 +115,7 @@ def main(config: Config) -> int:
 
         def measure_core(trainer: Trainer) -> dict[str, float]:
             result = core_eval.evaluate_core(
-                trainer.model,
+                GptModel(trainer.model),
                 tokenizer,
                 mixtures.core_bundle(data),
                 max_per_task=config.core_metric_max_per_task,
@@ -154,7 +156,7 @@ def main(config: Config) -> int:
             rows_per_step=rows_per_step,
             num_iterations=num_iterations,
             hooks=hooks,
-            facts={"data": data, "parent": None},
+            facts={"data": data, "parent": None, DATA_FINGERPRINT: source.fingerprint()},
         )
 
 

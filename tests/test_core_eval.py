@@ -15,8 +15,10 @@ from reference.byte_tokenizer import ByteTokenizer
 
 from nanochat.common import UserError
 from nanochat.core_bundle import load_bundle
-from nanochat.core_eval import decide, evaluate_core, evaluate_task
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.core_eval import evaluate_core, evaluate_task
+from nanochat.core_progress import CoreProgress
+from nanochat.core_scoring import GptModel, decide
+from nanochat.gpt import GPT, GPTConfig, softcap
 from nanochat.runtime import Runtime, World
 
 TOKENIZER: Any = ByteTokenizer()
@@ -144,7 +146,7 @@ def test_every_decision_equals_the_slow_oracle(
 ) -> None:
     model = random_model(seed)
     bundle = toy_bundle(tmp_path / "bundle", model)
-    result = evaluate_core(model, TOKENIZER, bundle, max_per_task, RUNTIME)
+    result = evaluate_core(GptModel(model), TOKENIZER, bundle, max_per_task, RUNTIME)
     expected = {
         task.label: tuple(reference.decisions(model, TOKENIZER, bundle, task.label, max_per_task))
         for task in result.tasks
@@ -159,11 +161,11 @@ def test_every_decision_equals_the_slow_oracle(
 def test_batches_do_not_change_decisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model(2)
     bundle = toy_bundle(tmp_path / "bundle", model)
-    together = evaluate_core(model, TOKENIZER, bundle, -1, RUNTIME)
-    monkeypatch.setattr("nanochat.core_eval.TOKENS_PER_BATCH", 700)
+    together = evaluate_core(GptModel(model), TOKENIZER, bundle, -1, RUNTIME)
+    monkeypatch.setattr("nanochat.core_scoring.TOKENS_PER_BATCH", 700)
     monkeypatch.setattr("nanochat.core_eval.ITEMS_PER_GROUP", 7)
-    monkeypatch.setattr("nanochat.core_eval.HEAD_ROWS", 5)
-    apart = evaluate_core(model, TOKENIZER, bundle, -1, RUNTIME)
+    monkeypatch.setattr("nanochat.core_scoring.HEAD_ROWS", 5)
+    apart = evaluate_core(GptModel(model), TOKENIZER, bundle, -1, RUNTIME)
     assert [task.decisions for task in apart.tasks] == [task.decisions for task in together.tasks]
 
 
@@ -175,7 +177,7 @@ def test_prompts_longer_than_the_model_are_cut_from_the_left(tmp_path: Path, kin
         item["query"] = "far away " * (10 + len(item.get("query", ""))) + item.get("query", "")
         item["context_options"] = ["far " * 50 + text for text in item.get("context_options", [])]
     bundle = write_bundle(tmp_path / "b", {"long": {"type": kind, "shots": 0, "items": items}})
-    (score,) = evaluate_core(model, TOKENIZER, bundle, -1, RUNTIME).tasks
+    (score,) = evaluate_core(GptModel(model), TOKENIZER, bundle, -1, RUNTIME).tasks
     expected = reference.decisions(model, TOKENIZER, bundle, "long", -1, max_length=160)
     assert score.decisions == tuple(expected)
 
@@ -186,7 +188,9 @@ def test_real_tasks_render_and_decide_as_the_oracle() -> None:
     labels = {"copa", "winogrande", "bigbench_operators", "bigbench_qa_wikidata"}
     for task in load_bundle(SHARED_BUNDLE):
         if task.label in labels:
-            score = evaluate_task(model, TOKENIZER, task, task.items(14), World())
+            score = evaluate_task(
+                GptModel(model), TOKENIZER, task, task.items(14), CoreProgress(None, World())
+            )
             expected = reference.decisions(model, TOKENIZER, SHARED_BUNDLE, task.label, 14)
             assert score.decisions == tuple(expected)
             labels.remove(task.label)
@@ -209,11 +213,12 @@ class AlphabetModel:
     device = torch.device("cpu")
     cos = torch.zeros(1000, 1)
 
-    def eval(self) -> None: ...
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        return softcap(self.lm_head(self.hidden(ids)))
 
-    def train(self, mode: bool) -> None: ...
-
-    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+    def hidden(self, ids: torch.Tensor, past: Any = None) -> torch.Tensor:
+        if past is not None:
+            past.advance(ids.size(1))
         return torch.nn.functional.one_hot(ids + 1, TOKENIZER.vocab_size + 1).float()
 
     def lm_head(self, states: torch.Tensor) -> torch.Tensor:
@@ -263,7 +268,7 @@ def test_a_toy_bundle_scores_what_a_person_counts(tmp_path: Path) -> None:
             },
         },
     )
-    result = evaluate_core(alphabet, TOKENIZER, bundle, -1, RUNTIME)
+    result = evaluate_core(GptModel(alphabet), TOKENIZER, bundle, -1, RUNTIME)
     assert [task.accuracy for task in result.tasks] == [0.75, 0.5, 0.5]
     assert [task.centered for task in result.tasks] == [0.5, 0.5, 0.0]
     assert result.core == pytest.approx(1 / 3)
@@ -283,11 +288,24 @@ def test_the_same_options_everywhere_count_as_the_first(tmp_path: Path) -> None:
     bundle = write_bundle(
         tmp_path / "b", {"tie": {"type": "schema", "shots": 0, "items": items, "delimiter": ""}}
     )
-    (score,) = evaluate_core(alphabet, TOKENIZER, bundle, -1, RUNTIME).tasks
+    (score,) = evaluate_core(GptModel(alphabet), TOKENIZER, bundle, -1, RUNTIME).tasks
     assert score.accuracy == 0.5
 
 
 # ---- ranks ---------------------------------------------------------------------------------------
+
+
+class OneOfThree:
+    """Rank `rank` of three as it sees itself; the others' decisions are put in by the test."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.size, self.is_main = rank, 3, rank == 0
+        self.others: list[dict[int, bool]] = []
+
+    def barrier(self) -> None: ...
+
+    def gather_objects(self, own: object) -> list[Any]:
+        return [own, *self.others]
 
 
 def test_ranks_decide_every_item_once(tmp_path: Path) -> None:
@@ -295,9 +313,61 @@ def test_ranks_decide_every_item_once(tmp_path: Path) -> None:
     bundle = toy_bundle(tmp_path / "bundle", model)
     task = load_bundle(bundle)[0]
     items = task.items()
-    alone = decide(model, TOKENIZER, task, items, range(len(items)))
-    dealt = [decide(model, TOKENIZER, task, items, range(r, len(items), 3)) for r in range(3)]
-    assert [dealt[i % 3][i // 3] for i in range(len(items))] == alone
+    alone = decide(GptModel(model), TOKENIZER, task, items, range(len(items)))
+    worlds: list[Any] = [OneOfThree(rank) for rank in range(3)]
+    for world in worlds:
+        left = CoreProgress(None, world).remaining(task.label, len(items))
+        decisions = decide(GptModel(model), TOKENIZER, task, items, left)
+        worlds[0].others.append(dict(zip(left, decisions, strict=True)))
+    assert sum(map(len, worlds[0].others)) == len(items)
+    gathered = CoreProgress(None, worlds[0]).gathered(task.label, {})
+    assert list(gathered.values()) == alone
+
+
+# ---- interrupted ---------------------------------------------------------------------------------
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = random_model(7)
+    bundle, folder = toy_bundle(tmp_path / "bundle", model), tmp_path / "progress"
+    whole = evaluate_core(GptModel(model), TOKENIZER, bundle, -1, RUNTIME)
+    monkeypatch.setattr("nanochat.core_eval.ITEMS_PER_GROUP", 16)
+    decided: list[int] = []
+
+    def until_killed(*arguments: Any) -> list[bool]:
+        decided.extend(arguments[4])
+        if len(decided) > 100:
+            raise KeyboardInterrupt
+        return decide(*arguments)
+
+    monkeypatch.setattr("nanochat.core_eval.decide", until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_core(GptModel(model), TOKENIZER, bundle, -1, RUNTIME, progress_dir=folder)
+    # A power cut in the middle of a line.
+    (file,) = folder.iterdir()
+    file.write_text(file.read_text() + '["choices", [1, 2')
+    first, decided[:] = len(decided), []
+    caplog.set_level(logging.INFO)
+    resumed = evaluate_core(GptModel(model), TOKENIZER, bundle, -1, RUNTIME, progress_dir=folder)
+    assert [task.decisions for task in resumed.tasks] == [task.decisions for task in whole.tasks]
+    total = sum(task.num_items for task in whole.tasks)
+    assert 0 < len(decided) < total - 60
+    assert f"continuing: {total - len(decided)} items" in caplog.text
+    assert first > 100
+    assert not folder.exists()
+
+
+def test_another_number_of_ranks_takes_over(tmp_path: Path) -> None:
+    worlds: list[Any] = [OneOfThree(rank) for rank in range(3)]
+    for world in worlds:
+        progress = CoreProgress(tmp_path, world)
+        left = progress.remaining("task", 30)[:4]
+        progress.add("task", left, [True] * 4)
+    alone = CoreProgress(tmp_path, World())
+    assert len(alone.remaining("task", 30)) == 30 - 12
+    assert set(alone.remaining("task", 30)) | set(alone.done["task"]) == set(range(30))
 
 
 # ---- missing and broken --------------------------------------------------------------------------
@@ -310,7 +380,7 @@ def test_a_missing_file_is_named_and_the_score_is_called_partial(
     bundle = toy_bundle(tmp_path / "bundle", model)
     (bundle / "eval_data/schemas.jsonl").unlink()
     with caplog.at_level(logging.WARNING):
-        result = evaluate_core(model, TOKENIZER, bundle, 10, RUNTIME)
+        result = evaluate_core(GptModel(model), TOKENIZER, bundle, 10, RUNTIME)
     assert "schemas" in caplog.text
     assert result.missing == ("schemas",)
     assert result.label == "CORE (partial, 4 of 5 tasks)"
@@ -348,7 +418,7 @@ def test_a_broken_line_is_named_by_file_and_number(
 ) -> None:
     bundle = broken(tmp_path, line, kind)
     with pytest.raises(UserError, match=rf"task\.jsonl, line 3: .*{named}"):
-        evaluate_core(random_model(0), TOKENIZER, bundle, -1, RUNTIME)
+        evaluate_core(GptModel(random_model(0)), TOKENIZER, bundle, -1, RUNTIME)
 
 
 @pytest.mark.parametrize(("shots", "max_per_task"), [(2, -1), (10, -1), (1, 1)])
@@ -357,13 +427,13 @@ def test_more_shots_than_other_items_is_refused(
 ) -> None:
     bundle = broken(tmp_path, "", shots=shots)
     with pytest.raises(UserError, match=rf"task shows {shots} solved examples .* but has \d"):
-        evaluate_core(random_model(0), TOKENIZER, bundle, max_per_task, RUNTIME)
+        evaluate_core(GptModel(random_model(0)), TOKENIZER, bundle, max_per_task, RUNTIME)
 
 
 def test_options_that_do_not_differ_cannot_be_scored(tmp_path: Path) -> None:
     bundle = broken(tmp_path, '{"query": "q", "choices": ["a", "ab"], "gold": 0}')
     with pytest.raises(UserError, match=r"task, item \d .* nothing is left to score"):
-        evaluate_core(random_model(0), TOKENIZER, bundle, -1, RUNTIME)
+        evaluate_core(GptModel(random_model(0)), TOKENIZER, bundle, -1, RUNTIME)
 
 
 def test_answers_glued_to_their_question_are_refused(tmp_path: Path) -> None:
@@ -382,7 +452,7 @@ def test_answers_glued_to_their_question_are_refused(tmp_path: Path) -> None:
     }
     bundle = write_bundle(tmp_path / "b", {"glued": task})
     with pytest.raises(UserError, match="glued: the tokens of a question do not begin"):
-        evaluate_core(random_model(0), merging, bundle, -1, RUNTIME)
+        evaluate_core(GptModel(random_model(0)), merging, bundle, -1, RUNTIME)
 
 
 def test_a_folder_that_is_no_bundle_is_named(tmp_path: Path) -> None:
@@ -420,4 +490,4 @@ def test_a_bundle_without_any_items_is_refused(tmp_path: Path) -> None:
     bundle = broken(tmp_path, "")
     (bundle / "eval_data/task.jsonl").unlink()
     with pytest.raises(UserError, match=r"no task of .* has its file"):
-        evaluate_core(random_model(0), TOKENIZER, bundle, -1, RUNTIME)
+        evaluate_core(GptModel(random_model(0)), TOKENIZER, bundle, -1, RUNTIME)
