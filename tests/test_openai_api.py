@@ -1,0 +1,273 @@
+"""The OpenAI API, through the official client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+from scripted_model import tokens_of
+from web_server import END, ScriptedScheduler, service_of, serving
+
+from nanochat.serving.guard import Access
+
+CALLED = ["It is ", "<|python_start|>", "6*7", "<|python_end|>"]
+SCRIPT = {
+    "Count": ["one two three four", END],
+    "Multiply": [*CALLED, "<|output_start|>", "42", "<|output_end|>", ".", END],
+    "Smile": ["\U0001f642\U0001f680", END],
+    "Nothing": ["<|user_end|>", END],
+}
+MODEL = "nanochat-d1-sft"
+
+
+def script(prompt: str) -> list[int]:
+    parts = next((parts for word, parts in SCRIPT.items() if word in prompt), ["Hello.", END])
+    return tokens_of(*parts)
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    service = service_of(lambda: ScriptedScheduler(script))
+    with serving(service, Access(api_key="k3y")) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(address: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{address}/v1", api_key="k3y", max_retries=0, timeout=20)
+
+
+def asking(text: str, **settings: Any) -> dict[str, Any]:
+    return {"model": MODEL, "messages": [{"role": "user", "content": text}], **settings}
+
+
+def test_models_are_listed_and_found(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == [MODEL]
+    assert client.models.retrieve(MODEL).owned_by == "nanochat"
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.models.retrieve("gpt-5")
+    assert caught.value.code == "model_not_found"
+
+
+def test_a_chat_completion(client: openai.OpenAI) -> None:
+    done = client.chat.completions.create(**asking("Count"))
+    assert (done.object, done.model, done.id[:9]) == ("chat.completion", MODEL, "chatcmpl-")
+    (choice,) = done.choices
+    assert (choice.message.role, choice.message.content) == ("assistant", "one two three four")
+    assert choice.finish_reason == "stop"
+    assert done.usage is not None
+    # bos, user_start, "Count", user_end, assistant_start; one token a byte
+    assert (done.usage.prompt_tokens, done.usage.completion_tokens) == (9, 18)
+    assert done.usage.total_tokens == 27
+
+
+def test_a_streamed_chat_completion(client: openai.OpenAI) -> None:
+    chunks = list(client.chat.completions.create(**asking("Smile"), stream=True))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    texts = [chunk.choices[0].delta.content or "" for chunk in chunks]
+    assert "".join(texts) == "\U0001f642\U0001f680"
+    assert [chunk.choices[0].finish_reason for chunk in chunks][-1] == "stop"
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert all(chunk.object == "chat.completion.chunk" and chunk.usage is None for chunk in chunks)
+
+
+def test_usage_comes_last_in_a_stream_that_asks_for_it(client: openai.OpenAI) -> None:
+    options = {"include_usage": True}
+    chunks = list(
+        client.chat.completions.create(**asking("Count"), stream=True, stream_options=options)
+    )
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 18
+
+
+def test_the_streaming_helper_puts_the_answer_together(client: openai.OpenAI) -> None:
+    with client.chat.completions.stream(**asking("Count")) as stream:
+        deltas = [event.delta for event in stream if event.type == "content.delta"]
+        final = stream.get_final_completion()
+    assert "".join(deltas) == "one two three four"
+    assert final.choices[0].message.content == "one two three four"
+    assert final.choices[0].finish_reason == "stop"
+
+
+def test_max_tokens_ends_with_length(client: openai.OpenAI) -> None:
+    for settings in ({"max_tokens": 3}, {"max_completion_tokens": 3}):
+        (choice,) = client.chat.completions.create(**asking("Count", **settings)).choices
+        assert (choice.message.content, choice.finish_reason) == ("one", "length")
+
+
+def test_stop_strings_end_the_answer_and_do_not_show(client: openai.OpenAI) -> None:
+    for stop in (" three", ["zzz", " three"]):
+        (choice,) = client.chat.completions.create(**asking("Count", stop=stop)).choices
+        assert (choice.message.content, choice.finish_reason) == ("one two", "stop")
+    chunks = client.chat.completions.create(**asking("Count", stop="o t"), stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "one tw"
+
+
+def test_several_choices(client: openai.OpenAI) -> None:
+    done = client.chat.completions.create(**asking("Count", n=3))
+    assert [choice.index for choice in done.choices] == [0, 1, 2]
+    assert {choice.message.content for choice in done.choices} == {"one two three four"}
+    texts = ["", "", ""]
+    for chunk in client.chat.completions.create(**asking("Count", n=3), stream=True):
+        texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert texts == ["one two three four"] * 3
+
+
+def test_logprobs_have_an_entry_for_each_token(client: openai.OpenAI) -> None:
+    settings = {"logprobs": True, "top_logprobs": 2}
+    (choice,) = client.chat.completions.create(**asking("Smile", **settings)).choices
+    assert choice.logprobs is not None
+    assert choice.logprobs.content is not None
+    smile = choice.logprobs.content[:4]
+    assert bytes(byte for entry in smile for byte in entry.bytes or []).decode() == "\U0001f642"
+    assert [entry.logprob for entry in smile] == [-0.25] * 4
+    assert [len(entry.top_logprobs) for entry in smile] == [2] * 4
+    streamed = client.chat.completions.create(**asking("Smile", **settings), stream=True)
+    entries = [
+        entry
+        for chunk in streamed
+        if chunk.choices[0].logprobs
+        for entry in chunk.choices[0].logprobs.content or []
+    ]
+    assert [entry.token for entry in entries] == [entry.token for entry in choice.logprobs.content]
+
+
+def test_a_call_of_the_calculator_comes_in_parts_that_can_be_sent_back(
+    client: openai.OpenAI,
+) -> None:
+    (choice,) = client.chat.completions.create(**asking("Multiply")).choices
+    assert choice.message.content == "It is [6*7 = 42]."
+    parts = choice.message.model_extra["parts"]
+    assert [part["type"] for part in parts] == ["text", "python", "python_output", "text"]
+    turns = [
+        {"role": "user", "content": "Multiply"},
+        {"role": "assistant", "content": parts},
+        {"role": "user", "content": [{"type": "text", "text": "Count"}]},
+    ]
+    assert client.chat.completions.create(model=MODEL, messages=turns).choices  # type: ignore[arg-type]
+
+
+def test_settings_beyond_the_openai_api(client: openai.OpenAI) -> None:
+    extra = {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1}
+    done = client.chat.completions.create(**asking("Count", seed=3, top_p=0.9), extra_body=extra)
+    assert done.choices[0].message.content == "one two three four"
+
+
+def test_an_answer_without_text_is_empty(client: openai.OpenAI) -> None:
+    (choice,) = client.chat.completions.create(**asking("Nothing")).choices
+    assert (choice.message.content, choice.finish_reason) == ("", "stop")
+
+
+def test_a_text_completion(client: openai.OpenAI) -> None:
+    done = client.completions.create(model=MODEL, prompt="Count", max_tokens=100)
+    assert (done.object, done.choices[0].text) == ("text_completion", "one two three four")
+    assert done.usage is not None
+    assert done.usage.prompt_tokens == 6
+    assert client.completions.create(model=MODEL, prompt="Count").choices[0].finish_reason == (
+        "length"  # 16 tokens, as in the OpenAI API
+    )
+
+
+def test_text_completions_of_several_prompts_echoed(client: openai.OpenAI) -> None:
+    done = client.completions.create(
+        model=MODEL, prompt=["Count", "Hi"], echo=True, n=2, max_tokens=100
+    )
+    counted = "Countone two three four"
+    assert [choice.text for choice in done.choices] == [counted, counted, "HiHello.", "HiHello."]
+
+
+def test_text_completions_of_token_ids(client: openai.OpenAI) -> None:
+    ids = tokens_of("<|bos|>", "Count")
+    for prompt in (ids, [ids, ids]):
+        done = client.completions.create(model=MODEL, prompt=prompt, max_tokens=100)
+        assert {choice.text for choice in done.choices} == {"one two three four"}
+
+
+def test_a_streamed_text_completion_with_logprobs(client: openai.OpenAI) -> None:
+    chunks = list(
+        client.completions.create(
+            model=MODEL, prompt="Count", stream=True, logprobs=1, max_tokens=100
+        )
+    )
+    assert "".join(chunk.choices[0].text for chunk in chunks) == "one two three four"
+    first = chunks[0].choices[0].logprobs
+    assert first is not None
+    assert (first.tokens or [])[0] == "o"
+    assert (first.text_offset or [])[0] == 0
+    assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "hot": ({"temperature": 3}, "temperature"),
+    "penalty": ({"presence_penalty": 1}, "presence_penalty"),
+    "tools": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+    "json": ({"response_format": {"type": "json_object"}}, "response_format"),
+    "many": ({"n": 9}, "n"),
+    "alternatives without logprobs": ({"top_logprobs": 3}, "top_logprobs"),
+    "nobody": ({"messages": []}, "messages"),
+    "wrong role": ({"messages": [{"role": "critic", "content": "a"}]}, "messages"),
+    "text for a number": ({"max_tokens": "many"}, "max_tokens"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_possible_is_a_bad_request_that_names_the_field(
+    client: openai.OpenAI, name: str
+) -> None:
+    settings, field = REFUSED[name]
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**asking("Count") | settings)
+    assert (caught.value.param or "").startswith(field)
+    assert caught.value.type == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reason"),
+    [
+        ("a" * 5000, "5,001 tokens"),
+        ([100_000], "not a token id"),
+        ("", "prompt must not be empty"),
+        (["a"] * 9, "at most 8 entries"),
+    ],
+    ids=["too long", "unknown id", "empty", "too many"],
+)
+def test_wrong_prompts_are_bad_requests(client: openai.OpenAI, prompt: Any, reason: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=reason):
+        client.completions.create(model=MODEL, prompt=prompt)
+
+
+def test_an_unknown_model_is_not_found(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="this server has nanochat-d1-sft"):
+        client.chat.completions.create(**asking("Count") | {"model": "../../etc/passwd"})
+
+
+def test_a_wrong_key_is_an_authentication_error(address: str) -> None:
+    stranger = openai.OpenAI(base_url=f"{address}/v1", api_key="wrong", max_retries=0)
+    with pytest.raises(openai.AuthenticationError):
+        stranger.models.list()
+
+
+def test_a_full_queue_is_a_rate_limit_error() -> None:
+    service = service_of(lambda: ScriptedScheduler(script), max_rows=1, max_waiting=1)
+    with serving(service) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="x", max_retries=0)
+        with pytest.raises(openai.RateLimitError) as caught:
+            client.chat.completions.create(**asking("Count", n=3))
+        assert caught.value.response.headers["retry-after"] == "5"
+        assert client.chat.completions.create(**asking("Count", n=2)).choices
+
+
+def test_an_engine_that_breaks_is_told_in_and_out_of_a_stream() -> None:
+    def trouble() -> None:
+        raise RuntimeError("out of memory")
+
+    service = service_of(lambda: ScriptedScheduler(script, pace=trouble))
+    with serving(service) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="x", max_retries=0)
+        with pytest.raises(openai.InternalServerError, match="the engine failed"):
+            client.chat.completions.create(**asking("Count"))
+        with pytest.raises(openai.APIError, match="the engine failed"):
+            list(client.chat.completions.create(**asking("Count"), stream=True))
