@@ -195,7 +195,7 @@ def render_section(section: Section, image: str | None) -> str:
         if text:
             parts.append(text)
     if image is not None:
-        parts.append(f"![Loss, validation and learning rate: {section.title}]({image})")
+        parts.append(f"![What was measured while training: {section.title}]({image})")
     return "\n\n".join(parts)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,29 +44,41 @@ STYLE: Any = {  # rcParams
 }
 MAX_POINTS = 1000  # more is not visible and makes the file heavy
 SMOOTHING_SHARE = 0.03  # of the run, over which the bold loss line averages
+REWARD_SMOOTHING_SHARE = 0.15  # rewards of single steps differ by their questions more than losses
+PASS_KEY = re.compile(r"pass_at_(\d+)")
 
 
 def draw_training(metrics: Path, target: Path) -> bool:
-    """Loss, validation and learning rate over the steps of a run; False if there is nothing."""
+    """What a run measured over its steps; False if there is nothing.
+
+    Loss and validation, or in reinforcement learning reward and pass@k; and the learning rate.
+    """
     rows = read_metrics(metrics)
-    loss, rate = _series(rows, "loss"), _series(rows, "lr")
-    validation_key = next((k for k in ("val_bpb", "val_loss") if len(_series(rows, k)[0])), None)
+    loss, reward = _series(rows, "loss"), _series(rows, "reward")
     if not len(loss[0]):
         return False
-    panels = 2 + (validation_key is not None)
+    panels: list[Callable[[Axes], None]] = []
+    if len(reward[0]):
+        panels.append(lambda axes: _draw_reward(axes, *reward))
+        passes = _pass_series(rows)
+        if passes:
+            panels.append(lambda axes: _draw_passes(axes, passes))
+            panels.append(lambda axes: _draw_before_and_after(axes, passes))
+    else:
+        panels.append(lambda axes: _draw_loss(axes, *loss))
+        for key in ("val_bpb", "val_loss"):
+            validation = _series(rows, key)
+            if len(validation[0]):
+                panels.append(partial(_draw_validation, values=validation, key=key))
+                break
+    panels.append(lambda axes: _draw_rate(axes, *_series(rows, "lr")))
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(4.0 * panels, 3.2), layout="constrained")
-        axes: Sequence[Axes] = figure.subplots(1, panels)
-        _draw_loss(axes[0], *loss)
-        if validation_key is not None:
-            _draw_validation(axes[1], *_series(rows, validation_key), key=validation_key)
-        axes[-1].plot(*_thinned(*rate), color=PURPLE, linewidth=1.8)
-        axes[-1].set(title="Learning rate", ylabel="multiple of the base rates")
-        axes[-1].set_ylim(bottom=0)
-        for panel in axes:
-            panel.set_xlabel("step")
-            panel.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
-            panel.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+        figure = Figure(figsize=(4.0 * len(panels), 3.2), layout="constrained")
+        for axes, draw in zip(figure.subplots(1, len(panels)), panels, strict=True):
+            axes.set_xlabel("step")
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
+            draw(axes)
         _save(figure, target)
     return True
 
@@ -119,13 +133,67 @@ def _draw_loss(axes: Axes, steps: Values, losses: Values) -> None:
         axes.set_ylim(low - 0.05 * (high - low), high + 0.15 * (high - low))
 
 
-def _draw_validation(axes: Axes, steps: Values, values: Values, *, key: str) -> None:
-    axes.plot(steps, values, color=ORANGE, linewidth=1.8, marker="o", markersize=4)
+def _draw_rate(axes: Axes, steps: Values, rates: Values) -> None:
+    axes.plot(*_thinned(steps, rates), color=PURPLE, linewidth=1.8)
+    axes.set(title="Learning rate", ylabel="multiple of the base rates")
+    axes.set_ylim(bottom=0)
+
+
+def _draw_reward(axes: Axes, steps: Values, rewards: Values) -> None:
+    radius = max(round(REWARD_SMOOTHING_SHARE * len(rewards) / 2), 1)
+    axes.plot(*_thinned(steps, rewards), color=GREEN, alpha=0.25, linewidth=0.8)
+    axes.plot(*_thinned(steps, _smoothed(rewards, radius)), color=GREEN, linewidth=1.8)
+    axes.set(title="Reward in practice", ylabel="mean reward of an answer")
+
+
+def _pass_series(rows: Sequence[Mapping[str, Any]]) -> dict[int, tuple[Values, Values]]:
+    """Steps and shares of pass@k by k."""
+    found = {int(match[1]) for row in rows for key in row if (match := PASS_KEY.fullmatch(key))}
+    return {k: _series(rows, f"pass_at_{k}") for k in sorted(found)}
+
+
+def _draw_passes(axes: Axes, passes: Mapping[int, tuple[Values, Values]]) -> None:
+    shown = [k for k in passes if k & (k - 1) == 0]  # 1, 2, 4, 8, ...
+    for k in shown:
+        steps, shares = passes[k]
+        alpha = 1.0 if k == 1 else 0.25 + 0.4 / k
+        axes.plot(steps, 100 * shares, color=BLUE, alpha=alpha, marker="o", markersize=4)
+        axes.annotate(
+            f"pass@{k}",
+            (steps[-1], 100 * shares[-1]),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
+    axes.margins(x=0.15)
+    axes.set(title="Held-out questions", ylabel="solved (%)")
+
+
+def _draw_before_and_after(axes: Axes, passes: Mapping[int, tuple[Values, Values]]) -> None:
+    for place, colour, when in ((0, GREY, "before"), (-1, BLUE, "after")):
+        shares = [100 * passes[k][1][place] for k in passes]
+        axes.plot(list(passes), shares, color=colour, marker="o", markersize=4, label=when)
+        axes.annotate(
+            f"{shares[0]:.1f}",
+            (1, shares[0]),
+            xytext=(0, 7 if place else -12),
+            textcoords="offset points",
+            fontsize=9,
+        )
+    axes.margins(y=0.15)
+    axes.legend(frameon=False, loc="lower right")
+    axes.set(title="pass@k", xlabel="answers (k)", ylabel="one of k is right (%)")
+
+
+def _draw_validation(axes: Axes, values: tuple[Values, Values], key: str) -> None:
+    steps, measured = values
+    axes.plot(steps, measured, color=ORANGE, linewidth=1.8, marker="o", markersize=4)
     is_bpb = key == "val_bpb"
     axes.set(title="Validation", ylabel="bits per byte" if is_bpb else "nats per token")
     axes.annotate(
-        f"{values[-1]:.3f}",
-        (steps[-1], values[-1]),
+        f"{measured[-1]:.3f}",
+        (steps[-1], measured[-1]),
         xytext=(0, 7),
         textcoords="offset points",
         ha="right",

@@ -80,7 +80,8 @@ class TrainState:
 
     def note_save(self) -> None:
         """Remember this step, which is about to be saved, if no saved one was better."""
-        value = next((v for n, v in self.evaluations.items() if _is_smaller_better(n)), None)
+        costs = (_cost(name, value) for name, value in self.evaluations.items())
+        value = next((cost for cost in costs if cost is not None), None)
         if self.measured_step != self.step or value is None:
             return
         if self.best_value is None or value <= self.best_value:
@@ -89,6 +90,13 @@ class TrainState:
 
 def _corrected(average: float, step: int) -> float:
     return average / (1.0 - LOSS_SMOOTHING ** max(step, 1))
+
+
+def _cost(name: str, value: float) -> float | None:
+    """What decides which step was best, smaller is better; None for a measure that does not."""
+    if _is_smaller_better(name):
+        return value
+    return -value if name == "pass_at_1" else None
 
 
 def _is_smaller_better(name: str) -> bool:

@@ -156,6 +156,24 @@ def test_plots_say_what_they_show_and_are_the_same_every_time(
         assert f">{label}<" in accuracy
 
 
+def test_reinforcement_learning_shows_reward_and_pass_at_k(tmp_path: Path, folders: Path) -> None:
+    rows = [{"step": s, "loss": -0.01, "lr": 0.05, "reward": 0.4 + s / 50} for s in range(1, 11)]
+    for step, first in ((0, 0.4), (10, 0.6)):
+        passes = {f"pass_at_{k}": first + 0.05 * k for k in range(1, 5)}
+        rows.append({"step": step, **passes})
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    ordered = sorted(rows, key=lambda row: row["step"])
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ordered))
+    report.append("Chat RL", [{"run_dir": str(run_dir)}])
+    report.generate()
+    plot = (folders / "report_plots/chat-rl.svg").read_text()
+    for label in ("Reward in practice", "Held-out questions", "pass@4", "before", "after", "45.0"):
+        assert f">{label}<" in plot
+    assert "65.0" in plot
+    assert "Training loss" not in plot
+
+
 # ---- what may be missing ----------------------------------------------------------------------
 
 

@@ -344,6 +344,17 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(runtime: Runtime, tmp_pat
     assert saved_steps(tmp_path / "cut" / "run") == [2, 6]
 
 
+def test_the_best_checkpoint_of_reinforcement_learning_solves_most(
+    runtime: Runtime, tmp_path: Path
+) -> None:
+    shares = {0: 0.1, 1: 0.5, 2: 0.8, 3: 0.7, 4: 0.6, 5: 0.3, 6: 0.2}
+    hooks = [
+        Hook("pass@k", 1, lambda t: {"pass_at_1": shares[t.state.step], "pass_at_2": t.state.step})
+    ]
+    make_trainer(tmp_path, runtime, save_every=1, keep_last=1, keep_best=True, hooks=hooks).run()
+    assert saved_steps(tmp_path / "run") == [2, 6]
+
+
 # ---- resuming ---------------------------------------------------------------------------------
 
 
@@ -382,6 +393,28 @@ def test_a_changed_learning_rate_goes_on_and_is_named(
     assert caplog.text == ""
     assert look(run_dir, True, matrix_lr=0.01) is not None
     assert "matrix_lr 0.02, not 0.01" in caplog.text
+
+
+def test_data_that_changed_under_a_run_is_refused_and_named(
+    runtime: Runtime, tmp_path: Path
+) -> None:
+    trainer = make_trainer(tmp_path, runtime)
+    saved = {"train": ["aaaa", "bbbb"], "val": ["cccc"]}
+    trainer.facts = FACTS | {"data": "my_texts", "data_fingerprint": saved}
+    trainer.run()
+    run_dir = tmp_path / "run"
+
+    def resume(train: list[str]) -> checkpoint_manager.Checkpoint | None:
+        now = {"data_fingerprint": {"train": train, "val": ["cccc"]}}
+        facts = FACTS | {"data": "my_texts"} | now
+        return resuming.previous_run(run_dir, facts, resume=True, world=World())
+
+    assert resume(["aaaa", "bbbb", "added"]) is not None
+    with pytest.raises(UserError, match=r"'my_texts' changed .* train shard 1 .* dddd, which was"):
+        resume(["aaaa", "dddd"])
+    with pytest.raises(UserError, match="1 train shards, which were 2"):
+        resume(["aaaa"])
+    assert saved_steps(run_dir) == [6]
 
 
 def test_a_run_that_starts_over_keeps_the_one_before_until_it_has_saved_something(
