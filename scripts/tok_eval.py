@@ -2,8 +2,8 @@
 
 python -m scripts.tok_eval
 
-A vocabulary that is not in tiktoken's cache and cannot be fetched is skipped, and the report
-says so.
+Nothing is fetched: a vocabulary that `python -m scripts.assets prefetch vocabulary` has not brought
+is left out, and the report says so.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import rustbpe
 from nanochat import configurator, report
 from nanochat.common import UserError
 from nanochat.dataset import open_source
 from nanochat.tokenizer import Tokenizer, get_tokenizer
+from nanochat.vocabularies import BASELINES, Vocabulary
 
 logger = logging.getLogger(__name__)
 
-BASELINES = {"GPT-2": "gpt2", "GPT-4": "cl100k_base"}
 COLUMNS = ("text", "bytes", "tokens", "ratio", "our tokens", "our ratio", "difference")
 
 # One paragraph per kind of text, written for this file.
@@ -88,17 +89,12 @@ class Row:
         return (self.text, *numbers, f"{self.our_tokens:,}", f"{our_ratio:.2f}", f"{saved:+.1f} %")
 
 
-def load_baseline(name: str) -> Any | None:
-    """Return tiktoken's encoding, or None with a warning where it cannot be had."""
+def load_baseline(vocabulary: Vocabulary) -> rustbpe.Tokenizer | None:
+    """Return the tokenizer of a vocabulary, or None with a warning where it cannot be had."""
     try:
-        import tiktoken
-
-        return tiktoken.get_encoding(name)
-    except ImportError:
-        logger.warning("skipping %s: tiktoken is not installed (pip install tiktoken)", name)
-    except (OSError, ValueError) as error:
-        # requests' errors are OSErrors; a wrong hash of a cached file is a ValueError
-        logger.warning("skipping %s: not cached and not reachable (%s)", name, type(error).__name__)
+        return vocabulary.load()
+    except (UserError, ValueError) as error:
+        logger.warning("%s is left out: %s", vocabulary.title, error)
     return None
 
 
@@ -160,14 +156,16 @@ def main(config: Config) -> None:
         assert tokenizer.decode(tokenizer.encode(text)) == text, f"round trip of {name} failed"
     ours = count_tokens(texts, tokenizer.encode)
     parts: list[str | dict[str, Any]] = []
-    for title, name in BASELINES.items():
-        encoding = load_baseline(name)
-        if encoding is None:
-            parts.append(f"{title} is left out: its vocabulary is neither cached nor reachable.\n")
+    for vocabulary in BASELINES:
+        baseline = load_baseline(vocabulary)
+        if baseline is None:
+            parts.append(f"{vocabulary.title} is left out: its vocabulary is not here.\n")
             continue
-        rows = compare(texts, count_tokens(texts, encoding.encode_ordinary), ours)
-        print(to_console(f"{title} ({encoding.n_vocab:,} tokens)", rows))
-        parts.append(to_markdown(f"{title} ({encoding.n_vocab:,} tokens)", rows))
+        rows = compare(texts, count_tokens(texts, baseline.encode), ours)
+        size = baseline.vocab_size + vocabulary.num_special
+        title = f"{vocabulary.title} ({size:,} tokens)"
+        print(to_console(title, rows))
+        parts.append(to_markdown(title, rows))
     own = [Row(name, len(text.encode()), ours[name], ours[name]) for name, text in texts.items()]
     lines = ["| text | bytes | tokens | bytes per token |", "| --- | ---: | ---: | ---: |"]
     lines += ["| " + " | ".join(row.cells()[:4]) + " |" for row in own]

@@ -330,20 +330,32 @@ def test_tok_train_respects_its_limits(shards):
         tok_train.main(tok_train.Config(data=str(shards), doc_cap=0))
 
 
-def test_tok_eval_goes_on_without_the_other_vocabularies(shards, monkeypatch, caplog, capsys):
-    tiktoken = pytest.importorskip("tiktoken")
+def test_tok_eval_goes_on_without_the_other_vocabularies(shards, caplog, capsys):
     from scripts import tok_eval, tok_train
 
-    def unreachable(name):
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
     tok_train.main(tok_train.Config(data=str(shards), vocab_size=280))
     with caplog.at_level(logging.WARNING):
         tok_eval.main(tok_eval.Config())
-    assert "skipping gpt2" in caplog.text
-    assert "skipping cl100k_base" in caplog.text
+    assert "GPT-2 is left out: vocabulary/gpt2/encoder.json cannot be read" in caplog.text
+    assert "prefetch vocabulary/cl100k_base/cl100k_base.tiktoken" in caplog.text
     assert "news" in capsys.readouterr().out
+
+
+def test_tok_eval_compares_with_a_vocabulary_that_was_fetched(shards, capsys):
+    from nanochat.assets import Manifest, record_file, write_manifest
+    from nanochat.vocabularies import BASELINES
+    from rustbpe.formats import dump_tiktoken
+    from scripts import tok_eval, tok_train
+
+    (asset,) = BASELINES[1].assets
+    asset.path.parent.mkdir(parents=True)
+    dump_tiktoken([bytes([i]) for i in range(256)] + [b"th", b"the"], asset.path)
+    write_manifest(asset, Manifest((record_file(asset.folder, asset.path),)))
+    tok_train.main(tok_train.Config(data=str(shards), vocab_size=280))
+    tok_eval.main(tok_eval.Config())
+    shown = capsys.readouterr().out
+    assert "Comparison with GPT-4 (263 tokens)" in shown  # 258 and five special ones
+    assert "Comparison with GPT-2" not in shown
 
 
 def test_a_row_reports_the_share_of_tokens_saved():
