@@ -10,6 +10,7 @@ from typing import Any
 from nanochat import checkpoint_manager
 from nanochat.common import UserError
 from nanochat.runtime import World
+from nanochat.sources import changed_data
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ _FREE = frozenset(
         "log_every",
     }
 )
+# Compared by a rule of its own.
+DATA_FINGERPRINT = "data_fingerprint"
 # Settings one may want to change on the way, above all after a loss that went wrong. The run goes
 # on and says so; it is then another run than the one it began as.
 _CHANGEABLE = frozenset(
@@ -93,6 +96,7 @@ def _look(
     if newest is None:
         logger.info("nothing to resume in %s: starting from nothing", run_dir)
         return None
+    _check_data(newest, facts)
     different = _differences(newest.state, facts)
     other_run = [text for name, text in different.items() if name not in _CHANGEABLE]
     if other_run:
@@ -109,6 +113,17 @@ def _look(
             "; ".join(different.values()),
         )
     return newest
+
+
+def _check_data(newest: checkpoint_manager.Checkpoint, facts: dict[str, Any]) -> None:
+    """UserError when the documents are others than those the run has read so far."""
+    before, now = newest.state.get(DATA_FINGERPRINT), facts.get(DATA_FINGERPRINT)
+    changed = changed_data(before, now) if before and now else None
+    if changed:
+        raise UserError(
+            f"cannot resume {newest.path}: the data {facts.get('data')!r} changed under it (now "
+            f"{changed}). Put the old shards back, or leave out --resume to start over"
+        )
 
 
 def _set_aside(run_dir: Path) -> None:
@@ -131,5 +146,5 @@ def _differences(saved: dict[str, Any], facts: dict[str, Any]) -> dict[str, str]
         name: f"{name} {old.get(name)!r}, not {value!r}"
         for name, value in new.items()
         # A setting that the run does not know is newer than it and has its default.
-        if name not in _FREE and name in old and old[name] != value
+        if name not in _FREE | {DATA_FINGERPRINT} and name in old and old[name] != value
     }

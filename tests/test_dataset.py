@@ -12,7 +12,7 @@ import pytest
 from nanochat import dataset, prefetch
 from nanochat.common import UserError
 from nanochat.dataset import Config, Position, open_source
-from nanochat.sources import START, generated
+from nanochat.sources import START, changed_data, generated
 from nanochat.sources.embedded import DEFAULT_SEED, generate_documents
 from nanochat.sources.hub import HUB_DATASETS, HubDataset
 from nanochat.sources.parquet import ParquetSource, read_note, shard_name, write_shard
@@ -393,22 +393,22 @@ def test_shards_added_at_the_end_are_the_same_data(folder: Path) -> None:
     saved = open_source(str(folder)).fingerprint()
     (folder / shard_name(2)).rename(folder / shard_name(9))
     write_shard(folder / shard_name(2), ["later"], note={})
-    assert open_source(str(folder)).changes_since(saved) is None
+    assert changed_data(saved, open_source(str(folder)).fingerprint()) is None
 
 
 def test_a_changed_or_missing_shard_is_named(folder: Path) -> None:
     saved = open_source(str(folder)).fingerprint()
     write_shard(folder / shard_name(1), ["other"] * 300, note={})
-    assert "first 2 training shards" in str(open_source(str(folder)).changes_since(saved))
+    assert "train shard 1 with" in str(changed_data(saved, open_source(str(folder)).fingerprint()))
     (folder / shard_name(1)).unlink()
-    changed = open_source(str(folder)).changes_since(saved)
-    assert changed == "it has 1 training shards, and had 2"
+    changed = changed_data(saved, open_source(str(folder)).fingerprint())
+    assert changed == "1 train shards, which were 2"
 
 
 def test_another_validation_shard_is_named(folder: Path) -> None:
     saved = open_source(str(folder)).fingerprint()
     write_shard(folder / shard_name(2), ["other"], note={})
-    assert "validation" in str(open_source(str(folder)).changes_since(saved))
+    assert "val shard 0" in str(changed_data(saved, open_source(str(folder)).fingerprint()))
 
 
 # ---- the embedded world -----------------------------------------------------------------------
