@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from nanochat.common import UserError
-from nanochat.decoder import Chunk, Decoder, PlainDecoder
+from nanochat.decoder import Chunk, Decoder
+from nanochat.decoders import make_decoder
 from nanochat.gpt import GPT
 from nanochat.request import Request, TokenEvent
 from nanochat.sampling import SamplingSettings, choose, log_probabilities
@@ -76,12 +77,13 @@ class Scheduler:
 
         max_rows: requests answered at once; max_waiting: requests beyond those before
         `QueueFullError` (None = no bound); max_cache_tokens: prompt and answer tokens reserved
-        together, remembered ones included (None = what half of the free memory holds).
+        together, remembered ones included (None = what half of the free memory holds);
+        decoder: the model as `make_decoder` prepares it (None = by itself).
         """
         if max_rows < 1:
             raise UserError(f"max rows is {max_rows}; use a positive number")
         self.tokenizer = tokenizer
-        self.decoder: Decoder = decoder or PlainDecoder(model)
+        self.decoder: Decoder = decoder or make_decoder(model)
         self.max_rows, self.max_waiting = max_rows, max_waiting
         self.max_cache_tokens = max_cache_tokens or _affordable_tokens(self.decoder, max_rows)
         self.num_prompt_tokens_read = 0

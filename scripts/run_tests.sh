@@ -44,6 +44,7 @@ check "types" mypy
 check "layers" lint-imports
 if command -v cargo >/dev/null; then
     check "rust" cargo test --quiet --release --manifest-path rustbpe/Cargo.toml
+    check "kernels" cargo test --quiet --release --manifest-path nanochat/kernels/Cargo.toml
 fi
 check "tests" python -m pytest -m "$MARKER" --durations=10 "$@"
 

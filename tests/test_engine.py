@@ -12,7 +12,7 @@ from reference.byte_tokenizer import ByteTokenizer
 from nanochat import engine as engine_module
 from nanochat.answers import plain_text
 from nanochat.common import UserError
-from nanochat.decoder import Chunk
+from nanochat.decoder import Chunk, PlainDecoder
 from nanochat.engine import Engine, sample_prompts
 from nanochat.gpt import GPT, GPTConfig
 
@@ -112,7 +112,8 @@ def test_greedy_in_bfloat16_equals_full_forward() -> None:
     model = random_model(4).cast_matrices(torch.bfloat16)
     prompts = [random_prompt(length, seed=length) for length in (3, 9)]
     expected = [naive_greedy(model, prompt, 12) for prompt in prompts]
-    assert Engine(model, TOKENIZER).complete(prompts, max_tokens=12, temperature=0.0) == expected
+    engine = Engine(model, TOKENIZER, decoder=PlainDecoder(model))
+    assert engine.complete(prompts, max_tokens=12, temperature=0.0) == expected
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 64])
@@ -185,9 +186,10 @@ def test_columns_stop_when_every_row_has_ended() -> None:
 
 
 def test_a_finished_row_repeats_its_last_token_with_mask_zero() -> None:
-    engine = Engine(random_model(13), TOKENIZER)
+    model = random_model(13)
     with torch.no_grad():
-        engine.model.lm_head.weight[END] *= 4
+        model.lm_head.weight[END] *= 4
+    engine = Engine(model, TOKENIZER)
     columns = list(engine.generate(random_prompt(4), num_samples=8, max_tokens=30))
     tokens, masks = (torch.tensor(part) for part in zip(*columns, strict=True))
     ends = (tokens == END).int().argmax(dim=0).tolist()

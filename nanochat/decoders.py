@@ -1,0 +1,55 @@
+"""Which decoder a model gets: the compiled one on a CPU that can run it, else the plain one."""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+
+import torch
+
+from nanochat import kernels
+from nanochat.common import UserError
+from nanochat.decoder import Decoder, PlainDecoder
+from nanochat.gpt import GPT
+
+logger = logging.getLogger(__name__)
+
+_WEIGHTS: dict[torch.dtype, kernels.Weights] = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+}
+
+
+def make_decoder(model: GPT, *, int8: bool = False) -> Decoder:
+    """A decoder for a model, in the precision that its matrices have, or with int8 weights.
+
+    The compiled decoder packs the weights as they are now. UserError when int8 is asked for and
+    the compiled decoder can not decode the model here.
+    """
+    weights = "int8" if int8 else _WEIGHTS.get(model.compute_dtype)
+    if weights is not None and kernels.can_decode(model.config, model.device):
+        return kernels.CompiledDecoder(model, weights=weights)
+    if int8:
+        raise UserError(
+            f"int8 weights need the compiled decoder, which {_obstacle(model)}; "
+            "use --dtype=bfloat16 or --dtype=float32"
+        )
+    if model.device.type == "cpu" and kernels.load() is None:
+        _notice()
+    return PlainDecoder(model)
+
+
+def _obstacle(model: GPT) -> str:
+    if model.device.type != "cpu":
+        return f"runs on a CPU, not on {model.device.type}"
+    if kernels.load() is None:
+        return "is not built (install Rust 1.89 or later and reinstall)"
+    return "does not know all options of this model"
+
+
+@lru_cache(maxsize=1)
+def _notice() -> None:
+    logger.warning(
+        "no compiled decoder found: answers come several times slower; install Rust 1.89 or "
+        "later and reinstall, see nanochat/kernels/README.md"
+    )

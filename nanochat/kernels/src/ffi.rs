@@ -1,0 +1,234 @@
+//! The C ABI. Every function returns 0 or a status: -1 what the caller asked for is not possible,
+//! -2 a panic. `nck_last_error` has the message, for the calling thread.
+
+use std::cell::RefCell;
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::slice::from_raw_parts;
+
+use crate::attention::Heads;
+use crate::isa::Isa;
+use crate::matmul::{Kind, Matrix};
+use crate::model::{Chunk, Layer, Model, Sizes, Tables};
+
+pub const ABI_VERSION: i32 = 1;
+
+thread_local! {
+    static LAST_ERROR: RefCell<String> = const { RefCell::new(String::new()) };
+}
+
+fn guarded(body: impl FnOnce() -> Result<(), String>) -> i32 {
+    let (status, message) = match catch_unwind(AssertUnwindSafe(body)) {
+        Ok(Ok(())) => return 0,
+        Ok(Err(message)) => (-1, message),
+        Err(panic) => {
+            let text = panic.downcast_ref::<String>().cloned();
+            let text = text.or_else(|| panic.downcast_ref::<&str>().map(|s| s.to_string()));
+            (-2, text.unwrap_or_else(|| "a panic".into()))
+        }
+    };
+    LAST_ERROR.with(|last| *last.borrow_mut() = message);
+    status
+}
+
+#[no_mangle]
+pub extern "C" fn nck_abi_version() -> i32 {
+    ABI_VERSION
+}
+
+/// Copies at most `size` bytes of the last error to `buffer`; returns its whole length.
+///
+/// # Safety
+/// `buffer` has room for `size` bytes, or is null and `size` 0.
+#[no_mangle]
+pub unsafe extern "C" fn nck_last_error(buffer: *mut u8, size: usize) -> usize {
+    LAST_ERROR.with(|last| {
+        let last = last.borrow();
+        if size > 0 {
+            std::ptr::copy_nonoverlapping(last.as_ptr(), buffer, size.min(last.len()));
+        }
+        last.len()
+    })
+}
+
+/// Name of the instruction set that would be used, "" when there is none: its length, its bytes in
+/// `buffer`.
+///
+/// # Safety
+/// `buffer` has room for `size` bytes.
+#[no_mangle]
+pub unsafe extern "C" fn nck_isa(buffer: *mut u8, size: usize) -> usize {
+    let name = Isa::detect().map_or("", Isa::name);
+    std::ptr::copy_nonoverlapping(name.as_ptr(), buffer, size.min(name.len()));
+    name.len()
+}
+
+/// Sizes of a model, as the caller fills them in.
+#[repr(C)]
+pub struct CSizes {
+    vocabulary: u64,
+    width: u64,
+    num_layers: u64,
+    query_heads: u64,
+    key_heads: u64,
+    head_size: u64,
+    inner_width: u64,
+    positions: u64,
+    token_shift: f64,
+    /// 0 fp32, 1 bf16, 2 int8.
+    kind: u64,
+    num_threads: u64,
+    /// 0 the best instruction set, 1 without bf16 products, 2 AVX2; for tests.
+    without: u64,
+}
+
+/// Pack a model. `weights`: for each layer six fp32 matrices (outputs x inputs): query, key, value,
+/// attention output, MLP in, MLP out; then the head. `tables`: embedding, cosines, sines, which
+/// the caller keeps. `handle` gets the model.
+///
+/// # Safety
+/// All pointers are to arrays of the sizes' shapes.
+#[no_mangle]
+pub unsafe extern "C" fn nck_model_new(
+    sizes: *const CSizes,
+    tables: *const *const f32,
+    weights: *const *const f32,
+    handle: *mut *mut Model,
+) -> i32 {
+    guarded(|| {
+        let s = &*sizes;
+        let best = Isa::detect().ok_or("this processor has no fused multiply-add")?;
+        let isa = match (s.without, best) {
+            (1, Isa::Avx512Bf16) => Isa::Avx512,
+            (2, Isa::Avx512Bf16 | Isa::Avx512) => Isa::Avx2,
+            _ => best,
+        };
+        let kind = match s.kind {
+            0 => Kind::F32,
+            1 => Kind::Bf16,
+            2 => Kind::I8,
+            other => return Err(format!("no precision {other}")),
+        };
+        let heads = Heads {
+            num_layers: s.num_layers as usize,
+            queries: s.query_heads as usize,
+            keys: s.key_heads as usize,
+            size: s.head_size as usize,
+        };
+        let (width, inner) = (s.width as usize, s.inner_width as usize);
+        if heads.num_layers == 0 || heads.queries * heads.size != width || width % 2 == 1 {
+            return Err(format!("impossible sizes: width {width}, {heads:?}"));
+        }
+        let sizes = Sizes {
+            vocabulary: s.vocabulary as usize,
+            width,
+            heads,
+            positions: s.positions as usize,
+            token_shift: s.token_shift as f32,
+        };
+        let matrix = |index: usize, outputs: usize, inputs: usize| {
+            from_raw_parts(*weights.add(index), outputs * inputs)
+        };
+        let key_width = heads.keys * heads.size;
+        let layers = (0..heads.num_layers)
+            .map(|layer| {
+                let at = 6 * layer;
+                let projections = [
+                    matrix(at, width, width),
+                    matrix(at + 1, key_width, width),
+                    matrix(at + 2, key_width, width),
+                ];
+                Layer {
+                    projections: Matrix::pack(kind, &projections, width),
+                    attention_out: Matrix::pack(kind, &[matrix(at + 3, width, width)], width),
+                    mlp_in: Matrix::pack(kind, &[matrix(at + 4, inner, width)], width),
+                    mlp_out: Matrix::pack(kind, &[matrix(at + 5, width, inner)], inner),
+                }
+            })
+            .collect();
+        let head = matrix(6 * heads.num_layers, sizes.vocabulary, width);
+        let head = Matrix::pack(kind, &[head], width);
+        let tables = Tables { embedding: *tables, cos: *tables.add(1), sin: *tables.add(2) };
+        let threads = (s.num_threads as usize).max(1);
+        let model = Model::new(isa, kind, sizes, tables, layers, head, threads)?;
+        *handle = Box::into_raw(Box::new(model));
+        Ok(())
+    })
+}
+
+/// # Safety
+/// `model` is from `nck_model_new` and is not used again.
+#[no_mangle]
+pub unsafe extern "C" fn nck_model_free(model: *mut Model) -> i32 {
+    guarded(|| {
+        drop(Box::from_raw(model));
+        Ok(())
+    })
+}
+
+/// Bytes of packed weights.
+///
+/// # Safety
+/// `model` is from `nck_model_new`.
+#[no_mangle]
+pub unsafe extern "C" fn nck_model_bytes(model: *const Model) -> u64 {
+    (*model).num_bytes() as u64
+}
+
+/// # Safety
+/// `model` is from `nck_model_new`; no other thread uses it.
+#[no_mangle]
+pub unsafe extern "C" fn nck_open(model: *mut Model, capacity: u64, row: *mut u64) -> i32 {
+    guarded(|| {
+        *row = (*model).open(capacity as usize) as u64;
+        Ok(())
+    })
+}
+
+/// # Safety
+/// As `nck_open`.
+#[no_mangle]
+pub unsafe extern "C" fn nck_close(model: *mut Model, row: u64) -> i32 {
+    guarded(|| (*model).close(row as usize))
+}
+
+/// # Safety
+/// As `nck_open`.
+#[no_mangle]
+pub unsafe extern "C" fn nck_copy(model: *mut Model, source: u64, target: u64, len: u64) -> i32 {
+    guarded(|| (*model).copy(source as usize, target as usize, len as usize))
+}
+
+/// `table`: for each chunk row, start, number of tokens, and 1 if its logits are wanted; `tokens`:
+/// those of all chunks in a row; `logits`: (chunks that want them, vocabulary) fp32.
+///
+/// # Safety
+/// As `nck_open`, and the arrays have these lengths.
+#[no_mangle]
+pub unsafe extern "C" fn nck_feed(
+    model: *mut Model,
+    num_chunks: u64,
+    table: *const u32,
+    tokens: *const u32,
+    logits: *mut f32,
+    num_logits: u64,
+) -> i32 {
+    guarded(|| {
+        let mut offset = 0;
+        let chunks: Vec<Chunk> = (0..num_chunks as usize)
+            .map(|i| {
+                let entry = from_raw_parts(table.add(4 * i), 4);
+                let len = entry[2] as usize;
+                let tokens = from_raw_parts(tokens.add(offset), len);
+                offset += len;
+                Chunk {
+                    row: entry[0] as usize,
+                    start: entry[1] as usize,
+                    tokens,
+                    wants_logits: entry[3] != 0,
+                }
+            })
+            .collect();
+        let logits = std::slice::from_raw_parts_mut(logits, num_logits as usize);
+        (*model).feed(&chunks, logits)
+    })
+}

@@ -1,0 +1,73 @@
+//! Which instructions this machine has, and functions compiled for each of them.
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Isa {
+    /// AVX-512 with dot products of bf16 pairs.
+    Avx512Bf16,
+    Avx512,
+    /// AVX2 with fused multiply-add.
+    Avx2,
+    /// What the target has by itself: NEON on aarch64.
+    Base,
+}
+
+impl Isa {
+    /// The best there is; None where a fused multiply-add would be a function call.
+    pub fn detect() -> Option<Self> {
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::is_x86_feature_detected as has;
+            let wide = has!("avx512f") && has!("avx512bw") && has!("avx512vl") && has!("avx512dq");
+            if wide && has!("avx512bf16") {
+                return Some(Self::Avx512Bf16);
+            }
+            if wide {
+                return Some(Self::Avx512);
+            }
+            (has!("avx2") && has!("fma")).then_some(Self::Avx2)
+        }
+        #[cfg(target_arch = "aarch64")]
+        return Some(Self::Base);
+        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+        return None;
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Avx512Bf16 => "avx512-bf16",
+            Self::Avx512 => "avx512",
+            Self::Avx2 => "avx2",
+            Self::Base => "base",
+        }
+    }
+}
+
+/// `versions! { fn name(isa, argument: Type, ...) = body; }` compiles the inlined `body` once for
+/// each instruction set and calls the one that `isa` names.
+macro_rules! versions {
+    ($(#[$doc:meta])* fn $name:ident($($arg:ident: $type:ty),* $(,)?) = $body:path;) => {
+        $(#[$doc])*
+        #[allow(clippy::too_many_arguments)]
+        pub unsafe fn $name(isa: crate::isa::Isa, $($arg: $type),*) {
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma,avx2")]
+                #[allow(clippy::too_many_arguments)]
+                unsafe fn wide($($arg: $type),*) { $body($($arg),*) }
+                #[target_feature(enable = "fma,avx2")]
+                #[allow(clippy::too_many_arguments)]
+                unsafe fn narrow($($arg: $type),*) { $body($($arg),*) }
+                match isa {
+                    crate::isa::Isa::Avx512Bf16 | crate::isa::Isa::Avx512 => wide($($arg),*),
+                    _ => narrow($($arg),*),
+                }
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            {
+                let _ = isa;
+                $body($($arg),*)
+            }
+        }
+    };
+}
+pub(crate) use versions;

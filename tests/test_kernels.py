@@ -1,0 +1,220 @@
+"""The compiled decoder: equal to the model, the same bits in any company, clear refusals."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanochat import kernels
+from nanochat.common import UserError
+from nanochat.decoder import Chunk, PlainDecoder
+from nanochat.decoders import make_decoder
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.kernels import CompiledDecoder, KernelError
+
+CRATE = Path(__file__).parents[1] / "nanochat" / "kernels"
+needs_kernels = pytest.mark.skipif(kernels.load() is None, reason="no compiled decoder")
+CONFIGS = (
+    GPTConfig(sequence_len=64, vocab_size=300, n_layer=2, n_head=4, n_kv_head=2, n_embd=32),
+    GPTConfig(sequence_len=64, vocab_size=64, n_layer=1, n_head=3, n_kv_head=1, n_embd=102),
+    GPTConfig(sequence_len=64, vocab_size=129, n_layer=2, n_head=2, n_embd=256, token_shift=0.5),
+    GPTConfig(sequence_len=64, vocab_size=70, n_layer=1, n_head=1, n_embd=320),
+    GPTConfig(sequence_len=64, vocab_size=33, n_layer=1, n_head=1, n_embd=2),
+)
+WEIGHTS = ("float32", "bfloat16", "int8")
+# Largest difference of a logit from the fp32 model's, for logits of standard deviation 1: sums in
+# another order; 8 bits of mantissa; 127 steps for the largest weight of a row.
+TOLERANCE = {"float32": 2e-5, "bfloat16": 0.06, "int8": 0.15}
+
+
+def random_model(config: GPTConfig, seed: int = 0) -> GPT:
+    """Weights of such a size that every block and the head matter equally."""
+    model = GPT(config)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        deviation = parameter.size(-1) ** -0.5
+        torch.nn.init.normal_(parameter, std=deviation, generator=generator)
+    return model.eval().requires_grad_(False)
+
+
+def random_tokens(config: GPTConfig, count: int, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, config.vocab_size, (count,), generator=generator).tolist()
+
+
+@needs_kernels
+@pytest.mark.parametrize("instructions", ["best", "no-bf16", "avx2"])
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_logits_are_those_of_the_model(config: GPTConfig, weights: Any, instructions: Any) -> None:
+    model = random_model(config)
+    tokens = random_tokens(config, 40)
+    expected = model(torch.tensor([tokens]))[0, 29:]
+    decoder = CompiledDecoder(model, weights=weights, instructions=instructions)
+    row = decoder.open(40)
+    steps = [decoder.feed([Chunk(row, 0, tokens[:30])])]
+    steps += [decoder.feed([Chunk(row, 30 + i, [token])]) for i, token in enumerate(tokens[30:])]
+    torch.testing.assert_close(torch.cat(steps), expected, rtol=0, atol=TOLERANCE[weights])
+
+
+@needs_kernels
+@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.parametrize("weights", WEIGHTS)
+@settings(max_examples=15, deadline=None)
+@given(
+    config=st.sampled_from(CONFIGS),
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8),
+    order=st.integers(0, 2**32),
+)
+def test_a_row_gets_the_same_bits_in_any_company_and_any_chunks(
+    weights: Any, num_threads: int, config: GPTConfig, lengths: list[int], order: int
+) -> None:
+    sizes = random.Random(order)
+    model = random_model(config)
+    decoder = CompiledDecoder(model, weights=weights, num_threads=num_threads)
+    texts = [random_tokens(config, length, seed) for seed, length in enumerate(lengths)]
+    alone = []
+    for text in texts:
+        row = decoder.open(len(text))
+        alone.append(decoder.feed([Chunk(row, 0, text)]))
+        decoder.close(row)
+    rows = [decoder.open(len(text)) for text in texts]
+    fed = [0] * len(texts)
+    last: dict[int, torch.Tensor] = {}
+    while any(done < len(text) for done, text in zip(fed, texts, strict=True)):
+        chunks, members = [], []
+        for i, text in enumerate(texts):
+            part = text[fed[i] : fed[i] + sizes.randrange(10)]
+            if part:
+                chunks.append(Chunk(rows[i], fed[i], part))
+                members.append(i)
+                fed[i] += len(part)
+        if chunks:
+            for i, logits in zip(members, decoder.feed(chunks), strict=True):
+                last[i] = logits
+    for i, logits in enumerate(alone):
+        assert torch.equal(logits[0], last[i])
+
+
+@needs_kernels
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_a_copied_beginning_is_as_good_as_one_that_was_read(weights: Any) -> None:
+    config = CONFIGS[2]
+    decoder = CompiledDecoder(random_model(config), weights=weights)
+    tokens = random_tokens(config, 40)
+    first, second, third = (decoder.open(size) for size in (40, 50, 40))
+    whole = decoder.feed([Chunk(first, 0, tokens)])
+    decoder.copy(first, second, 21)
+    # What the source is used for afterwards does not show in the copy.
+    decoder.feed([Chunk(first, 5, tokens[::-1][:30])])
+    assert torch.equal(decoder.feed([Chunk(second, 21, tokens[21:])]), whole)
+    decoder.copy(second, third, 40)
+    decoder.close(second)
+    again = decoder.feed([Chunk(third, 39, tokens[39:])])
+    assert torch.equal(again, whole)
+
+
+@needs_kernels
+def test_only_wanted_logits_are_returned() -> None:
+    config = CONFIGS[0]
+    decoder = CompiledDecoder(random_model(config))
+    rows = [decoder.open(8) for _ in range(3)]
+    chunks = [Chunk(row, 0, [1, row], wants_logits=row != rows[1]) for row in rows]
+    logits = decoder.feed(chunks)
+    assert logits.shape == (2, config.vocab_size)
+    everything = decoder.feed([replace(chunk, wants_logits=True) for chunk in chunks])
+    assert torch.equal(logits, everything[[0, 2]])
+    assert decoder.feed([Chunk(rows[0], 2, [1], wants_logits=False)]).shape[0] == 0
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("chunks", "reason"),
+    [
+        ([Chunk(0, 0, [300])], "beyond the vocabulary"),
+        ([Chunk(7, 0, [1])], "no row 7"),
+        ([Chunk(0, 15, [1, 1])], "holds 16"),
+        ([Chunk(0, 639, [1, 1])], "2 tokens from 639"),
+        ([Chunk(0, 0, [])], "0 tokens"),
+        ([Chunk(0, 0, [1]), Chunk(0, 1, [1])], "row 0 is fed twice"),
+    ],
+)
+def test_what_would_leave_its_memory_is_refused(chunks: list[Chunk], reason: str) -> None:
+    decoder = CompiledDecoder(random_model(CONFIGS[0]))
+    assert decoder.open(9) == 0
+    with pytest.raises(KernelError, match=reason):
+        decoder.feed(chunks)
+    with pytest.raises(KernelError, match="no row 3"):
+        decoder.close(3)
+    with pytest.raises(KernelError, match="do not fit"):
+        decoder.copy(0, decoder.open(64), 20)
+    assert decoder.feed([Chunk(0, 0, [1])]).shape == (1, 300)
+
+
+@needs_kernels
+def test_a_closed_row_is_given_out_again_and_its_memory_is_clean() -> None:
+    decoder = CompiledDecoder(random_model(CONFIGS[0]))
+    row = decoder.open(16)
+    expected = decoder.feed([Chunk(row, 0, [5, 6])])
+    decoder.feed([Chunk(row, 2, [9] * 10)])
+    decoder.close(row)
+    assert decoder.open(16) == row
+    assert torch.equal(decoder.feed([Chunk(row, 0, [5, 6])]), expected)
+
+
+# ---- which decoder -------------------------------------------------------------------------------
+
+
+@needs_kernels
+def test_the_compiled_decoder_takes_the_precision_of_the_model() -> None:
+    model = random_model(CONFIGS[0])
+    for dtype, weights in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
+        decoder = make_decoder(model.cast_matrices(dtype))
+        assert isinstance(decoder, CompiledDecoder)
+        assert decoder.weights == weights
+    int8 = make_decoder(model, int8=True)
+    assert isinstance(int8, CompiledDecoder)
+    assert int8.num_weight_bytes * 2 == decoder.num_weight_bytes
+    assert isinstance(make_decoder(model.cast_matrices(torch.float16)), PlainDecoder)
+
+
+def test_without_the_compiled_decoder_the_plain_one_is_taken_with_a_notice(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kernels, "load", lambda: None)
+    model = random_model(CONFIGS[0])
+    assert isinstance(make_decoder(model), PlainDecoder)
+    with pytest.raises(UserError, match="int8 weights need the compiled decoder, which is not"):
+        make_decoder(model, int8=True)
+
+
+def test_a_model_that_the_kernels_do_not_know_is_decoded_the_plain_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wide_head = GPTConfig(sequence_len=64, vocab_size=40, n_layer=1, n_head=1, n_embd=1024)
+    assert isinstance(make_decoder(random_model(wide_head)), PlainDecoder)
+    # As if the token shift were an option that came later.
+    monkeypatch.setattr(kernels, "KNOWN_FIELDS", kernels.KNOWN_FIELDS - {"token_shift"})
+    assert isinstance(make_decoder(random_model(CONFIGS[2])), PlainDecoder)
+    with pytest.raises(UserError, match="does not know all options of this model"):
+        make_decoder(random_model(CONFIGS[2]), int8=True)
+
+
+# ---- the crate -----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cargo-clippy") is None, reason="no clippy")
+def test_the_crate_is_formatted_and_without_lints() -> None:
+    subprocess.run(["cargo", "fmt", "--check"], cwd=CRATE, check=True)
+    lint = ["cargo", "clippy", "--offline", "--all-targets", "--release", "--", "-D", "warnings"]
+    subprocess.run(lint, cwd=CRATE, check=True, capture_output=True)
