@@ -108,12 +108,13 @@ def main(config: Config) -> None:
     names = {"localhost", socket.gethostname(), config.host, *config.allow_host}
     access = Access(api_key=key, hosts=frozenset(name.lower() for name in names))
     with _listening_socket(config.host, config.port) as listener:
-        logger.info("serving at http://%s", _address(config))
+        port = listener.getsockname()[1]  # --port=0 takes any that is free
+        logger.info("serving at http://%s:%d", _shown(config.host), port)
         if os.environ.get("SSH_CONNECTION") or os.environ.get("SLURM_JOB_ID"):
             login = f"{getpass.getuser()}@{socket.gethostname()}"
             logger.info(
                 "from your own machine: ssh -L %d:localhost:%d %s, then open http://localhost:%d",
-                *(config.port, config.port, login, config.port),
+                *(port, port, login, port),
             )
         server.serve(server.create_app(service, access), listener)
     logger.info("the last answer is finished; goodbye")
@@ -158,9 +159,11 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _address(config: Config) -> str:
-    name = "localhost" if _is_loopback(config.host) else config.host
-    return f"[{name}]:{config.port}" if ":" in name else f"{name}:{config.port}"
+def _shown(host: str) -> str:
+    """A host as it is written in an address."""
+    if _is_loopback(host):
+        return "localhost"
+    return f"[{host}]" if ":" in host else host
 
 
 def _listening_socket(host: str, port: int) -> socket.socket:

@@ -1,0 +1,243 @@
+"""The command chat_web as a process: flags, who may come in, SIGTERM, several engines."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from scripted_model import byte_tokenizer, save, scripted_model, tokens_of
+from web_server import (
+    END,
+    HELLO,
+    ScriptedScheduler,
+    always,
+    events_of,
+    service_of,
+    serving,
+    text_of,
+)
+
+from nanochat.common import UserError
+from nanochat.configurator import parse
+from nanochat.serving.assembly import Recipe, load_service
+from nanochat.serving.links import ProcessLink
+from nanochat.serving.pool import Pool
+from nanochat.serving.responses import ServerDefaults
+from nanochat.serving.service import Service
+from nanochat.serving.worker import Worker
+from scripts import chat_web
+from scripts.chat_web import Config
+
+REPOSITORY = Path(__file__).parents[1]
+GREETING = tokens_of("<|assistant_start|>", "Hey \U0001f642!", END)
+CHAT = "/chat/completions"
+GREEDY = {**HELLO, "temperature": 0.0}
+
+
+@pytest.fixture
+def base_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("NANOCHAT_API_KEY", raising=False)
+    return tmp_path
+
+
+def main(*arguments: str) -> None:
+    chat_web.main(parse(Config, ["--device-type=cpu", "--port=0", *arguments]))
+
+
+# ---- flags -------------------------------------------------------------------------------------
+
+
+def test_flags_have_the_documented_spellings() -> None:
+    short = parse(Config, "-n 1 -i mid -t 0.5 -k 20 -m 99 -g d4 -s 7 -p 8001 -d float32".split())
+    assert (short.num_gpus, short.source, short.temperature, short.top_k) == (1, "mid", 0.5, 20)
+    assert (short.max_tokens, short.model_tag, short.step, short.port) == (99, "d4", 7, 8001)
+    assert parse(Config, ["--max-new-tokens=5"]).max_tokens == 5
+    assert parse(Config, []).host == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("argument", "reason"),
+    [
+        ("--temperature=3", "--temperature is 3.0; use a number from 0.0 to 2.0"),
+        ("--top-k=500", "--top-k is 500"),
+        ("--max-tokens=0", "--max-tokens is 0"),
+        ("--port=70000", "--port is 70000"),
+        ("--num-gpus=2", "needs CUDA"),
+        ("--num-gpus=0", "use at least 1"),
+        ("--model-tag=d9", "no sft model 'd9'"),
+        ("--host=0.0.0.0", "--host=0.0.0.0 lets other machines in"),
+        ("--host=192.0.2.7", "or --insecure"),
+        ("--api-key-file=/nowhere", "/nowhere"),
+    ],
+)
+def test_wrong_flags_are_explained(base_dir: Path, argument: str, reason: str) -> None:
+    save("sft", scripted_model(GREETING))
+    with pytest.raises(UserError, match=re.escape(reason)):
+        main(argument)
+
+
+def test_a_missing_model_is_explained_with_the_command_that_makes_it(base_dir: Path) -> None:
+    with pytest.raises(UserError, match=r"make one with `python -m scripts\.chat_sft`"):
+        main()
+
+
+def test_a_port_in_use_is_explained(base_dir: Path) -> None:
+    save("sft", scripted_model(GREETING))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port} .*choose another --port"):
+            main(f"--port={port}")
+
+
+def test_a_key_is_read_from_a_file_or_the_environment(
+    base_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = base_dir / "key"
+    file.write_text("from-file\nsecond line\n")
+    assert chat_web._api_key(Config()) is None
+    monkeypatch.setenv("NANOCHAT_API_KEY", "from-environment")
+    assert chat_web._api_key(Config()) == "from-environment"
+    assert chat_web._api_key(Config(api_key_file=str(file))) == "from-file"
+    file.write_text("")
+    with pytest.raises(UserError, match="is empty"):
+        chat_web._api_key(Config(api_key_file=str(file)))
+
+
+# ---- the process -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def process(base_dir: Path) -> Iterator[Any]:
+    """Starts chat_web; returns the process and its address, once it serves."""
+    children = []
+
+    def start(*arguments: str) -> tuple[subprocess.Popen[str], str]:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "scripts.chat_web", "--device-type=cpu", "--port=0", *arguments],
+            cwd=REPOSITORY,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        children.append(child)
+        assert child.stderr is not None
+        for line in child.stderr:
+            if "serving at " in line:
+                return child, line.split("serving at ")[1].strip()
+        raise AssertionError("chat_web ended")
+
+    yield start
+    for child in children:
+        child.kill()
+        child.communicate()
+
+
+def test_it_drains_on_sigterm_and_serves_from_memory(base_dir: Path, process: Any) -> None:
+    folder = save("mid", scripted_model(GREETING))
+    child, address = process()
+    assert httpx.get(f"{address}/health").json()["model"]["id"] == "nanochat-d1-mid"
+    shutil.rmtree(folder)  # a checkpoint that is deleted while it is served
+    assert text_of(httpx.post(address + CHAT, json=GREEDY)) == "Hey \U0001f642!"
+    body = {**HELLO, "temperature": 2.0, "max_tokens": 50, "top_k": 200}
+    with httpx.stream("POST", address + CHAT, json=body, timeout=30) as response:
+        lines = response.iter_lines()
+        first = next(lines)
+        child.send_signal(signal.SIGTERM)
+        rest = list(lines)
+    assert "prompt_tokens" in first
+    assert '"done":true' in rest[-2]
+    assert child.wait(timeout=30) == 0
+
+
+# ---- several engines ---------------------------------------------------------------------------
+
+
+def engines(number: int) -> Service:
+    """A service of processes with the model of the base folder, on the CPU."""
+    workers = [
+        Worker(
+            ProcessLink(Recipe("sft", "d1", 7, "cpu", torch.float32, 4)),
+            gpu_id=gpu_id,
+            device=f"cpu:{gpu_id}",
+            max_rows=4,
+            max_waiting=4,
+        )
+        for gpu_id in range(number)
+    ]
+    service = service_of(lambda: ScriptedScheduler(always("")))
+    service.pool = Pool(workers)
+    return service
+
+
+@pytest.mark.slow
+def test_two_processes_answer_behind_one_port_and_one_may_die(base_dir: Path) -> None:
+    save("sft", scripted_model(GREETING))
+    service = engines(2)
+    with serving(service) as address, httpx.Client(base_url=address, timeout=60) as client:
+        assert client.get("/health").json()["num_gpus"] == 2
+        used: list[int] = []
+
+        def ask() -> None:
+            response = client.post(CHAT, json={**GREEDY, "logprobs": 1})
+            assert text_of(response) == "Hey \U0001f642!"
+            used.append(events_of(response)[0]["gpu"])
+
+        threads = [threading.Thread(target=ask) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert set(used) == {0, 1}
+        assert len(used) == 8
+        # No "broken pipe" reaches the clients of the other one.
+        link = service.pool.workers[0]._link
+        assert isinstance(link, ProcessLink)
+        assert link._process.pid is not None
+        os.kill(link._process.pid, signal.SIGKILL)
+        link._process.join(30)
+        for _ in range(50):
+            client.post(CHAT, json=GREEDY)
+            if client.get("/stats").json()["workers"][0]["alive"] is False:
+                break
+        assert text_of(client.post(CHAT, json=GREEDY)) == "Hey \U0001f642!"
+        health = client.get("/health").json()
+        assert (health["ready"], health["available_workers"]) == (True, 1)
+
+
+def test_an_engine_process_that_cannot_load_its_model_is_an_error(base_dir: Path) -> None:
+    link = ProcessLink(Recipe("sft", "d1", 7, "cpu", torch.float32, 4))
+    with pytest.raises(UserError, match="did not start"):
+        link.start(lambda delivery: None, lambda: None)
+
+
+def test_a_service_of_a_checkpoint_knows_what_it_serves(base_dir: Path) -> None:
+    save("rl", scripted_model(GREETING))
+    service = load_service(
+        "rl",
+        tag=None,
+        step=None,
+        device_type="cpu",
+        dtype="float32",
+        num_gpus=1,
+        defaults=ServerDefaults(temperature=0.5, top_k=None, top_p=0.9, max_tokens=9),
+    )
+    info = service.model
+    assert (info.id, info.step, info.context, info.dtype) == ("nanochat-d1-rl", 7, 64, "float32")
+    assert info.vocab_size == byte_tokenizer().vocab_size
+    assert info.num_parameters > 100_000
+    with serving(service) as address:
+        response = httpx.post(address + CHAT, json={**GREEDY, "max_tokens": 50})
+    assert text_of(response) == "Hey \U0001f642!"
