@@ -6,6 +6,8 @@
         extra_rank00.safetensors            loader and random state, one file per rank
         state.json                          step, model config, user's config, metrics
         tokenizer.json, token_bytes.npy     the tokenizer the model was trained with
+        sharded/                            instead of optimizer_*: weights and optimizer of a run
+                                            with --shard=full, by torch.distributed.checkpoint
         manifest.json                       size and SHA-256 of every file above, written last
 
 A folder is written under a temporary name, flushed to disk and renamed. No pickle anywhere.
@@ -79,7 +81,8 @@ _MODEL = "model.safetensors"
 _STATE = "state.json"
 _MANIFEST = "manifest.json"
 _TOKENIZER_FILES = ("tokenizer.json", "token_bytes.npy")
-_TRAINING_FILES = re.compile(r"(optimizer|extra)_rank\d+(_of\d+)?\.safetensors")
+_SHARDED = "sharded"
+_TRAINING_FILES = re.compile(r"(optimizer|extra)_rank\d+(_of\d+)?\.safetensors|sharded/.*")
 _COMMANDS = {
     "base": "python -m scripts.base_train",
     "mid": "python -m scripts.mid_train",
@@ -118,6 +121,8 @@ class Checkpoint:
         put together from all files, of which the optimizer cuts its part.
         """
         names = sorted(name for name in self.files if name.startswith("optimizer_"))
+        if not names and self.is_sharded:
+            raise UserError(f"{self.path} was saved with --shard=full; resume it with that flag")
         if not names:
             raise UserError(f"{self.path} holds weights only; it cannot resume an optimizer")
         if len(names) == size:
@@ -138,6 +143,18 @@ class Checkpoint:
         with safe_open(self.path / names[rank if rank < len(names) else 0], "pt") as file:
             kinds = json.loads(file.metadata()["kinds"])
             return {name: _from_tensor(file.get_tensor(name), kinds[name]) for name in kinds}
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether weights and optimizer are there as shards of `--shard=full`."""
+        return any(name.startswith(f"{_SHARDED}/") for name in self.files)
+
+    @property
+    def shards_folder(self) -> Path:
+        """Where those shards are; UserError if there are none."""
+        if not self.is_sharded:
+            raise UserError(f"{self.path} was saved without --shard=full; resume it without")
+        return self.path / _SHARDED
 
     @property
     def weights_hash(self) -> str:
@@ -311,12 +328,14 @@ def save_checkpoint(
     extra: Mapping[str, Extra] | None,
     tokenizer_dir: Path,
     world: World,
+    write_shards: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write <run_dir>/step_NNNNNN; every rank calls this. Returns the folder.
 
     model, state and the tokenizer's files are taken from the main rank, optimizer and extra
-    from each. On a failed write (disk full) all ranks raise UserError, nothing of the folder
-    stays and earlier checkpoints are as they were. A folder of the same step is replaced.
+    from each; write_shards fills a subfolder, by all ranks together. On a failed write (disk
+    full) all ranks raise UserError, nothing of the folder stays and earlier checkpoints are as
+    they were. A folder of the same step is replaced.
     """
     final = run_dir / step_name(step)
     temporary = run_dir / f"{TEMPORARY}{final.name}"
@@ -342,9 +361,17 @@ def save_checkpoint(
     def write() -> dict[str, dict[str, Any]]:
         return {name: _write(temporary / name, data) for name, data in contents()}
 
+    def write_together() -> None:
+        if write_shards is not None:
+            write_shards(temporary / _SHARDED)
+
     def publish() -> None:
         if world.is_main:
             files = {name: entry for part in written for name, entry in part.items()}
+            files |= {
+                str(path.relative_to(temporary)): _entry(path.read_bytes())
+                for path in sorted((temporary / _SHARDED).glob("*"))
+            }
             write_json(temporary / _MANIFEST, {"format": 1, "files": files})
             publish_folder(temporary, final)
             _refresh_links(final)
@@ -352,6 +379,7 @@ def save_checkpoint(
     try:
         _on_all_ranks(prepare, world)
         written = _on_all_ranks(write, world)
+        _on_all_ranks(write_together, world)
         _on_all_ranks(publish, world)
     except OSError as error:
         if world.is_main:
@@ -397,6 +425,10 @@ def _write(path: Path, data: bytes) -> dict[str, Any]:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+    return _entry(data)
+
+
+def _entry(data: bytes) -> dict[str, Any]:
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 

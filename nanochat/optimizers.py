@@ -147,25 +147,40 @@ def build_optimizer(
     if len({id(parameter) for _, parameter in named_parameters}) < len(named_parameters):
         raise ValueError("a parameter is listed twice; tied weights are not supported")
     device = named_parameters[0][1].device
-    groups = _groups(config, model_dim=model_dim, device=device)
-    members: list[list[tuple[str, nn.Parameter]]] = [[] for _ in groups]
+    names = [name for name, _ in named_parameters]
+    chosen = settings_by_name(names, config, model_dim=model_dim, device=device)
+    # By identity: groups that happen to have equal settings stay apart.
+    members: dict[int, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in named_parameters:
         if parameter.dtype != torch.float32:
             raise ValueError(f"parameter {name} is {parameter.dtype}; masters are float32")
-        taken = [i for i, (pattern, _) in enumerate(groups) if re.fullmatch(pattern, name)]
-        if len(taken) != 1:
-            raise ValueError(f"parameter {name} belongs to {len(taken)} optimizer groups, not 1")
-        members[taken[0]].append((name, parameter))
+        members.setdefault(id(chosen[name]), []).append((name, parameter))
     adamw: list[AdamW] = []
     muon: list[Muon] = []
-    for (_, settings), group in zip(groups, members, strict=True):
-        if not group:
-            continue
+    for group in members.values():
+        settings = chosen[group[0][0]]
         if isinstance(settings, AdamWSettings):
             adamw.append(AdamW(group, settings, world=world))
         else:
             muon.append(Muon(group, settings, world=world))
     return Optimizer(named_parameters, adamw, muon, world=world)
+
+
+def settings_by_name(
+    names: Sequence[str], config: OptimizerConfig, *, model_dim: int, device: torch.device
+) -> dict[str, AdamWSettings | MuonSettings]:
+    """What each parameter is updated with; names of one group share one object.
+
+    Raises ValueError for a name that no group takes.
+    """
+    groups = _groups(config, model_dim=model_dim, device=device)
+    chosen: dict[str, AdamWSettings | MuonSettings] = {}
+    for name in names:
+        taken = [settings for pattern, settings in groups if re.fullmatch(pattern, name)]
+        if len(taken) != 1:
+            raise ValueError(f"parameter {name} belongs to {len(taken)} optimizer groups, not 1")
+        chosen[name] = taken[0]
+    return chosen
 
 
 def _groups(

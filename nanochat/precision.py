@@ -7,6 +7,8 @@ Casting once per optimizer step, not once per use, is what makes bf16 pay on a C
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -47,6 +49,10 @@ class MasterWeights:
         """Copy the originals into the model, after an optimizer step or a load."""
         if self._masters:
             torch._foreach_copy_(self._copies, self._masters)
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Nothing to do: every rank has the whole model at any time; see `fullshard`."""
+        return nullcontext()
 
     def state_dict(self) -> dict[str, Tensor]:
         """fp32 weights by name; the tensors themselves, not copies."""

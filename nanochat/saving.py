@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -72,9 +72,10 @@ class CheckpointSaver:
         step: int,
         *,
         model: Mapping[str, Tensor],
-        optimizer: Mapping[str, Tensor],
+        optimizer: Mapping[str, Tensor] | None,
         state: Mapping[str, Any],
         extra: Mapping[str, Extra],
+        write_shards: Callable[[Path], None] | None = None,
         keep_last: int | None,
         keep: Collection[int] = (),
     ) -> None:
@@ -88,7 +89,7 @@ class CheckpointSaver:
         if self._in_background:
             # Only the main rank writes the model, which is equal on all.
             model = _snapshot(model) if self._world.is_main else {}
-            optimizer = _snapshot(optimizer)
+            optimizer = None if optimizer is None else _snapshot(optimizer)
         stalled = time.perf_counter() - started
 
         def write() -> None:
@@ -101,6 +102,7 @@ class CheckpointSaver:
                 extra=extra,
                 tokenizer_dir=self._tokenizer_dir,
                 world=self._world,
+                write_shards=write_shards,
             )
             if keep_last is not None and self._world.is_main:
                 prune(self.run_dir, keep_last, keep=keep)
@@ -135,7 +137,7 @@ class CheckpointSaver:
             self._thread.join()
             self._thread = None
 
-    def _try(self, write: Any) -> None:
+    def _try(self, write: Callable[[], None]) -> None:
         try:
             write()
         except BaseException as error:
@@ -154,6 +156,8 @@ class CheckpointSaver:
 
 def not_finite(weights: Mapping[str, Tensor]) -> list[str]:
     """Names of the weights that hold a NaN or an infinity."""
+    if not weights:
+        return []
     norms = torch._foreach_norm(list(weights.values()), float("inf"))
     # One transfer from the device, however many weights there are.
     are_finite = torch.isfinite(torch.stack([norm.float() for norm in norms])).tolist()

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nanochat import checkpoint_manager, report
 from nanochat.common import UserError, checkpoints_dir
@@ -93,6 +93,8 @@ class StageConfig:
     """Print sizes, steps and where results would go; train nothing."""
     compile: str = "auto"
     """Compile the step: auto, on or off."""
+    shard: Literal["optimizer", "full"] = "optimizer"
+    """What ranks share out: optimizer states; or weights and gradients, too (FSDP2)."""
     seed: int = 42
     """Seed of everything random."""
 
@@ -153,6 +155,7 @@ def train_stage(
         keep_best=config.keep_best,
         background_save=config.background_save,
         write=not config.dry_run,
+        shard=config.shard,
         log_every=config.log_every,
         compile=wants_compile(
             config.compile,

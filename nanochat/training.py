@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from nanochat.common import UserError
 from nanochat.dataloader import Batch
 from nanochat.gpt import GPT
 from nanochat.objectives import next_token_loss_sum
-from nanochat.optimizers import OptimizerConfig, build_optimizer
+from nanochat.optimizers import Optimizer, OptimizerConfig, build_optimizer
 from nanochat.precision import MasterWeights
 from nanochat.progress import OwnWork, Speedometer, duration, slow_ranks, utilisation
 from nanochat.runtime import Runtime
@@ -36,6 +36,9 @@ from nanochat.schedule import Schedule, muon_momentum
 from nanochat.stopping import StoppedError, StopRequest
 from nanochat.tracking import MetricWriter
 from nanochat.train_state import TrainState
+
+if TYPE_CHECKING:
+    from nanochat.fullshard import FullShard
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +93,8 @@ class Plan:
     """Steps between lines on the console."""
     compile: bool = False
     """Compile the forward and backward passes."""
+    shard: str = "optimizer"
+    """What ranks share out: "optimizer" states, or "full": weights and gradients, too."""
 
 
 @dataclass(frozen=True)
@@ -146,18 +151,27 @@ class Trainer:
         """
         self.model, self.loader, self.plan = model, loader, plan
         self.runtime, self.hooks, self.facts = runtime, hooks, facts
-        self.weights = MasterWeights(model, runtime.compute_dtype)
-        self.optimizer = build_optimizer(
-            self.weights.named_parameters(),
-            optimizer,
-            model_dim=model.config.n_embd,
-            world=runtime.world,
-        )
+        self.weights: MasterWeights | FullShard
+        self.optimizer: Optimizer | FullShard
+        self._full_shard: FullShard | None = None
+        if plan.shard == "full":
+            from nanochat.fullshard import FullShard  # a second of imports that few runs need
+
+            self._full_shard = self.weights = self.optimizer = FullShard(model, optimizer, runtime)
+        else:
+            self.weights = MasterWeights(model, runtime.compute_dtype)
+            self.optimizer = build_optimizer(
+                self.weights.named_parameters(),
+                optimizer,
+                model_dim=model.config.n_embd,
+                world=runtime.world,
+            )
         self.saver = CheckpointSaver(
             run_dir,
             tokenizer_dir=tokenizer_dir,
             world=runtime.world,
-            in_background=plan.background_save,
+            # Shards are written by all ranks together, in collectives of the step's own group.
+            in_background=plan.background_save and plan.shard != "full",
         )
         self.state = TrainState()
         self.metrics = metrics
@@ -220,7 +234,8 @@ class Trainer:
             for index, hook in enumerate(due):
                 if index:
                     self._stop_if_asked()  # what was measured so far is measured again
-                values |= hook.action(self)
+                with self.weights.gathered():
+                    values |= hook.action(self)
             if values:
                 self.state.note_evaluation(values)
                 self._write(step, **values)
@@ -414,12 +429,14 @@ class Trainer:
             )
         state.note_save()
         numbers, arrays = _split_state(self.loader.state_dict())
+        shards = self._full_shard
         self.saver.save(
             state.step,
             model=weights,
-            optimizer=self.optimizer.state_dict(),
+            optimizer=self.optimizer.state_dict() if shards is None else None,
             state=self.facts | {"step": state.step, "loop": asdict(state), "loader": numbers},
             extra=arrays,
+            write_shards=None if shards is None else shards.save,
             keep_last=None if state.is_suspect(self.plan.spike_limit) else self.plan.keep_last,
             keep={state.best_step} if self.plan.keep_best else (),
         )
@@ -428,8 +445,13 @@ class Trainer:
     def resume(self, checkpoint: checkpoint_manager.Checkpoint) -> None:
         """Go on from a checkpoint of this run: weights, optimizer, data position, counters."""
         world = self.runtime.world
-        self.weights.load_state_dict(checkpoint.load_model())
-        self.optimizer.load_state_dict(checkpoint.load_optimizer(world.rank, world.size))
+        if self._full_shard is not None:
+            self._full_shard.load(checkpoint.shards_folder)
+        else:
+            assert isinstance(self.weights, MasterWeights)
+            assert isinstance(self.optimizer, Optimizer)
+            self.optimizer.load_state_dict(checkpoint.load_optimizer(world.rank, world.size))
+            self.weights.load_state_dict(checkpoint.load_model())
         self.loader.load_state_dict(checkpoint.state["loader"] | checkpoint.load_extra(world.rank))
         self.state = TrainState(**checkpoint.state["loop"])
         self._saved_step = self.state.step
