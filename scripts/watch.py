@@ -131,8 +131,8 @@ def headline(run_dir: Path, rows: list[dict[str, Any]], is_running: bool) -> str
     for row in rows:
         newest |= {key: value for key, value in row.items() if value is not None}
     step = newest.get("step", 0)
-    total = next((read_json(path) for path in sorted(run_dir.glob("step_*/state.json"))), {})
-    planned = total.get("num_iterations")
+    states = sorted(run_dir.glob("step_*/state.json"))
+    planned = read_json(states[-1]).get("num_iterations") if states else None
     parts = [
         f"{run_dir.parent.name.removesuffix('_checkpoints')} {run_dir.name}",
         f"step {step}/{planned}" if planned else f"step {step}",
