@@ -19,8 +19,9 @@ source scripts/ranks.sh
 SIZES=(DATA TASKS NUM_SHARDS MAX_CHARS VOCAB_SIZE DEPTH TOKEN_SHIFT MAX_SEQ_LEN DEVICE_BATCH_SIZE TOTAL_BATCH_SIZE
     NUM_ITERATIONS FINAL_LR SAVE_EVERY EVAL_EVERY EVAL_TOKENS CORE_EVERY SAMPLE_EVERY CORE_MAX_PER_TASK
     MID_ITERATIONS MID_FINAL_LR SFT_ITERATIONS SFT_DEVICE_BATCH_SIZE SFT_EXAMPLES_PER_STEP SFT_PACKING
-    SFT_LR_FRACTION MAX_PROBLEMS MAX_NEW_TOKENS)
+    SFT_LR_FRACTION RL_ITERATIONS MAX_PROBLEMS MAX_NEW_TOKENS)
 NO_NUMBERS=" DATA TASKS SFT_PACKING "
+RL_ITERATIONS=0 # steps of reinforcement learning, which is left out unless a flag asks for it
 
 # ---- the stages: name, what it leaves behind in the base folder, command ------------------------------
 
@@ -81,6 +82,16 @@ pipeline() {
     evaluation chat_eval_sft "report/chat-evaluation-sft.json" \
         ranks scripts.chat_eval --source=sft --model-tag="$tag" --tasks="$TASKS" \
         --max-new-tokens="$MAX_NEW_TOKENS" --max-problems="$MAX_PROBLEMS"
+
+    if [ "$RL_ITERATIONS" -gt 0 ]; then
+        training chat_rl "chatrl_checkpoints/$tag/step_*/manifest.json" \
+            ranks scripts.chat_rl --model_tag="$tag" --tasks="$TASKS" --num_iterations="$RL_ITERATIONS" \
+            --device_batch_size="$DEVICE_BATCH_SIZE" --max_new_tokens="$MAX_NEW_TOKENS" \
+            --eval_examples="$MAX_PROBLEMS" --save_every="$SAVE_EVERY" --run="$WANDB_RUN"
+        evaluation chat_eval_rl "report/chat-evaluation-rl.json" \
+            ranks scripts.chat_eval --source=rl --model-tag="$tag" --tasks="$TASKS" \
+            --max-new-tokens="$MAX_NEW_TOKENS" --max-problems="$MAX_PROBLEMS"
+    fi
 
     # [5/5] report
     report report "report/report.md" \

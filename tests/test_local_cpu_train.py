@@ -64,6 +64,16 @@ def test_every_command_is_understood_by_its_script(index: int, profile: list[str
     assert configurator.parse(config_type, arguments) is not None
 
 
+def test_reinforcement_learning_is_added_when_a_flag_asks_for_it() -> None:
+    added = ["chat_rl", "chat_eval_rl"]
+    assert run("--list", "--rl_iterations=60").stdout.split() == [*STAGES[:-1], *added, STAGES[-1]]
+    flags = flags_of("scripts.chat_rl", "--rl_iterations=60")
+    assert flags["num_iterations"] == "60"
+    config_type = importlib.import_module("scripts.chat_rl").Config
+    arguments = [f"--{name}={value}" for name, value in flags.items()]
+    assert configurator.parse(config_type, arguments) is not None
+
+
 @pytest.mark.parametrize("profile", [[], ["--full"]])
 @pytest.mark.parametrize(
     "experiment",
