@@ -8,6 +8,7 @@ the format of Mosaic's in-context learning tasks.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import random
 from collections.abc import Sequence
@@ -131,6 +132,14 @@ def load_bundle(folder: Path) -> list[CoreTask]:
         raise UserError(f"{config} is not a list of icl_tasks in YAML ({error})") from error
     chances = _read_chances(folder / "eval_meta_data.csv")
     return [_task(entry, folder, chances) for entry in entries]
+
+
+def files_digest(folder: Path) -> str:
+    """Changes with any file below a folder: SHA-256 of names, sizes and times."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    known = [(str(path.relative_to(folder)), path.stat()) for path in files]
+    told = [(name, status.st_size, status.st_mtime_ns) for name, status in known]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def _task(entry: Any, folder: Path, chances: dict[str, float]) -> CoreTask:

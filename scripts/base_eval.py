@@ -2,24 +2,30 @@
 
 python -m scripts.base_eval --max-per-task=16
 python -m scripts.base_eval --eval=core
+python -m scripts.base_eval --hf-path=models/gpt2
 torchrun --standalone --nproc_per_node=8 -m scripts.base_eval
 """
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import logging
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from nanochat import checkpoint_manager, configurator, report, runtime
 from nanochat.answers import plain_text
 from nanochat.common import UserError, atomic_write_text, base_dir
+from nanochat.core_bundle import files_digest
 from nanochat.core_eval import CoreResult, evaluate_core
-from nanochat.core_scoring import GptModel
+from nanochat.core_scoring import GptModel, LanguageModel
+from nanochat.core_scoring import Tokenizer as CoreTokenizer
 from nanochat.dataset import open_source
 from nanochat.engine import Engine, sample_prompts
 from nanochat.gpt import GPT
+from nanochat.hf_model import load_hf_model
 from nanochat.loss_eval import evaluate_split
 from nanochat.runtime import Runtime
 from nanochat.tokenizer import Tokenizer
@@ -43,6 +49,8 @@ class Config:
     """Folder name of the run; default: the one written last."""
     step: int | None = None
     """Step of the checkpoint; default: the newest."""
+    hf_path: str | None = None
+    """Score a model of the transformers library instead: its folder. CORE only."""
     device_batch_size: int = 32
     """Rows of one forward pass on each device, for bpb."""
     split_tokens: int | None = None
@@ -59,37 +67,88 @@ def main(config: Config) -> None:
     """Do the parts that were asked for, print and report."""
     parts = parse_parts(config.eval)
     with runtime.start(config.device_type, dtype=config.dtype) as rt:
-        model, tokenizer, checkpoint = checkpoint_manager.load_model(
-            "base",
-            device=rt.device,
-            dtype=rt.compute_dtype,
-            tag=config.model_tag,
-            step=config.step,
-        )
-        data = config.data or checkpoint.state["data"]
-        sections: list[dict[str, Any]] = [{"Model": f"{checkpoint.tag}, step {checkpoint.step}"}]
-        if "core" in parts:
-            core = evaluate_core(
-                GptModel(model), tokenizer, mixtures.core_bundle(data), config.max_per_task, rt
-            )
-            if rt.world.is_main:
-                path = base_dir() / "base_eval" / f"base_model_{checkpoint.step:06d}.csv"
-                atomic_write_text(path, core.to_csv())
-                print(core.to_csv(), end="")
-                logger.info("wrote %s", path)
-            sections += core_sections(core)
-        if "bpb" in parts:
-            num_tokens = config.split_tokens or checkpoint.state["config"]["eval_tokens"]
-            values = measure_bpb(model, tokenizer, data, num_tokens, config.device_batch_size, rt)
-            if rt.world.is_main:
-                print("\n".join(f"{name:<10} {value:.4f}" for name, value in values.items()))
-            sections.append(values)
-        if "sample" in parts and rt.world.is_main:
-            samples = draw_samples(model, tokenizer)
-            print("\n".join(f"{name}: {text}" for name, text in samples.items()))
-            sections.append(samples)
+        if config.hf_path:
+            evaluate_hf_model(config, parts, rt)
+        else:
+            evaluate_checkpoint(config, parts, rt)
+
+
+def evaluate_checkpoint(config: Config, parts: list[str], rt: Runtime) -> None:
+    """A base model of ours."""
+    model, tokenizer, checkpoint = checkpoint_manager.load_model(
+        "base",
+        device=rt.device,
+        dtype=rt.compute_dtype,
+        tag=config.model_tag,
+        step=config.step,
+    )
+    data = config.data or checkpoint.state["data"]
+    sections: list[dict[str, Any]] = [{"Model": f"{checkpoint.tag}, step {checkpoint.step}"}]
+    if "core" in parts:
+        name = f"base_model_{checkpoint.step:06d}"
+        weights = f"{checkpoint.tag} {checkpoint.weights_hash}"
+        sections += run_core(GptModel(model), tokenizer, config, data, rt, name, weights)
+    if "bpb" in parts:
+        num_tokens = config.split_tokens or checkpoint.state["config"]["eval_tokens"]
+        values = measure_bpb(model, tokenizer, data, num_tokens, config.device_batch_size, rt)
         if rt.world.is_main:
-            report.append("Base model evaluation", [asdict(config), *sections])
+            print("\n".join(f"{name:<10} {value:.4f}" for name, value in values.items()))
+        sections.append(values)
+    if "sample" in parts and rt.world.is_main:
+        samples = draw_samples(model, tokenizer)
+        print("\n".join(f"{name}: {text}" for name, text in samples.items()))
+        sections.append(samples)
+    if rt.world.is_main:
+        report.append("Base model evaluation", [asdict(config), *sections])
+
+
+def evaluate_hf_model(config: Config, parts: list[str], rt: Runtime) -> None:
+    """A model of the transformers library; on the 22 tasks unless --data says otherwise."""
+    path = str(config.hf_path)
+    if "core" not in parts:
+        raise UserError(f"--hf-path is scored by CORE only; --eval={config.eval} leaves nothing")
+    if len(parts) > 1:
+        logger.info(
+            "%s is scored by CORE only, not by %s", path, " and ".join(set(parts) - {"core"})
+        )
+    model, tokenizer = load_hf_model(path, device=rt.device, dtype=rt.compute_dtype)
+    name = path.strip("/").replace("/", "-")
+    data = config.data or "fineweb-edu"
+    weights = files_digest(Path(path)) if Path(path).is_dir() else None
+    sections = run_core(model, tokenizer, config, data, rt, name, weights)
+    if rt.world.is_main:
+        report.append("Base model evaluation", [asdict(config), {"Model": path}, *sections])
+
+
+def run_core(
+    model: LanguageModel,
+    tokenizer: CoreTokenizer,
+    config: Config,
+    data: str,
+    rt: Runtime,
+    name: str,
+    weights: str | None,
+) -> list[dict[str, Any]]:
+    """CORE, its table in base_eval/<name>.csv; what the report says.
+
+    weights: what tells these weights from all others; without it a killed run starts again.
+    """
+    folder, bundle = base_dir() / "base_eval", mixtures.core_bundle(data)
+    progress_dir = None
+    if weights is not None:
+        told = f"{weights} {rt.compute_dtype} {config.max_per_task} {files_digest(bundle)}"
+        # Rank 0's: the others may look before a bundle is completely written.
+        digest = rt.world.gather_objects(hashlib.sha256(told.encode()).hexdigest()[:16])[0]
+        progress_dir = folder / f"unfinished_{name}_{digest}"
+    core = evaluate_core(
+        model, tokenizer, bundle, config.max_per_task, rt, progress_dir=progress_dir
+    )
+    if rt.world.is_main:
+        path = folder / f"{name}.csv"
+        atomic_write_text(path, core.to_csv())
+        print(core.to_csv(), end="")
+        logger.info("wrote %s", path)
+    return core_sections(core)
 
 
 def parse_parts(text: str) -> list[str]:
