@@ -32,6 +32,8 @@ _SHARD_FOLDERS = {
     "embedded": "base_data_embedded",
 }
 DEFAULT_BASE_DIR = "~/.cache/nanochat"
+# Names that documents use for something that lies elsewhere below the base folder.
+_ALIASES = {"data_shards": "base_data", "tokenizer.model": "tokenizer/tokenizer.json"}
 _HASH_CHUNK_BYTES = 1 << 20
 _CHATTY_LIBRARIES = ("filelock", "fsspec", "httpcore", "httpx", "huggingface_hub", "urllib3")
 
@@ -88,6 +90,27 @@ def checkpoints_dir(stage: str) -> Path:
 def report_dir() -> Path:
     """Where report sections and the finished report lie."""
     return base_dir() / "report"
+
+
+def refresh_aliases() -> None:
+    """Link the names that documents use to what is there; whatever else has one of them stays."""
+    for name, place in _ALIASES.items():
+        link, target = base_dir() / name, base_dir() / place
+        if not target.exists() or (link.exists() and not link.is_symlink()):
+            continue
+        try:
+            point_link(link, target)
+        except OSError as error:  # a convenience: everything works without it
+            logger.warning("cannot link %s to %s (%s)", link, target, error.strerror)
+
+
+def point_link(link: Path, target: Path) -> None:
+    """Make a relative symbolic link, or turn one that exists, in one step."""
+    link.parent.mkdir(exist_ok=True)
+    temporary = link.with_name(f".{link.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(os.path.relpath(target, link.parent))
+    os.replace(temporary, link)
 
 
 def _lookup(table: dict[str, str], key: str, what: str) -> str:

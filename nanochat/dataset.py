@@ -19,7 +19,7 @@ import tyro
 
 from nanochat import configurator
 from nanochat.assets import Asset, Generated
-from nanochat.common import UserError
+from nanochat.common import UserError, refresh_aliases
 from nanochat.prefetch import prefetch
 from nanochat.sources import DocumentSource, Position, Split
 from nanochat.sources.hub import HUB_DATASETS, HubDataset, open_hub
@@ -114,6 +114,7 @@ def main(config: Config) -> int:
     else:
         _open_folder(config.data, num_workers=config.num_workers)
         _print_report(Path(config.data))
+    refresh_aliases()
     source = open_source(config.data)
     num_train, num_val = len(source.shards("train")), len(source.shards("val"))
     print(f"{source.name}: {num_train} training shards, {num_val} validation shard")

@@ -21,7 +21,7 @@ import tyro
 
 from nanochat import configurator
 from nanochat.assets import PREFETCH, Asset, hub_split, problem_with, read_manifest
-from nanochat.common import UserError, base_dir
+from nanochat.common import UserError, base_dir, refresh_aliases
 from nanochat.prefetch import prefetch
 from tasks.needs import DEFAULT_NUM_TRAIN, STAGES, needs
 
@@ -141,6 +141,7 @@ def _prefetch(assets: Sequence[Asset], config: Config) -> int:
     outcomes = prefetch(
         assets, num_workers=config.num_workers, offline=config.offline, verify=config.verify
     )
+    refresh_aliases()
     counts: dict[str, int] = {}
     for outcome in outcomes:
         if outcome.problem is None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from nanochat import configurator, report
-from nanochat.common import UserError, tokenizer_dir
+from nanochat.common import UserError, refresh_aliases, tokenizer_dir
 from nanochat.dataset import open_source
 from nanochat.sources import DocumentSource
 from nanochat.tokenizer import Tokenizer
@@ -69,6 +69,7 @@ def main(config: Config) -> None:
     decoded = tokenizer.decode(tokenizer.encode(ROUND_TRIP))
     assert decoded == ROUND_TRIP, f"round trip failed: {decoded!r}"
     tokenizer.save(tokenizer_dir())
+    refresh_aliases()
     logger.info(
         "tokenizer of %s tokens trained in %.1f s, saved in %s",
         f"{tokenizer.vocab_size:,}",

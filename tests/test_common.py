@@ -169,3 +169,27 @@ def test_no_torch_is_imported_by_the_standard_library_layer() -> None:
         " nanochat.hardware; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+# ---- aliases ----------------------------------------------------------------------------------
+
+
+def test_documented_names_lead_to_the_real_places(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    common.refresh_aliases()
+    assert list(tmp_path.iterdir()) == []
+    common.shards_dir("fineweb-edu").mkdir()
+    common.tokenizer_dir().mkdir()
+    (common.tokenizer_dir() / "tokenizer.json").write_text("{}")
+    for _ in range(2):
+        common.refresh_aliases()
+        assert (tmp_path / "data_shards").resolve() == tmp_path / "base_data"
+        assert (tmp_path / "tokenizer.model").read_text() == "{}"
+
+
+def test_what_a_user_put_under_a_documented_name_stays(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    common.shards_dir("fineweb-edu").mkdir()
+    (tmp_path / "data_shards").mkdir()
+    common.refresh_aliases()
+    assert not (tmp_path / "data_shards").is_symlink()
