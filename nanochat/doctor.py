@@ -125,7 +125,7 @@ def check_packages() -> Finding:
         wanted = _canonical(name)
         found = [m for m, owners in modules.items() if wanted in map(_canonical, owners)]
         # Packages share folders of tests or hooks; the one named like the package counts.
-        best = min(found, key=lambda m: _canonical(m) != wanted, default=_canonical(name))
+        best = min(found, key=lambda m: (_canonical(m) != wanted, m.startswith("_")), default=name)
         try:
             importlib.import_module(best.replace("-", "_"))
         except ImportError as error:
