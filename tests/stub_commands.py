@@ -15,7 +15,8 @@ PYTHON = r"""#!/usr/bin/env bash
 if [ "${2:-}" = scripts.run_state ] || [ "${2:-}" = "${STUB_REAL:-}" ]; then exec {python} "$@"; fi
 [ "$1" = -m ] || exit 0
 shift
-echo "${RANK:-0}/${WORLD_SIZE:-1} $*" >>"$STUB_LOG"
+printf -v words ' %q' "$@"
+echo "${RANK:-0}/${WORLD_SIZE:-1}$words" >>"$STUB_LOG"
 if [ -n "${STUB_FAIL:-}" ] && [[ "$*" = *"$STUB_FAIL"* ]]; then
     for i in $(seq 40); do echo "line $i of the error"; done
     exit "${STUB_CODE:-7}"

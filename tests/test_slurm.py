@@ -5,6 +5,7 @@ GPUs; in the others the stages are stand-ins, because what is tested is what sur
 """
 
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -191,6 +192,8 @@ def test_disturbed_in_every_way_a_job_ends_with_the_same_weights(
 
     assert other.output(job).count("restart ") == 6  # the first start and five after it
     assert other.output(job).count("resumed from step") >= 3
+    # After USR1, and after the preemption with grace: what SLURM would not have done.
+    assert other.output(job).count("goes back to the queue") == 2
     assert "all 13 stages are done" in other.output(job)
     assert other.final_weights() == alone.final_weights()
     assert list(other.home.rglob("*")) == []
@@ -313,7 +316,7 @@ def test_a_chat_in_a_job(stubbed: Clone) -> None:
     """From the login node one answer; as a job the page, and how to reach it."""
     talk = ("bash", "scripts/chat.slurm", "-p", "Why is the sky blue?")
     stubbed.cluster.run(*talk, variables=stubbed.variables, cwd=stubbed.root)
-    assert stubbed.stages_run() == ["scripts.chat_cli -p Why is the sky blue?"]
+    assert shlex.split(stubbed.stages_run()[0]) == ["scripts.chat_cli", *talk[2:]]
     job = stubbed.submit(job="scripts/chat.slurm")
     assert stubbed.finish(job) == "0"
     assert "ssh -L 8000:" in stubbed.output(job, name="chat")
