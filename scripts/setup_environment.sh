@@ -32,7 +32,6 @@ settle_on_scratch
 mkdir -p logs
 if [ "${SKIP_SETUP:-0}" != 1 ]; then
     link_environment
-    PYTHON="${PYTHON:-$(find_python)}"
     ensure_venv "${1:-gpu}"
 fi
 enter_environment

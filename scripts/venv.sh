@@ -58,7 +58,10 @@ ensure_venv() {
     local extra="$1" python
     [ "${SKIP_SETUP:-0}" != 1 ] || return 0
     if [ ! -x .venv/bin/python ]; then
-        python="$(find_python)"
+        if ! python="$(find_python 2>/dev/null)" && command -v uv >/dev/null; then
+            python=3.12 # uv fetches one
+        fi
+        [ -n "$python" ] || find_python # which says what is missing
         echo "making .venv with $python"
         if command -v uv >/dev/null; then
             uv venv --python "$python" .venv
