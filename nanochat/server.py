@@ -21,7 +21,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from nanochat import __version__
@@ -60,7 +60,7 @@ logger = logging.getLogger(__name__)
 MAX_CONNECTIONS = 512
 DRAIN_SECONDS = 30
 _HERE = Path(__file__).parent
-_STREAM: dict[str, Any] = {"text/event-stream": {"schema": {"type": "string"}}}
+_STREAM: dict[str, Any] = {"text/event-stream": {}}
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "A limit is exceeded, or a value means nothing"},
     401: {"model": ErrorBody, "description": "The API key is missing or wrong"},
@@ -254,7 +254,7 @@ def _add_status(app: FastAPI, service: Service, access: Access) -> None:
 def _add_chat(app: FastAPI, service: Service) -> None:
     @app.post(
         "/chat/completions",
-        response_class=EventStream,
+        response_class=StreamingResponse,  # for the document, which would say JSON otherwise
         responses={200: {"content": _STREAM, "description": "Events of JSON, the last is done"}},
     )
     async def chat(request: ChatRequest) -> Response:

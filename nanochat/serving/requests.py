@@ -9,7 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 
 # The limits that the documents state, for all routes.
 MAX_MESSAGES = 500
@@ -27,7 +35,14 @@ MAX_SEED = 2**63 - 1
 MAX_BODY_BYTES = 512 * 1024
 
 Text = Annotated[str, Field(min_length=1, max_length=MAX_MESSAGE_CHARS)]
-TokenId = Annotated[int, Field(ge=0)]
+
+
+def _whole(value: Any) -> Any:
+    """JSON does not tell 5.0 from 5."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
 
 
 def _kind(value: Any) -> str:
@@ -37,6 +52,9 @@ def _kind(value: Any) -> str:
     if value and all(isinstance(entry, list) for entry in value):
         return "lists"
     return "ids" if value and isinstance(value[0], int) else "list"
+
+
+TokenId = Annotated[Whole, Field(ge=0)]
 
 
 class _Model(BaseModel):
@@ -77,12 +95,12 @@ class Sampling(_Model):
     """How to choose tokens; what is left out is as the server was started."""
 
     temperature: Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)] | None = None
-    top_k: Annotated[int, Field(ge=1, le=MAX_TOP_K)] | None = None
+    top_k: Annotated[Whole, Field(ge=1, le=MAX_TOP_K)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     min_p: Annotated[float, Field(ge=0, lt=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
-    seed: Annotated[int, Field(ge=-MAX_SEED, le=MAX_SEED)] | None = None
+    max_tokens: Annotated[Whole, Field(ge=1, le=MAX_TOKENS)] | None = None
+    seed: Annotated[Whole, Field(ge=-MAX_SEED, le=MAX_SEED)] | None = None
     stop: (
         Annotated[
             Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS), Tag("text")]
@@ -106,7 +124,7 @@ class ChatRequest(Sampling):
     """POST /chat/completions: what the page sends. The answer is always a stream."""
 
     messages: Messages
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    logprobs: Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     """Report each token with its log probability and this many alternatives."""
     stream: Literal[True] | None = None
 
@@ -116,7 +134,7 @@ class TokenizeRequest(_Model):
 
     messages: Messages | None = None
     text: Annotated[str, Field(min_length=1, max_length=MAX_TOTAL_CHARS)] | None = None
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    max_tokens: Annotated[Whole, Field(ge=1, le=MAX_TOKENS)] | None = None
 
     @model_validator(mode="after")
     def _one_of_them(self) -> TokenizeRequest:
@@ -137,7 +155,7 @@ class StreamOptions(_Model):
 
 class _OpenAI(Sampling):
     model: Annotated[str, Field(max_length=200)] | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    n: Annotated[Whole, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # Only at the value that changes nothing: there is no such feature here.
@@ -158,9 +176,9 @@ class OpenAIChatRequest(_OpenAI):
     """POST /v1/chat/completions."""
 
     messages: Messages
-    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    max_completion_tokens: Annotated[Whole, Field(ge=1, le=MAX_TOKENS)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
@@ -187,7 +205,7 @@ class OpenAICompletionRequest(_OpenAI):
         Discriminator(_kind),
     ]
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    logprobs: Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     best_of: Literal[1] | None = None
     suffix: Annotated[str, Field(max_length=0)] | None = None
 

@@ -1,0 +1,219 @@
+"""Many streaming clients at once against chat_web, beside one client alone.
+
+    python -m benchmarks.bench_server --clients=64
+
+Starts `scripts.chat_web` on the newest model of the base folder, then measures in turn one client
+and many, while another asks for /health all the time. Every client streams one answer of
+`--tokens` tokens, greedily from a prompt of its own, over a connection of its own. Prints one
+JSON line: tokens a second, time to the first token and time between tokens, health latency.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import select
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from nanochat import configurator
+from nanochat.common import UserError
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags of bench_server."""
+
+    clients: int = 64
+    """Clients at once."""
+    tokens: int = 128
+    """Longest answer."""
+    rounds: int = 3
+    """Times that one client and many are measured in turn."""
+    source: str = "base"
+    """Stage of the model; one that has only read text seldom stops early."""
+    model_tag: str | None = None
+    """Folder name of the run; default: the one written last."""
+    threads: int = 0
+    """OMP_NUM_THREADS of the server; 0 = as it is here."""
+    watch: str = ""
+    """Internal: ask this address for /health until a line comes in, then print what it took."""
+
+
+@dataclass
+class Measured:
+    """What some clients saw together."""
+
+    began: float = 0.0
+    seconds: float = 0.0
+    num_tokens: int = 0
+    num_failed: int = 0
+    first: list[float] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
+    health: list[float] = field(default_factory=list)
+
+
+def main(config: Config) -> None:
+    """Start the server, measure, print."""
+    if config.watch:
+        _watch_health(config.watch)
+        return
+    environment = dict(os.environ)
+    if config.threads:
+        environment["OMP_NUM_THREADS"] = str(config.threads)
+    tag = [f"--model-tag={config.model_tag}"] if config.model_tag else []
+    command = [sys.executable, "-m", "scripts.chat_web", "--port=0", "-i", config.source, *tag]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as server:
+        try:
+            address = _address(server)
+            with _Watcher(address) as watcher:
+                one, many = asyncio.run(_measure(address, config))
+            for measured in (*one, *many):
+                measured.health = watcher.during(measured)
+        finally:
+            server.terminate()
+            server.communicate()
+    speeds = [sum(m.num_tokens for m in ms) / sum(m.seconds for m in ms) for ms in (one, many)]
+    report: dict[str, Any] = {
+        "benchmark": "server",
+        "clients": config.clients,
+        "tokens": config.tokens,
+        "rounds": config.rounds,
+        "failed": sum(measured.num_failed for measured in (*one, *many)),
+        "one_client_tokens_per_second": round(speeds[0], 1),
+        "all_clients_tokens_per_second": round(speeds[1], 1),
+        "ratio": round(speeds[1] / speeds[0], 2),
+        "one_client": _latencies(one),
+        "all_clients": _latencies(many),
+    }
+    print(json.dumps(report))
+
+
+def _address(server: subprocess.Popen[str]) -> str:
+    assert server.stderr is not None
+    lines = []
+    for line in server.stderr:
+        if "serving at " in line:
+            # Nobody reads on, and a full pipe would stop the server.
+            _drain(server)
+            return line.split("serving at ")[1].strip()
+        lines.append(line)
+    raise UserError("chat_web did not start: " + "".join(lines[-3:]))
+
+
+def _drain(server: subprocess.Popen[str]) -> None:
+    threading.Thread(target=lambda: list(server.stderr or ()), daemon=True).start()
+
+
+async def _measure(address: str, config: Config) -> tuple[list[Measured], list[Measured]]:
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=address, timeout=600, limits=limits) as client:
+        await _round(client, 2, config.tokens)  # warms up both sides
+        one, many = [], []
+        for _ in range(config.rounds):
+            one.append(await _round(client, 1, config.tokens))
+            many.append(await _round(client, config.clients, config.tokens))
+    return one, many
+
+
+async def _round(client: httpx.AsyncClient, num_clients: int, tokens: int) -> Measured:
+    measured = Measured(began=time.monotonic())
+    await asyncio.gather(*(_ask(client, i, tokens, measured) for i in range(num_clients)))
+    measured.seconds = time.monotonic() - measured.began
+    return measured
+
+
+async def _ask(client: httpx.AsyncClient, number: int, tokens: int, measured: Measured) -> None:
+    body = {
+        "prompt": f"{number + 1} people went to the market of the old town and",
+        "max_tokens": tokens,
+        "temperature": 0.0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    began = last = time.monotonic()
+    first = None
+    usage = None
+    try:
+        async with client.stream("POST", "/v1/completions", json=body) as response:
+            response.raise_for_status()
+            async for line in response.aiter_lines():
+                if not line.startswith("data: {"):
+                    continue
+                now = time.monotonic()
+                usage = json.loads(line[6:])["usage"] or usage
+                if first is None:
+                    first = now - began
+                else:
+                    measured.gaps.append(now - last)
+                last = now
+    except httpx.HTTPError:
+        measured.num_failed += 1
+        return
+    if usage is None or first is None:
+        measured.num_failed += 1
+        return
+    measured.first.append(first)
+    measured.num_tokens += usage["completion_tokens"]
+
+
+class _Watcher:
+    """Asks for /health from a process of its own, which the many clients do not hold up."""
+
+    def __init__(self, address: str) -> None:
+        command = [sys.executable, "-m", "benchmarks.bench_server", f"--watch={address}"]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._seen: list[tuple[float, float]] = []
+
+    def __enter__(self) -> _Watcher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._seen = json.loads(self._process.communicate("enough\n")[0])
+
+    def during(self, measured: Measured) -> list[float]:
+        """Seconds that the requests sent during some round took."""
+        end = measured.began + measured.seconds
+        return [seconds for began, seconds in self._seen if measured.began <= began < end]
+
+
+def _watch_health(address: str) -> None:
+    seen = []
+    with httpx.Client(base_url=address, timeout=600) as client:
+        while not select.select([sys.stdin], [], [], 0.01)[0]:
+            began = time.monotonic()  # of the machine, not of the process
+            client.get("/health")
+            seen.append((began, time.monotonic() - began))
+    print(json.dumps(seen))
+
+
+def _latencies(measured: Sequence[Measured]) -> dict[str, Any]:
+    """Milliseconds: median, 95th percentile and worst."""
+
+    def summary(values: list[float]) -> dict[str, float]:
+        ordered = sorted(values)
+        worst, high = ordered[-1], ordered[math.ceil(0.95 * len(ordered)) - 1]
+        found = {"median": statistics.median(ordered), "p95": high, "worst": worst}
+        return {name: round(1000 * value, 1) for name, value in found.items()}
+
+    return {
+        "first_token_ms": summary([value for m in measured for value in m.first]),
+        "between_events_ms": summary([value for m in measured for value in m.gaps]),
+        "health_ms": summary([value for m in measured for value in m.health]),
+    }
+
+
+if __name__ == "__main__":
+    configurator.run(main, Config)

@@ -1,0 +1,498 @@
+"""The page in a real browser: what a person does, and what must not happen."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scripted_model import tokens_of
+from web_server import END, ScriptedScheduler, service_of, serving
+
+from nanochat.serving.guard import Access
+from nanochat.serving.service import Service
+
+sync_api = pytest.importorskip("playwright.sync_api")
+expect = sync_api.expect
+
+CHROMIUM = Path("/usr/bin/chromium")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not CHROMIUM.exists(), reason="no /usr/bin/chromium; apt install chromium"),
+]
+
+LAST = "article.assistant:last-of-type"
+EVIL = "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script>"
+CODE = 'def f(x):\n    return x < 2 and "<b>"'
+MARKDOWN = f"# Title\nSome **bold** and `x<y`.\n\n- one\n- two\n\n```python\n{CODE}\n```\nEnd."
+OUTPUT = ("<|output_start|>", "42", "<|output_end|>")
+SCRIPT: dict[str, list[str]] = {
+    "evil": [EVIL],
+    "markdown": [MARKDOWN],
+    "multiply": ["It is ", "<|python_start|>", "6*7", "<|python_end|>", *OUTPUT, "."],
+    "smile": ["\U0001f642 gr\u00fc\u00df dich \U0001f680"],
+    "nothing": [],
+    "long": ["word " * 200],
+    "wide": ["a" * 300 + "\n\n```\n" + "b" * 300 + "\n```"],
+}
+
+
+class Answers:
+    """The script: by a word of the last question, else counting up."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._numbers: dict[str, int] = {}
+
+    def __call__(self, prompt: str) -> Sequence[int]:
+        question = prompt.rsplit("<|user_start|>", 1)[1]
+        for word, parts in SCRIPT.items():
+            if word in question:
+                return tokens_of(*parts, END)
+        return tokens_of("Hello, I am number ", str(self.count), ".", END)
+
+
+class Pace:
+    """Lets the engine run, until it is told to hold after so many steps."""
+
+    def __init__(self) -> None:
+        self._may_run = threading.Event()
+        self._may_run.set()
+        self._left: int | None = None
+
+    def __call__(self) -> None:
+        if self._left is not None:
+            if self._left == 0:
+                self._may_run.clear()
+            self._left -= 1
+        assert self._may_run.wait(30)
+
+    def hold_after(self, steps: int) -> None:
+        self._left = steps
+
+    def go_on(self) -> None:
+        self._left = None
+        self._may_run.set()
+
+
+class Site:
+    """A server with an engine at a pace of the test's."""
+
+    def __init__(self) -> None:
+        self.answers, self.pace = Answers(), Pace()
+        self.service: Service = service_of(
+            lambda: ScriptedScheduler(self.answers, pace=self.pace), max_rows=1, max_waiting=1
+        )
+        self.address = ""
+
+    @property
+    def num_open(self) -> int:
+        return self.service.pool.workers[0].num_open
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[Site]:
+    site = Site()
+    with serving(site.service) as address:
+        site.address = address
+        yield site
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=str(CHROMIUM),
+            args=["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-dev-shm-usage"],
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser: Any, site: Site) -> Iterator[Callable[..., Any]]:
+    """Opens the page in a profile of its own; no test may leave an error in the console."""
+    contexts, troubles = [], []
+
+    def open_it(address: str = "", *, init: str = "", **options: Any) -> Any:
+        context = browser.new_context(**options)
+        context.set_default_timeout(15_000)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: troubles.append(str(error)))
+        if init:
+            page.add_init_script(init)
+        page.goto(address or site.address)
+        return page
+
+    yield open_it
+    site.pace.go_on()
+    for context in contexts:
+        context.close()
+    assert troubles == []
+
+
+def start_asking(page: Any, text: str) -> None:
+    page.fill("#text", text)
+    page.press("#text", "Enter")
+
+
+def ask(page: Any, text: str) -> Any:
+    """Ask, wait for the whole answer, return its text's place."""
+    start_asking(page, text)
+    expect(page.locator("article.user").last).to_contain_text(text.split("\n")[0])
+    expect(page.locator(LAST)).to_have_attribute("aria-busy", "false")
+    return page.locator(f"{LAST} .said")
+
+
+# ---- answers -----------------------------------------------------------------------------------
+
+
+def test_a_question_is_answered_and_nothing_is_fetched_from_elsewhere(
+    site: Site, open_page: Callable[..., Any]
+) -> None:
+    page = open_page()
+    hosts = set()
+    page.on("request", lambda request: hosts.add(request.url.split("/")[2]))
+    expect(page.locator("#model-name")).to_have_text("nanochat d1")
+    expect(page.locator("#model-stage")).to_have_text("sft")
+    page.reload()
+    expect(ask(page, "Who are you?")).to_have_text("Hello, I am number 0.")
+    expect(page.locator(f"{LAST} .facts")).to_contain_text("tokens/s")
+    expect(page.locator(f"{LAST} .facts")).to_contain_text("21 tokens")
+    expect(page.locator("#chats li.current")).to_contain_text("Who are you?")
+    expect(page.locator("#announce")).to_contain_text("nanochat answered: Hello")
+    assert hosts == {site.address.removeprefix("http://")}
+
+
+def test_html_and_script_in_an_answer_stay_text(open_page: Callable[..., Any]) -> None:
+    page = open_page()
+    expect(ask(page, f"evil {EVIL}")).to_have_text(EVIL)
+    assert page.locator("#messages img, #messages script, #chats img").count() == 0
+    page.click("#tab-inside")
+    expect(page.locator("#prompt-tokens")).to_contain_text("onerror")
+    page.reload()
+    expect(page.locator(f"{LAST} .said")).to_have_text(EVIL)
+    assert page.locator("main img:visible, main script").count() == 0
+    assert "taken" not in page.title()
+
+
+def test_a_little_markdown_and_code_that_can_be_copied(open_page: Callable[..., Any]) -> None:
+    page = open_page(permissions=["clipboard-read", "clipboard-write"])
+    said = ask(page, "markdown")
+    expect(said.locator(".heading")).to_have_text("Title")
+    expect(said.locator("strong")).to_have_text("bold")
+    expect(said.locator("p code")).to_have_text("x<y")
+    expect(said.locator("li")).to_have_text(["one", "two"])
+    expect(said.locator("pre")).to_have_text(CODE)
+    said.get_by_role("button", name="Copy the code").click()
+    expect(said.locator(".bar use")).to_have_attribute("href", "#i-done")
+    assert page.evaluate("navigator.clipboard.readText()") == CODE
+    page.locator(LAST).get_by_role("button", name="Copy the answer").click()
+    expect(page.locator(f"{LAST} > .tools use").first).to_have_attribute("href", "#i-done")
+    assert page.evaluate("navigator.clipboard.readText()") == MARKDOWN
+
+
+def test_a_call_is_shown_as_expression_and_result_and_sent_back_in_parts(
+    open_page: Callable[..., Any],
+) -> None:
+    page = open_page()
+    said = ask(page, "multiply")
+    expect(said).to_have_text("It is 6*7=42.")
+    expect(said.locator(".call")).to_have_attribute("aria-label", "calculator: 6*7 equals 42")
+    with page.expect_request("**/chat/completions") as sent:
+        ask(page, "and now?")
+    history = sent.value.post_data_json["messages"]
+    assert [part["type"] for part in history[1]["content"]] == [
+        "text",
+        "python",
+        "python_output",
+        "text",
+    ]
+
+
+# Gives the stream of an answer to the page byte by byte.
+BYTES = """
+const fetched = window.fetch;
+window.fetch = async (path, options) => {
+  const response = await fetched(path, options);
+  if (path !== "/chat/completions") return response;
+  const escaped = /\\\\u[0-9a-f]{4}/g;
+  const text = (await response.text()).replace(escaped, (code) => JSON.parse(`"${code}"`));
+  const bytes = new TextEncoder().encode(text);
+  return new Response(new ReadableStream({
+    async start(controller) {
+      for (const byte of bytes) {
+        controller.enqueue(new Uint8Array([byte]));
+        await null;
+      }
+      controller.close();
+    },
+  }));
+};
+"""
+
+
+def test_characters_and_events_may_be_cut_anywhere_by_the_network(
+    open_page: Callable[..., Any],
+) -> None:
+    said = ask(open_page(init=BYTES), "smile")
+    expect(said).to_have_text("\U0001f642 gr\u00fc\u00df dich \U0001f680")
+
+
+def test_an_empty_answer_is_explained(open_page: Callable[..., Any]) -> None:
+    page = open_page()
+    expect(ask(page, "nothing")).to_contain_text("without a word")
+    expect(ask(page, "And now?")).to_contain_text("Hello")
+
+
+# ---- stopping, again, otherwise ----------------------------------------------------------------
+
+
+def test_an_answer_is_stopped_and_written_again(site: Site, open_page: Callable[..., Any]) -> None:
+    page = open_page()
+    site.pace.hold_after(12)
+    start_asking(page, "long")
+    expect(page.locator(f"{LAST} .said")).to_contain_text("word word")
+    expect(page.locator("#send")).to_have_attribute("aria-label", "Stop")
+    page.keyboard.press("Escape")
+    expect(page.locator(LAST)).to_contain_text("You stopped this answer.")
+    site.pace.go_on()
+    expect(page.locator("#send")).to_have_attribute("aria-label", "Send")
+    site.answers.count = 7
+    ask(page, "Who?")
+    site.answers.count = 8
+    page.get_by_role("button", name="Write another answer").click()
+    expect(page.locator(f"{LAST} .said")).to_have_text("Hello, I am number 8.")
+    assert page.locator("article").count() == 4
+
+
+def test_a_question_is_edited_and_the_rest_begins_anew(
+    site: Site, open_page: Callable[..., Any]
+) -> None:
+    page = open_page()
+    for text in ("first", "second"):
+        ask(page, text)
+    page.locator("article.user").first.hover()
+    page.get_by_role("button", name="Edit and ask again from here").first.click()
+    page.get_by_label("Edit the question").fill("smile instead")
+    page.get_by_role("button", name="Ask again", exact=True).click()
+    expect(page.locator(f"{LAST} .said")).to_contain_text("dich")
+    assert page.locator("article").count() == 2
+    # The arrow key edits the last question; Escape leaves it as it was.
+    page.press("#text", "ArrowUp")
+    expect(page.get_by_label("Edit the question")).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(page.locator("article.user .said")).to_have_text("smile instead")
+
+
+def test_a_reload_in_the_middle_keeps_what_was_written_and_frees_the_slot(
+    site: Site, open_page: Callable[..., Any]
+) -> None:
+    page = open_page()
+    site.pace.hold_after(30)
+    start_asking(page, "long")
+    expect(page.locator(f"{LAST} .said")).to_contain_text("word word")
+    page.reload()
+    expect(page.locator(f"{LAST} .said")).to_contain_text("word word")
+    expect(page.locator(LAST)).to_contain_text("The page was left before")
+    site.pace.go_on()
+    page.wait_for_function("fetch('/stats').then(r => r.json()).then(s => s.busy_workers === 0)")
+    assert site.num_open == 0
+    page.get_by_role("button", name="Write another answer").click()
+    expect(page.locator(LAST)).to_have_attribute("aria-busy", "false")
+    assert page.locator(f"{LAST} .said").inner_text().count("word") > 100  # 512 tokens
+
+
+# ---- conversations -----------------------------------------------------------------------------
+
+
+def test_conversations_are_kept_renamed_deleted_and_brought_back(
+    open_page: Callable[..., Any],
+) -> None:
+    page = open_page()
+    ask(page, "first talk")
+    page.keyboard.press("Control+Shift+O")
+    ask(page, "second talk")
+    rows = page.locator("#chats li")
+    expect(rows).to_have_count(2)
+    page.reload()
+    expect(page.locator("article.user")).to_have_text("You askedsecond talk")
+    rows.nth(1).locator(".open").click()
+    expect(page.locator("article.user .said")).to_have_text("first talk")
+    rows.nth(1).hover()
+    page.get_by_role("button", name="Rename first talk").click()
+    page.get_by_label("New title").fill("renamed")
+    page.keyboard.press("Enter")
+    expect(page.locator("#chats")).to_contain_text("renamed")
+    page.get_by_role("button", name="Delete renamed").click(force=True)
+    expect(rows).to_have_count(1)
+    page.get_by_role("button", name="Undo").click()
+    expect(rows).to_have_count(2)
+    expect(page.locator("article.user .said")).to_have_text("first talk")
+
+
+# ---- settings and commands ---------------------------------------------------------------------
+
+
+def test_settings_and_commands_reach_the_server(open_page: Callable[..., Any]) -> None:
+    page = open_page()
+    page.click("#open-settings")
+    page.fill("#set-system", "Be brief.")
+    page.locator("#set-top-k").fill("7")
+    page.fill("#set-max-tokens", "99")
+    page.get_by_role("button", name="Done").click()
+    start_asking(page, "/temperature 0.3")
+    expect(page.locator(".notice").last).to_have_text("Temperature is now 0.3.")
+    start_asking(page, "/topp 5")
+    expect(page.locator(".notice").last).to_contain_text("must be a number from 0.01 to 1")
+    start_asking(page, "/nonsense")
+    expect(page.locator(".notice").last).to_contain_text("There is no command /nonsense")
+    page.reload()
+    with page.expect_request("**/chat/completions") as sent:
+        ask(page, "Who?")
+    body = sent.value.post_data_json
+    assert body["messages"][0] == {"role": "system", "content": "Be brief."}
+    assert (body["temperature"], body["top_k"], body["max_tokens"]) == (0.3, 7, 99)
+    page.click("#open-settings")
+    page.get_by_role("button", name="Back to the server's values").click()
+    expect(page.locator("#out-top-k")).to_have_text("50")
+
+
+def test_commands_are_suggested_and_taken_by_keyboard(open_page: Callable[..., Any]) -> None:
+    page = open_page()
+    page.fill("#text", "/t")
+    expect(page.locator("#commands li")).to_have_count(4)
+    page.press("#text", "ArrowDown")
+    page.press("#text", "Tab")
+    expect(page.locator("#text")).to_have_value("/topk ")
+    page.fill("#text", "/help")
+    page.press("#text", "Enter")
+    expect(page.locator(".notice")).to_contain_text("/system [text]")
+    page.fill("#text", "/theme dark")
+    page.press("#text", "Enter")
+    expect(page.locator("html")).to_have_attribute("data-theme", "dark")
+    page.locator("#new-chat").focus()
+    page.keyboard.press("?")
+    expect(page.locator("#keys")).to_be_visible()
+
+
+def test_the_theme_follows_the_system(open_page: Callable[..., Any]) -> None:
+    for scheme in ("dark", "light"):
+        expect(open_page(color_scheme=scheme).locator("html")).to_have_attribute(
+            "data-theme", scheme
+        )
+
+
+# ---- looking inside ----------------------------------------------------------------------------
+
+
+def test_look_inside_shows_tokens_alternatives_and_the_prompt(
+    open_page: Callable[..., Any],
+) -> None:
+    page = open_page()
+    ask(page, "smile")
+    page.get_by_role("button", name="Look inside this answer").click()
+    tokens = page.locator("#answer-tokens button")
+    expect(tokens).to_have_count(len(tokens_of(*SCRIPT["smile"], END)))
+    tokens.first.click()
+    expect(page.locator("#why")).to_contain_text("<F0>")
+    expect(page.locator("#why")).to_contain_text("77.9 %")  # exp(-0.25)
+    expect(page.locator("#why .bars code").nth(1)).to_have_text("A")
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("#why")).to_contain_text("token 2 of")
+    expect(page.locator("#prompt-tokens .special").first).to_have_text("bos")
+    expect(page.locator("#prompt-facts")).to_contain_text("9 of the 4,096 tokens")
+    page.fill("#try", "abc d")
+    expect(page.locator("#try-facts")).to_contain_text("5 tokens for 5 characters")
+    expect(page.locator("#try-tokens .token")).to_have_count(5)
+    page.reload()
+    page.click("#tab-inside")
+    expect(tokens.first).to_be_visible()
+
+
+# ---- a small screen, a reader, trouble ---------------------------------------------------------
+
+
+def test_nothing_is_wider_than_a_small_phone(open_page: Callable[..., Any]) -> None:
+    page = open_page(viewport={"width": 320, "height": 640}, has_touch=True, is_mobile=True)
+    ask(page, "wide " + "c" * 200)
+    width = "document.documentElement.scrollWidth"
+    assert page.evaluate(width) == 320
+    assert page.evaluate("document.querySelector('#chat').scrollWidth") <= 320
+    page.click("#tab-inside")
+    expect(page.locator("#prompt-tokens")).to_be_visible()
+    assert page.evaluate("document.querySelector('#inside').scrollWidth") <= 320
+    page.click("#tab-chat")
+    page.click("#menu")
+    expect(page.locator("#side")).to_be_in_viewport()
+    page.click("#open-settings")
+    expect(page.locator("#settings")).to_be_in_viewport()
+    assert page.evaluate(width) == 320
+
+
+def test_everything_has_a_name_for_screen_readers(open_page: Callable[..., Any]) -> None:
+    page = open_page()
+    ask(page, "markdown")
+    page.click("#tab-inside")
+    expect(page.locator("#prompt-tokens")).to_be_visible()
+    nameless = page.evaluate(
+        """[...document.querySelectorAll("button, input, textarea, select, [role=img]")]
+           .filter((node) => node.checkVisibility())
+           .filter((node) => !(node.getAttribute("aria-label") || node.textContent.trim()
+             || node.labels?.length || node.getAttribute("aria-labelledby")))
+           .map((node) => node.outerHTML.slice(0, 80))"""
+    )
+    assert nameless == []
+    assert page.evaluate("document.documentElement.lang") == "en"
+    assert page.locator("main h2:has-text('You asked')").count() == 1
+
+
+def test_a_banner_while_the_server_is_gone_and_none_when_it_is_back(
+    open_page: Callable[..., Any],
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    site = Site()
+    with serving(site.service, port=port) as address:
+        page = open_page(address)
+        ask(page, "first")
+    start_asking(page, "second")
+    expect(page.locator("#banner")).to_be_visible()
+    expect(page.locator(LAST)).to_contain_text("cannot be reached")
+    expect(page.locator("#send")).to_be_disabled()
+    with serving(Site().service, port=port):
+        expect(page.locator("#banner")).to_be_hidden()
+        page.get_by_role("button", name="Write another answer").click()
+        expect(page.locator(f"{LAST} .said")).to_have_text("Hello, I am number 0.")
+
+
+def test_a_full_server_is_told_and_the_question_is_not_lost(
+    site: Site, open_page: Callable[..., Any]
+) -> None:
+    site.pace.hold_after(5)
+    pages = [open_page() for _ in range(3)]
+    for page in pages[:2]:
+        start_asking(page, "long")
+        expect(page.locator(LAST)).to_have_attribute("aria-busy", "true")
+    pages[0].wait_for_function(
+        "fetch('/health').then(r => r.json()).then(h => !h.available_workers)"
+    )
+    expect(ask(pages[2], "Who?")).to_have_count(1)
+    expect(pages[2].locator(f"{LAST} .trouble")).to_contain_text("Many people are asking")
+    site.pace.go_on()
+    expect(pages[1].locator(LAST)).to_have_attribute("aria-busy", "false")
+    pages[2].get_by_role("button", name="Write another answer").click()
+    expect(pages[2].locator(f"{LAST} .said")).to_contain_text("Hello")
+
+
+def test_a_key_is_asked_for_and_used(open_page: Callable[..., Any]) -> None:
+    with serving(Site().service, Access(api_key="k3y")) as address:
+        page = open_page(address)
+        expect(page.locator("#set-key")).to_be_focused()
+        page.fill("#set-key", "k3y")
+        page.get_by_role("button", name="Done").click()
+        expect(ask(page, "Who?")).to_contain_text("Hello")
