@@ -25,7 +25,7 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def tool(folder: Path, name: str, output: str) -> None:
     """A command that prints something, in the place of the cluster's."""
     path = folder / name
-    path.write_text(f"#!/bin/sh\ncat <<'END'\n{output}\nEND\n")
+    path.write_text(f"#!/bin/sh\n/bin/cat <<'END'\n{output}\nEND\n")
     path.chmod(0o755)
 
 
@@ -33,7 +33,7 @@ def tool(folder: Path, name: str, output: str) -> None:
 def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "bin"
     folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    monkeypatch.setenv("PATH", str(folder))
     return folder
 
 
