@@ -72,19 +72,28 @@ class Config(StageConfig):
     compile: str = "off"
     """Compile the step: on, off or auto; rows are padded to the context then."""
 
+    def rollouts(self) -> RolloutSettings:
+        """The part about questions and answers; UserError for what has no meaning."""
+        return RolloutSettings(
+            examples_per_step=self.examples_per_step,
+            num_samples=self.num_samples,
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            kl_weight=self.kl_weight,
+            seed=self.seed,
+        )
+
 
 def main(config: Config) -> int:
     """Train from an sft or mid checkpoint to an rl checkpoint."""
     check_positive(config, "device_batch_size", "num_epochs", "eval_examples", "eval_samples")
-    settings = RolloutSettings(
-        examples_per_step=config.examples_per_step,
-        num_samples=config.num_samples,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        kl_weight=config.kl_weight,
-        seed=config.seed,
-    )
+    settings = config.rollouts()
+    if config.shard != "optimizer":
+        raise UserError(
+            f"--shard={config.shard}: answers are written with whole weights, which every rank "
+            "must hold; leave --shard out"
+        )
     with runtime.start(config.device_type, dtype=config.dtype, seed=config.seed) as rt:
         parent = checkpoint_manager.find_checkpoint(config.source, config.model_tag, config.step)
         data = config.data or parent.state["data"]
@@ -105,6 +114,13 @@ def main(config: Config) -> int:
             world=rt.world,
             reference=reference,
             row_length=None if config.compile == "off" else model.config.sequence_len,
+        )
+        logger.info(
+            "practice: %s, %d questions x %d answers of at most %d tokens a step",
+            practice.name,
+            settings.examples_per_step,
+            settings.num_samples,
+            settings.max_new_tokens,
         )
         num_iterations = config.num_iterations
         if num_iterations <= 0:

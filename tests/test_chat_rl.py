@@ -145,6 +145,11 @@ def test_tasks_that_cannot_be_practised_are_named(sft_model: Path) -> None:
         run("--task=smalleters")
 
 
+def test_sharded_weights_are_refused(sft_model: Path) -> None:
+    with pytest.raises(UserError, match="--shard=full: answers are written with whole weights"):
+        run(shard="full")
+
+
 @pytest.mark.parametrize("flag", ["eval_samples", "eval_examples", "num_epochs"])
 def test_counts_below_one_are_refused(sft_model: Path, flag: str) -> None:
     with pytest.raises(UserError, match=f"--{flag.replace('_', '-')} is 0"):
