@@ -55,18 +55,21 @@ is_installed() {
 }
 
 ensure_venv() {
-    local extra="$1" python
+    local extra="$1" python folder
     [ "${SKIP_SETUP:-0}" != 1 ] || return 0
     if [ ! -x .venv/bin/python ]; then
         if ! python="$(find_python 2>/dev/null)" && command -v uv >/dev/null; then
             python=3.12 # uv fetches one
         fi
         [ -n "$python" ] || find_python # which says what is missing
-        echo "making .venv with $python"
+        # On a cluster .venv is a link to a folder on scratch, and venv refuses links.
+        folder=.venv
+        [ ! -L .venv ] || folder="$(readlink .venv)"
+        echo "making $folder with $python"
         if command -v uv >/dev/null; then
-            uv venv --python "$python" .venv
+            uv venv --python "$python" "$folder"
         else
-            "$python" -m venv .venv
+            "$python" -m venv "$folder"
         fi
     fi
     if ! is_installed "$extra"; then

@@ -331,6 +331,26 @@ def test_one_environment_for_every_way_to_install(place: Place) -> None:
     assert set(place.run(line).stdout.split()) == {f"{place.scratch}/nanochat-venv"}
 
 
+def test_environment_is_made_on_scratch_and_linked(place: Place) -> None:
+    """venv refuses a folder that is a link, so it must be given the one that the link means."""
+    making = place.scratch / "bin" / "some-python"
+    making.write_text(
+        '#!/bin/sh\n[ "$2" = venv ] || exit 0\n'
+        'case "$(readlink "$3")" in ?*) exit 1 ;; esac\n'
+        'mkdir -p "$3/bin"; touch "$3/bin/python" "$3/bin/activate"; chmod +x "$3/bin/python"\n'
+    )
+    making.chmod(0o755)
+    line = (
+        "set -euo pipefail; source scripts/cluster.sh; source scripts/venv.sh; "
+        "is_installed() { true; }; command() { [ $2 != uv ] && builtin command $@; }; "
+        "read_settings; settle_on_scratch; link_environment; ensure_venv gpu; readlink .venv"
+    )
+    result = place.run(line, PYTHON="some-python", SKIP_SETUP="0")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == f"{place.scratch}/nanochat-venv"
+    assert (place.scratch / "nanochat-venv" / "bin" / "activate").exists()
+
+
 def test_download_leaves_a_job_nothing_to_fetch(place: Place) -> None:
     result = place.run("bash scripts/download_data.sh")
     assert result.returncode == 0, result.stderr
