@@ -38,6 +38,7 @@ from nanochat.common import (
     UserError,
     base_dir,
     checkpoints_dir,
+    point_link,
     read_json,
     sha256_file,
     write_json,
@@ -480,15 +481,6 @@ def _refresh_links(checkpoint: Path) -> None:
         }
         for link, target in links.items():
             try:
-                _point(link, target)
+                point_link(link, target)
             except OSError as error:  # a convenience: the checkpoint is complete without it
                 logger.warning("cannot link %s to %s (%s)", link, target, error.strerror)
-
-
-def _point(link: Path, target: Path) -> None:
-    """Make a relative symbolic link, or turn one that exists, in one step."""
-    link.parent.mkdir(exist_ok=True)
-    temporary = link.with_name(f"{TEMPORARY}{link.name}")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(os.path.relpath(target, link.parent))
-    os.replace(temporary, link)
