@@ -153,6 +153,7 @@ def train_on_conversations(
             "tasks": task_set,
             "parent": origin(parent, source),
         },
+        dry_run_trains=stage == "mid",  # what --dry_run has always meant in midtraining
     )
 
 

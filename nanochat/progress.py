@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 
 from nanochat.hardware import find_device
+from nanochat.runtime import Runtime
+from nanochat.train_state import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +76,50 @@ class OwnWork:
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
+
+
+class Progress:
+    """The console line of a run, what it is made of, and a word about slow ranks."""
+
+    def __init__(self, runtime: Runtime, *, num_iterations: int, flops_per_token: float) -> None:
+        self.speed, self.own_work = Speedometer(), OwnWork(runtime.device)
+        self._runtime = runtime
+        self._num_iterations, self._flops_per_token = num_iterations, flops_per_token
+        self._named_slow: set[int] = set()
+
+    def log(
+        self, state: TrainState, *, lr: float, epoch: float, measures: Mapping[str, float]
+    ) -> None:
+        """Tell where the run stands. All ranks call this, for they compare their own work."""
+        speed, world = self.speed.tokens_per_second, self._runtime.world
+        parts = [
+            f"step {state.step}/{self._num_iterations}",
+            f"loss {state.smooth_loss:.3f}",
+            *(f"{name.replace('_', ' ')} {value:.3g}" for name, value in measures.items()),
+            f"lr x{lr:.2f}",
+        ]
+        if speed:
+            tokens_left = state.tokens / state.step * (self._num_iterations - state.step)
+            parts += [
+                f"{speed:,.0f} tok/s",
+                utilisation(self._runtime.device, speed * self._flops_per_token, world.size),
+                f"eta {duration(tokens_left / speed)}",
+            ]
+        parts.append(f"epoch {epoch:.2f}")
+        logger.info("  ".join(part for part in parts if part))
+        self._name_slow_ranks(world.gather_objects(self.own_work.take()))
+
+    def _name_slow_ranks(self, seconds: Sequence[float]) -> None:
+        for rank, usual in slow_ranks(seconds).items():
+            if rank not in self._named_slow:  # once a run: a slow machine stays slow
+                self._named_slow.add(rank)
+                logger.warning(
+                    "rank %d is slow and keeps the others waiting: %.3f s of own work a step, "
+                    "%.3f s elsewhere",
+                    rank,
+                    seconds[rank],
+                    usual,
+                )
 
 
 def slow_ranks(seconds: Sequence[float]) -> dict[int, float]:

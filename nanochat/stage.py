@@ -18,13 +18,14 @@ from nanochat.common import UserError, checkpoints_dir
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.memory import estimate_memory, format_bytes
 from nanochat.optimizers import OptimizerConfig
+from nanochat.plan import Plan, StepLoader
 from nanochat.resuming import previous_run
 from nanochat.runtime import Runtime
 from nanochat.schedule import Schedule
 from nanochat.stopping import EXIT_STOPPED, StoppedError, StopRequest, catch_signals
 from nanochat.tokenizer import Tokenizer
 from nanochat.tracking import MetricWriter, open_mirrors
-from nanochat.training import Hook, Plan, StepLoader, Trainer, wants_compile
+from nanochat.training import Hook, Trainer, wants_compile
 
 logger = logging.getLogger(__name__)
 
@@ -142,6 +143,8 @@ def train_stage(
     """
     stop = StopRequest(config.max_minutes)
     check_positive(config, "keep_last", "log_every")
+    if config.shard == "full" and config.compile == "on":
+        raise UserError("--compile=on and --shard=full do not go together; leave one of them out")
     tag = config.model_tag or f"d{model.config.n_layer}"
     run_dir = checkpoints_dir(stage) / tag
     sequence_len = model.config.sequence_len
@@ -157,7 +160,8 @@ def train_stage(
         write=not config.dry_run,
         shard=config.shard,
         log_every=config.log_every,
-        compile=wants_compile(
+        compile=config.shard != "full"
+        and wants_compile(
             config.compile,
             device=runtime.device,
             training_flops=model.estimate_flops() * rows_per_step * sequence_len * num_iterations,
@@ -278,7 +282,7 @@ def _report(title: str, trainer: Trainer, facts: dict[str, Any]) -> None:
         "DDP world size": trainer.runtime.world.size,
         "Compute dtype": str(trainer.runtime.compute_dtype).removeprefix("torch."),
         "Training seconds": state.seconds,
-        "Tokens per second": trainer.speed.tokens_per_second
+        "Tokens per second": trainer.progress.speed.tokens_per_second
         or state.tokens / max(state.seconds, 1e-9),
         "Final training loss": state.smooth_loss,
     }

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -28,11 +28,12 @@ from nanochat.dataloader import Batch
 from nanochat.gpt import GPT
 from nanochat.objectives import next_token_loss_sum
 from nanochat.optimizers import Optimizer, OptimizerConfig, build_optimizer
+from nanochat.plan import Plan, StepLoader
 from nanochat.precision import MasterWeights
-from nanochat.progress import OwnWork, Speedometer, duration, slow_ranks, utilisation
+from nanochat.progress import Progress
 from nanochat.runtime import Runtime
 from nanochat.saving import CheckpointSaver, not_finite
-from nanochat.schedule import Schedule, muon_momentum
+from nanochat.schedule import muon_momentum
 from nanochat.stopping import StoppedError, StopRequest
 from nanochat.tracking import MetricWriter
 from nanochat.train_state import TrainState
@@ -45,56 +46,6 @@ logger = logging.getLogger(__name__)
 # On a CPU compiling the whole step costs about a minute and saves a fifth of the time, so it
 # pays only for runs of more than about ten minutes at 250 GFLOP/s.
 CPU_COMPILE_FLOPS = 1.5e14
-
-
-class StepLoader(Protocol):
-    """What the loop needs of a data loader."""
-
-    def next_step(self) -> Batch:
-        """All rows of this rank for one optimizer step."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Position after the last step handed out: integers and numpy arrays."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from such a position."""
-        ...
-
-    @property
-    def progress(self) -> float:
-        """Epochs handed out so far."""
-        ...
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How long, how fast and how often."""
-
-    schedule: Schedule
-    micro_batch_rows: int
-    """Rows of one forward and backward pass on each rank."""
-    grad_clip: float = 0.0
-    """Largest global gradient norm; 0 = off."""
-    spike_limit: float = 0.0
-    """Rise of the smoothed loss, in nats, at which the run stops; 0 = off."""
-    save_every: int = 0
-    """Steps between checkpoints besides the last one; 0 = only the last one."""
-    keep_last: int = 1
-    """Checkpoints kept."""
-    keep_best: bool = False
-    """Keep the saved step with the best evaluation as well."""
-    background_save: bool = True
-    """Write checkpoints while training goes on."""
-    write: bool = True
-    """Save checkpoints at all."""
-    log_every: int = 10
-    """Steps between lines on the console."""
-    compile: bool = False
-    """Compile the forward and backward passes."""
-    shard: str = "optimizer"
-    """What ranks share out: "optimizer" states, or "full": weights and gradients, too."""
 
 
 @dataclass(frozen=True)
@@ -176,17 +127,19 @@ class Trainer:
         self.state = TrainState()
         self.metrics = metrics
         self.stop = stop or StopRequest()
-        self.speed = Speedometer()
+        self.progress = Progress(
+            runtime,
+            num_iterations=plan.schedule.num_iterations,
+            flops_per_token=model.estimate_flops(),
+        )
         self._hidden: Callable[[Tensor], Tensor] = model.hidden
         if plan.compile:
             self._hidden = torch.compile(model.hidden, dynamic=False)
         self._micro_batch_rows = plan.micro_batch_rows
         self._pending: list[_Pending] = []
         self._saved_step = -1
-        self._own_work = OwnWork(runtime.device)
-        self._named_slow: set[int] = set()
         self._asked_at: float | None = None
-        self._stretches: list[float] = []
+        self._longest_stretch = 0.0
 
     # ---- the loop -----------------------------------------------------------------------------
 
@@ -207,13 +160,12 @@ class Trainer:
     def _stop_if_asked(self) -> None:
         """Save and stop when a signal or the clock asks any rank to, or when a save has failed."""
         now = time.perf_counter()
-        if self._asked_at is not None:
-            self._stretches.append(now - self._asked_at)
+        # The first stretch counts as well: it compiles, but it also shows what an evaluation takes.
+        self._longest_stretch = max(self._longest_stretch, now - (self._asked_at or now))
         self._asked_at = now
-        # The first stretch compiles and warms caches; it says nothing about the next ones.
-        longest = max(self._stretches[1:], default=0.0)
-        self._stretches[1:] = [longest]
-        reason = self.stop.reason(longest_stretch=longest, longest_save=self.saver.longest_seconds)
+        reason = self.stop.reason(
+            longest_stretch=self._longest_stretch, longest_save=self.saver.longest_seconds
+        )
         if not self.runtime.world.any(bool(reason) or self.saver.has_failed):
             return
         self.saver.wait()  # on every rank, so that a failure ends all of them with its reason
@@ -290,6 +242,8 @@ class Trainer:
             raise UserError(
                 f"out of memory with a single row ({reason}); lower --max-seq-len or --depth"
             )
+        if self._full_shard is not None:  # a pass has collectives: no rank can repeat it alone
+            raise UserError(f"out of memory ({reason}); lower --device-batch-size below {before}")
         self._micro_batch_rows = (before + 1) // 2
         self.optimizer.zero_grad()
         self.model.zero_grad()
@@ -308,7 +262,7 @@ class Trainer:
     def _step(self) -> None:
         """One optimizer step."""
         started = time.perf_counter()
-        with self._own_work.measured():
+        with self.progress.own_work.measured():
             batch, loss_sum = self.accumulate_gradients()
         multiplier = self.plan.schedule.multiplier(self.state.step)
         grad_norm = torch.zeros(())
@@ -338,10 +292,15 @@ class Trainer:
             self._flush()
         seconds = time.perf_counter() - started
         self.state.seconds += seconds
-        self.speed.count(seconds, num_tokens)
+        self.progress.speed.count(seconds, num_tokens)
         if is_logged:
-            self._log(multiplier, batch.measures)
-            self._name_slow_ranks()
+            self.progress.log(
+                self.state, lr=multiplier, epoch=self.loader.progress, measures=batch.measures
+            )
+            if speed := self.progress.speed.tokens_per_second:
+                self._write(
+                    self.state.step, tokens_per_second=speed, total_seconds=self.state.seconds
+                )
 
     # ---- what a run tells ---------------------------------------------------------------------
 
@@ -377,40 +336,6 @@ class Trainer:
             self._write(
                 self.state.step, save_stall_seconds=cost.stall_seconds, save_seconds=cost.seconds
             )
-
-    def _log(self, multiplier: float, measures: Mapping[str, float]) -> None:
-        state, last = self.state, self.plan.schedule.num_iterations
-        speed = self.speed.tokens_per_second
-        parts = [
-            f"step {state.step}/{last}",
-            f"loss {state.smooth_loss:.3f}",
-            *(f"{name.replace('_', ' ')} {value:.3g}" for name, value in measures.items()),
-            f"lr x{multiplier:.2f}",
-        ]
-        if speed:
-            flops = speed * self.model.estimate_flops()
-            tokens_left = state.tokens / state.step * (last - state.step)
-            parts += [
-                f"{speed:,.0f} tok/s",
-                utilisation(self.runtime.device, flops, self.runtime.world.size),
-                f"eta {duration(tokens_left / speed)}",
-            ]
-            self._write(state.step, tokens_per_second=speed, total_seconds=state.seconds)
-        parts.append(f"epoch {self.loader.progress:.2f}")
-        logger.info("  ".join(part for part in parts if part))
-
-    def _name_slow_ranks(self) -> None:
-        seconds = self.runtime.world.gather_objects(self._own_work.take())
-        for rank, usual in slow_ranks(seconds).items():
-            if rank not in self._named_slow:
-                self._named_slow.add(rank)
-                logger.warning(
-                    "rank %d is slow and keeps the others waiting: %.3f s of own work a step, "
-                    "%.3f s elsewhere",
-                    rank,
-                    seconds[rank],
-                    usual,
-                )
 
     # ---- saving and resuming ------------------------------------------------------------------
 

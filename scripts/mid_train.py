@@ -24,6 +24,8 @@ class Config(ConversationStageConfig):
     """Stage of the model to start from."""
     total_batch_size: int = 524_288
     """Tokens of one optimizer step."""
+    dry_run: bool = False
+    """Train, but write neither checkpoint nor report."""
 
 
 def main(config: Config) -> int:

@@ -13,9 +13,10 @@ from nanochat.common import UserError, read_json
 from nanochat.engine import sample_prompts  # noqa: F401 - proves that the engine needs no change
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optimizers import OptimizerConfig
+from nanochat.plan import Plan
 from nanochat.runtime import Runtime, World
 from nanochat.schedule import Schedule
-from nanochat.training import Hook, Plan, Trainer
+from nanochat.training import Hook, Trainer
 from tests.distributed import run_ranks
 from tests.tiny_run import ROWS, SIZES, SeededLoader, make_trainer
 

@@ -265,6 +265,14 @@ def test_out_of_memory_with_a_single_row_says_what_to_lower(
         trainer.run()
 
 
+def test_with_whole_shards_no_rank_repeats_a_pass_alone(runtime: Runtime, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, runtime, micro_batch_rows=2)
+    trainer._full_shard = object()  # type: ignore[assignment]
+    run_out_of_memory(trainer, 1)
+    with pytest.raises(UserError, match="lower --device-batch-size below 2"):
+        trainer.accumulate_gradients()
+
+
 # ---- saving in the background -----------------------------------------------------------------
 
 
@@ -508,7 +516,7 @@ def train_with_a_slow_rank(runtime: Runtime, folder: Path) -> list[str]:
         def emit(self, record: logging.LogRecord) -> None:
             messages.append(record.getMessage())
 
-    logging.getLogger("nanochat.training").addHandler(Listener())
+    logging.getLogger("nanochat.progress").addHandler(Listener())
     trainer.run()
     return [message for message in messages if "slow" in message]
 

@@ -12,11 +12,12 @@ import torch
 from nanochat.dataloader import Batch
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optimizers import OptimizerConfig
+from nanochat.plan import Plan
 from nanochat.runtime import Runtime, World
 from nanochat.schedule import Schedule
 from nanochat.stopping import StopRequest
 from nanochat.tracking import MetricWriter
-from nanochat.training import Hook, Plan, Trainer
+from nanochat.training import Hook, Trainer
 
 SIZES = GPTConfig(sequence_len=32, vocab_size=50, n_layer=2, n_head=2, n_embd=32)
 ROWS = 4

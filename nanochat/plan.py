@@ -1,0 +1,60 @@
+"""What the training loop is given: how long and how often, and where its rows come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from nanochat.dataloader import Batch
+from nanochat.schedule import Schedule
+
+
+class StepLoader(Protocol):
+    """What the loop needs of a data loader."""
+
+    def next_step(self) -> Batch:
+        """All rows of this rank for one optimizer step."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position after the last step handed out: integers and numpy arrays."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from such a position."""
+        ...
+
+    @property
+    def progress(self) -> float:
+        """Epochs handed out so far."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long, how fast and how often."""
+
+    schedule: Schedule
+    micro_batch_rows: int
+    """Rows of one forward and backward pass on each rank."""
+    grad_clip: float = 0.0
+    """Largest global gradient norm; 0 = off."""
+    spike_limit: float = 0.0
+    """Rise of the smoothed loss, in nats, at which the run stops; 0 = off."""
+    save_every: int = 0
+    """Steps between checkpoints besides the last one; 0 = only the last one."""
+    keep_last: int = 1
+    """Checkpoints kept."""
+    keep_best: bool = False
+    """Keep the saved step with the best evaluation as well."""
+    background_save: bool = True
+    """Write checkpoints while training goes on."""
+    write: bool = True
+    """Save checkpoints at all."""
+    log_every: int = 10
+    """Steps between lines on the console."""
+    compile: bool = False
+    """Compile the forward and backward passes."""
+    shard: str = "optimizer"
+    """What ranks share out: "optimizer" states, or "full": weights and gradients, too."""

@@ -1,0 +1,129 @@
+"""What a dry run says, that it is true, and that nothing is written."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanochat.common import UserError, base_dir
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.memory import estimate_memory
+from nanochat.objectives import next_token_loss_sum
+from nanochat.precision import MasterWeights
+from nanochat.runtime import Runtime, World
+from nanochat.stage import StageConfig, train_stage
+from nanochat.tokenizer import Tokenizer
+from tests.tiny_run import ROWS, SIZES, SeededLoader
+
+
+@pytest.fixture
+def runtime() -> Runtime:
+    """One process, fp32 on the CPU."""
+    return Runtime(torch.device("cpu"), torch.float32, World(), 42)
+
+
+def dry_run(runtime: Runtime, folder: Path, *, trains: bool, **changes: Any) -> SeededLoader:
+    """A dry run of a base stage; the loader says how many steps were taken."""
+    Tokenizer.train_from_iterator(["one two two one"], 270).save(folder / "tokenizer")
+    model = GPT(SIZES)
+    model.init_weights(torch.Generator().manual_seed(5))
+    loader = SeededLoader(runtime.world)
+    code = train_stage(
+        StageConfig(
+            dry_run=True,
+            save_every=2,
+            keep_best=True,
+            device_batch_size=2,
+            **{"keep_last": 3} | changes,
+        ),
+        stage="base",
+        title="Base model training",
+        runtime=runtime,
+        model=model,
+        tokenizer=Tokenizer.from_directory(folder / "tokenizer"),
+        tokenizer_dir=folder / "tokenizer",
+        loader=loader,
+        rows_per_step=ROWS,
+        num_iterations=5,
+        hooks=[],
+        facts={"data": "embedded", "parent": None},
+        dry_run_trains=trains,
+    )
+    assert code == 0
+    return loader
+
+
+@pytest.mark.parametrize(("trains", "steps"), [(False, 0), (True, 5)])
+def test_a_dry_run_says_what_would_be_and_writes_nothing(
+    runtime: Runtime,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    trains: bool,
+    steps: int,
+) -> None:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    caplog.set_level(logging.INFO)
+    assert dry_run(runtime, tmp_path, trains=trains).position == steps
+    assert list(base_dir().iterdir()) == []
+    said = caplog.text
+    assert "27,776 parameters (wte 1,600, lm_head 1,600, transformer_matrices 24,576)" in said
+    assert "5 steps x 128 tokens = 640 tokens" in said
+    assert re.search(r"\de\+\d\d FLOPs", said)
+    assert re.search(r"about [\d.]+ MB of memory on each device \(weights 0\.1 MB, copies", said)
+    assert (
+        f"would write 3 checkpoint(s) of about 0.2 MB to {base_dir()}/base_checkpoints/d2" in said
+    )
+
+
+def test_settings_that_exclude_one_another_are_refused_first(
+    runtime: Runtime, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="--compile=on and --shard=full do not go together"):
+        dry_run(runtime, tmp_path, trains=False, compile="on", shard="full")
+    with pytest.raises(UserError, match="--keep-last is 0"):
+        dry_run(runtime, tmp_path, trains=False, keep_last=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("layers", "width", "length"), [(4, 128, 128), (2, 128, 512)])
+def test_the_estimate_of_activations_is_what_autograd_keeps(
+    dtype: torch.dtype, layers: int, width: int, length: int
+) -> None:
+    model = GPT(
+        GPTConfig(sequence_len=length, vocab_size=64, n_layer=layers, n_head=2, n_embd=width)
+    )
+    model.init_weights(torch.Generator().manual_seed(0))
+    expected = estimate_memory(model, rows=2, compute_dtype=dtype, world_size=1)
+    MasterWeights(model, dtype)
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    tokens = torch.randint(0, 64, (2, length), generator=torch.Generator().manual_seed(1))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        next_token_loss_sum(model.hidden(tokens), model.lm_head.weight, tokens)
+    size = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own)
+    # Depends on the length by a few percent, and on which kernels a machine has.
+    assert expected["activations"] == pytest.approx(size, rel=0.3)
+
+
+def test_optimizer_states_are_shared_out_over_ranks() -> None:
+    model = GPT(SIZES)
+    one, two = (
+        estimate_memory(model, rows=1, compute_dtype=torch.bfloat16, world_size=size)
+        for size in (1, 2)
+    )
+    assert two["optimizer"] * 2 == one["optimizer"]
+    assert one["copies"] == 2 * (27_776 - 1_600)
+    assert {key: value for key, value in one.items() if key != "optimizer"} == {
+        key: value for key, value in two.items() if key != "optimizer"
+    }
