@@ -11,6 +11,7 @@ import pytest
 from nanochat import assets
 from nanochat.assets import Asset, Manifest, Url, problem_with, record_file, require
 from nanochat.common import UserError
+from nanochat.sources import hub_rows
 from nanochat.sources.hub_rows import HubRows
 from tasks.common import Task, TaskMixture
 
@@ -51,6 +52,22 @@ def test_rows_of_all_files_come_in_the_order_of_seed_42(base: Path) -> None:
     assert rows[0] == {"question": f"q{expected[0]}", "choices": ["a", "b"], "answer": expected[0]}
     with pytest.raises(IndexError, match="row 12"):
         rows[12]
+
+
+def test_the_files_are_looked_at_once_and_not_for_every_row(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = rows_asset()
+    place(rows.asset, [quiz(0, 7)])
+    looks: list[Asset] = []
+
+    def look(asset: Asset) -> Manifest:
+        looks.append(asset)
+        return require(asset)
+
+    monkeypatch.setattr(hub_rows, "require", look)
+    assert [len(rows) for _ in rows] == [7] * 7
+    assert len(looks) == 1
 
 
 def test_rows_can_be_had_in_the_order_of_the_files(base: Path) -> None:

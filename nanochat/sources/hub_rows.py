@@ -40,6 +40,10 @@ class HubRows:
 
     def __len__(self) -> int:
         """Rows, from the manifest alone; UserError naming the prefetch command when missing."""
+        return self._num_rows
+
+    @cached_property
+    def _num_rows(self) -> int:
         rows = require(self.asset).rows
         if rows is None:
             raise UserError(f"{self.asset.manifest_path} names no rows; fetch {self.asset.name}")
