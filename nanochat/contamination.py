@@ -139,7 +139,10 @@ class Contamination:
         self._runs = {
             length: _Runs(
                 np.concatenate(
-                    [runs for name in self._named(length) for runs in self._problems[name]]
+                    [
+                        np.zeros(0, np.uint64),  # there may be no problems
+                        *(runs for name in self._named(length) for runs in self._problems[name]),
+                    ]
                 )
             )
             for length in sorted(set(self._lengths.values()))

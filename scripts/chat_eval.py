@@ -208,13 +208,8 @@ def contamination(
     Documents: all training shards on this machine. Conversations: the whole mixtures of the
     stages up to the model's own.
     """
-    readable = [task for task in tasks if task.reason_to_skip() is None]
-    check = Contamination(
-        {
-            task.name: [question_of(task[i]) for i in range(len(task))][: config.max_problems]
-            for task in readable
-        }
-    )
+    problems = {task.name: _questions(task, config.max_problems) for task in tasks}
+    check = Contamination(problems)
     share = {"rank": world.rank, "size": world.size}
     source = open_source(config.data or checkpoint.state["data"])
     check.read(training_documents(source, **share))
@@ -230,6 +225,20 @@ def contamination(
     for found in world.gather_objects(check.found()):
         check.add(found)
     return check.results()
+
+
+def _questions(task: Task, max_problems: int | None) -> list[str]:
+    """The questions of a task; none where it will have no score anyway."""
+    if task.reason_to_skip() is not None:
+        return []
+    asked = len(task)
+    if max_problems is not None and max_problems >= 0:
+        asked = min(asked, max_problems)
+    try:
+        return [question_of(task[index]) for index in range(asked)]
+    except UserError as error:
+        logger.warning("%s is not compared with the training data: %s", task.name, error)
+        return []
 
 
 def unseen_accuracy(result: TaskResult, overlap: SetOverlap, world: World) -> float | None:

@@ -210,6 +210,16 @@ def test_problems_in_the_training_data_are_counted_beside_the_score(
     assert f"in training {NUM_ROWS}/{NUM_ROWS}" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("tasks_here")
+def test_a_broken_row_does_not_stop_the_comparison_of_the_other_tasks(shards: str) -> None:
+    save("base", random_model(), data=shards)
+    place(ARC("ARC-Easy", "test").rows.asset, [ARC_ROW, ARC_ROW | {"answerKey": ""}])
+    run("-i", "base", "-a", "GSM8K|ARC-Easy", "-x", "-1", "-m", "2", "--contamination")
+    rows = {row["task"]: row for row in section("base")["accuracies"]}
+    assert {name: row["in training"] for name, row in rows.items()} == {"GSM8K": "4 of 4"}
+    assert "its answer is ''" in section("base")["No score for ARC-Easy"]
+
+
 def test_conversations_of_the_stages_are_looked_through_too(monkeypatch: Any) -> None:
     """Held-out questions of the embedded world; one of them is put into the training mixture."""
     save("sft", random_model(2048))

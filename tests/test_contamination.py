@@ -81,6 +81,12 @@ def test_each_set_has_a_run_length_of_its_own() -> None:
     assert [results[name].share for name in results] == [0.0, 1.0, 0.0]
 
 
+def test_no_problems_at_all_are_no_error() -> None:
+    check = Contamination({"none": []})
+    check.read([PROBLEM])
+    assert check.results()["none"].num_checked == 0
+
+
 def test_it_agrees_with_comparing_all_runs_of_words() -> None:
     draw = random.Random(0)
     vocabulary = [f"w{i}" for i in range(4)]
