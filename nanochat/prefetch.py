@@ -248,11 +248,14 @@ def _fetch_all(
     ) as bar:
         told = replace(transfer, on_bytes=bar.update)
         futures = [pool.submit(_fetch, plan, told) for plan in plans]
+        reasons: set[str | None] = set()
         try:
             for future in as_completed(futures):
                 outcome = future.result()
                 outcomes[outcome.asset] = outcome
-                _tell(outcome, len(outcomes), len(plans))
+                if outcome.problem is None or outcome.problem not in reasons:
+                    _tell(outcome, len(outcomes), len(plans))
+                reasons.add(outcome.problem)
                 bar.set_description(f"{len(outcomes)}/{len(plans)} assets")
         except BaseException:
             # Ctrl-C: the transfers end between two chunks, and their parts stay.

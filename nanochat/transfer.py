@@ -66,6 +66,8 @@ class Patience:
     connect_seconds: float = 10.0
     read_seconds: float = 30.0
     """Without any byte."""
+    attempts_unheard: int = 3
+    """Without a connection to a host that has never answered: it may be out of reach for good."""
     longest_wait: float = 300.0
     """A server that asks for more is not waited for."""
     backoff_seconds: float = 1.0
@@ -82,7 +84,9 @@ class Transfer:
     wait: Callable[[float], object] | None = None
     """Instead of waiting, for tests."""
     stop: threading.Event = field(default_factory=threading.Event)
+    _heard: set[str] = field(default_factory=set)
     _silent_hosts: dict[str, str] = field(default_factory=dict)
+    """Host -> why nothing comes from it."""
 
     def get_json(self, url: str, headers: Mapping[str, str]) -> tuple[Any, str | None]:
         """Return what a server says in JSON, and the address of the next page if there is one."""
@@ -204,6 +208,7 @@ class Transfer:
             raise _AgainError(f"no answer within {self.patience.read_seconds:g} s") from error
         except requests.RequestException as error:
             raise TransferError(f"{url} cannot be fetched: {_reason(error)}") from error
+        self._heard.add(urlsplit(url).netloc)
         with response:
             status = response.status_code
             if status in _WORTH_REPEATING:
@@ -220,18 +225,25 @@ class Transfer:
         failures = wrong = 0
         while True:
             if host in self._silent_hosts:
-                raise TransferError(f"{url} cannot be fetched: {self._silent_hosts[host]}")
+                raise TransferError(self._silent_hosts[host])
             before = progress()
             try:
                 return attempt()
             except _AgainError as error:
                 failures = 1 if progress() > before else failures + 1
                 wrong += error.wrong
+                if isinstance(error, _NoAnswerError) and failures >= self._patience_with(host):
+                    self._silent_hosts[host] = (
+                        f"{host} cannot be reached: {error}; is there a network here? HF_ENDPOINT "
+                        "and NANOCHAT_ASSETS_MIRROR name mirrors"
+                    )
+                    raise TransferError(self._silent_hosts[host]) from error
                 if failures >= self.patience.attempts or wrong > 1:
-                    if isinstance(error, _NoAnswerError):
-                        self._silent_hosts[host] = str(error)
                     raise TransferError(f"{url} cannot be fetched: {error}") from error
                 self._wait(url, error, self._pause(url, error, failures))
+
+    def _patience_with(self, host: str) -> int:
+        return self.patience.attempts if host in self._heard else self.patience.attempts_unheard
 
     def _pause(self, url: str, error: _AgainError, failures: int) -> float:
         """Seconds until the next attempt."""

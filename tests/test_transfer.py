@@ -198,13 +198,23 @@ def test_without_an_answer_the_next_file_of_the_host_does_not_wait(tmp_path: Pat
     with running(hub):
         pass  # its port is closed again
     download = Download(hub, tmp_path / "here")
+    for _ in range(2):
+        with pytest.raises(
+            TransferError, match=r"127\.0\.0\.1:\d+ cannot be reached: no connection"
+        ):
+            download.run()
+        assert download.waits == [1.0, 2.0]
+
+
+def test_a_host_that_has_answered_before_is_waited_for_longer(tmp_path: Path) -> None:
+    hub = FakeHub(tmp_path / "hub")
+    hub.add("owner/data/file.bin", CONTENT)
+    download = Download(hub, tmp_path / "here")
+    with running(hub):
+        download.run()
     with pytest.raises(TransferError, match="no connection"):
         download.run()
-    waits = list(download.waits)
-    assert len(waits) == 4
-    with pytest.raises(TransferError, match="no connection"):
-        download.run()
-    assert download.waits == waits
+    assert download.waits == [1.0, 2.0, 4.0, 8.0]
 
 
 def test_when_the_others_have_stopped_nothing_is_asked(download: Download) -> None:
