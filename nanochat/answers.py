@@ -10,7 +10,7 @@ import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nanochat.conversation import PartType
+from nanochat.conversation import Message, Part, PartType
 from nanochat.tokenizer import Tokenizer
 
 
@@ -124,3 +124,19 @@ def plain_text(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
     """The text of an answer as tasks judge it: special tokens dropped, calls and outputs kept."""
     hidden = special_ids(tokenizer)
     return tokenizer.decode([token for token in tokens if token not in hidden])
+
+
+def answer_message(tokenizer: Tokenizer, tokens: Sequence[int]) -> Message:
+    """An answer as a turn of a conversation: its text, and each call and output as a part."""
+    brackets, hidden = CallBrackets(tokenizer), special_ids(tokenizer)
+    pieces: list[tuple[PartType, list[int]]] = []
+    for token in tokens:
+        brackets.around(token)
+        if not pieces or pieces[-1][0] != brackets.kind or token in hidden:
+            pieces.append((brackets.kind, []))
+        if token not in hidden:
+            pieces[-1][1].append(token)
+    parts = tuple(Part(kind, tokenizer.decode(ids)) for kind, ids in pieces if ids)
+    if all(part.type == "text" for part in parts):
+        return Message("assistant", "".join(part.text for part in parts))
+    return Message("assistant", parts)

@@ -155,6 +155,11 @@ class Scheduler:
             self._waiting.remove(request)
         self._retire_finished()
 
+    def forget_all(self) -> None:
+        """Give back the memory of everything that was remembered for later prompts."""
+        for row in list(self._remembered):
+            self._forget(row)
+
     def step(self) -> list[TokenEvent]:
         """Admit what waits, read prompts, give every row that decodes its next token."""
         self._admit()

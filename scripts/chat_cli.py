@@ -6,24 +6,29 @@ python -m scripts.chat_cli -p "What is the capital of France?" --temperature 0.5
 
 from __future__ import annotations
 
+import io
 import logging
 import secrets
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from nanochat import checkpoint_manager, configurator, runtime
-from nanochat.answers import AnswerText
-from nanochat.common import UserError
-from nanochat.engine import Engine
-from nanochat.sampling import check_settings
+from nanochat.answers import answer_message
+from nanochat.chat_prompt import fit_conversation
+from nanochat.common import UserError, write_json
+from nanochat.conversation import Conversation, Message
+from nanochat.decoders import make_decoder
+from nanochat.sampling import SamplingSettings, check_settings
+from nanochat.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
-BANNER = 'Chat with nanochat. "clear" starts anew, "quit" ends; Ctrl-C stops an answer.'
+BANNER = 'Chat: "clear" starts anew, "quit" ends, /help shows more; Ctrl-C stops an answer.'
 
 
 @dataclass(frozen=True)
@@ -48,71 +53,79 @@ class Config:
     """Sample from the fewest tokens that reach this probability together; default: off."""
     max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-m"])] = 256
     """Longest answer."""
+    system: str = ""
+    """What the model is told before the conversation."""
     seed: int | None = None
     """Seed of the answers; default: a new one each time."""
     device_type: str = ""
     """cuda, cpu or mps; default: the best there is."""
     dtype: Annotated[str, tyro.conf.arg(aliases=["-d"])] = ""
-    """Compute dtype: bfloat16 or float32; default: bfloat16 where the hardware is fast at it."""
+    """bfloat16, float32, or int8 (8-bit weights, CPU only); default: bfloat16 where it is fast."""
 
 
 class Chat:
-    """A conversation with a model: exchanges of tokens, each a question and its answer."""
+    """A conversation with a model, and how its answers are written."""
 
-    def __init__(self, engine: Engine, config: Config) -> None:
-        self.engine, self.config = engine, config
-        self.exchanges: list[list[int]] = []
-        self.num_asked = 0
+    def __init__(self, scheduler: Scheduler, config: Config) -> None:
+        self.scheduler, self.config = scheduler, config
+        self.system = config.system
+        self.turns: tuple[Message, ...] = ()
+        self.num_asked = self.num_dropped = 0
         self.seed = secrets.randbits(31) if config.seed is None else config.seed
+        self.sampling = SamplingSettings(
+            config.temperature, config.top_k, config.top_p, max_tokens=config.max_new_tokens
+        )
 
     def clear(self) -> None:
-        """Forget what was said."""
-        self.exchanges.clear()
+        """Forget what was said; the system text stays."""
+        self.turns, self.num_dropped = (), 0
+
+    def conversation(self) -> Conversation:
+        """What was said so far, the system text first. UserError before the first question."""
+        system = (Message("system", self.system),) if self.system else ()
+        return Conversation((*system, *self.turns))
 
     def ask(self, text: str) -> Iterator[str]:
         """Yield the answer piece by piece; an answer that is broken off stays as far as it got.
 
-        The oldest exchanges are dropped when the context is too small for all. UserError when it
-        is too small for `text` alone; the conversation is then as before.
+        The model is not shown the oldest messages when the context is too small for all.
+        UserError when it is too small for `text` alone; the conversation is then as before.
         """
-        tokenizer = self.engine.tokenizer
-        special = tokenizer.encode_special
-        exchange = [
-            special("<|user_start|>"),
-            *tokenizer.encode(text),
-            special("<|user_end|>"),
-            special("<|assistant_start|>"),
-        ]
+        # Bytes of the command line that are not UTF-8 arrive as lone surrogates.
+        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        scheduler, before = self.scheduler, self.turns
+        context = scheduler.decoder.context
         # Shared context leaves at least this much for the answer.
-        room = min(self.config.max_new_tokens, self.engine.context // 4)
-        kept = list(self.exchanges)
-        while kept and 1 + sum(map(len, kept)) + len(exchange) + room > self.engine.context:
-            kept.pop(0)
-        prompt = [tokenizer.bos_id, *(token for past in kept for token in past), *exchange]
-        columns = self.engine.generate(
-            prompt,
-            max_tokens=self.config.max_new_tokens,
-            temperature=self.config.temperature,
-            top_k=self.config.top_k,
-            top_p=self.config.top_p,
-            seed=self.seed + self.num_asked,
-        )
-        if len(kept) < len(self.exchanges):
-            dropped = len(self.exchanges) - len(kept)
-            logger.info("the context is full: the oldest %d exchanges are forgotten", dropped)
-        self.num_asked += 1
-        self.exchanges = [*kept, exchange]
-        shown = AnswerText(tokenizer)
-        end = special("<|assistant_end|>")
+        reserve = min(self.config.max_new_tokens, context // 4)
+        self.turns = (*before, Message("user", text))
         try:
-            for (token,), _ in columns:
-                if token in (end, tokenizer.bos_id):
-                    break
-                exchange.append(token)
-                yield shown.feed(token)
-            yield shown.finish()
+            fitted = fit_conversation(
+                scheduler.tokenizer, self.conversation(), context=context, reserve=reserve
+            )
+            settings = replace(self.sampling, seed=self.seed + self.num_asked)
+            request = scheduler.submit(fitted.ids, settings)
+        except UserError:
+            self.turns = before
+            raise
+        if fitted.dropped_turns > self.num_dropped:
+            logger.warning("%s", fitted.notice)
+        self.num_dropped = fitted.dropped_turns
+        self.num_asked += 1
+        try:
+            while not request.is_finished:
+                yield "".join(event.text for event in scheduler.step())
         finally:
-            exchange.append(end)
+            scheduler.cancel(request)
+            answer = answer_message(scheduler.tokenizer, request.tokens)
+            self.turns = (*self.turns, answer)
+
+    def take_back(self) -> str:
+        """Remove the last question and its answer; returns the question. UserError if none."""
+        if not self.turns:
+            raise UserError("there is no question to ask again")
+        *turns, question, _ = self.turns
+        self.turns = tuple(turns)
+        return question.text
 
 
 def main(config: Config) -> None:
@@ -121,7 +134,8 @@ def main(config: Config) -> None:
     if config.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {config.max_new_tokens}; it must be at least 1")
     source = config.source or checkpoint_manager.choose_source()
-    with runtime.start(config.device_type, dtype=config.dtype) as rt:
+    is_int8 = config.dtype == "int8"
+    with runtime.start(config.device_type, dtype="float32" if is_int8 else config.dtype) as rt:
         model, tokenizer, _ = checkpoint_manager.load_model(
             source,
             device=rt.device,
@@ -129,7 +143,8 @@ def main(config: Config) -> None:
             tag=config.model_tag,
             step=config.step,
         )
-        chat = Chat(Engine(model, tokenizer), config)
+        decoder = make_decoder(model, int8=is_int8)
+        chat = Chat(Scheduler(model, tokenizer, max_rows=1, decoder=decoder), config)
         if config.prompt:
             answer(chat, config.prompt)
         else:
@@ -145,16 +160,17 @@ def converse(chat: Chat, read: Callable[[], str]) -> None:
             text = read().strip()
         except (EOFError, KeyboardInterrupt):
             break
-        if text.lower() in ("quit", "exit"):
+        if text.lower() in ("quit", "exit", "/quit", "/exit"):
             break
-        if text.lower() == "clear":
-            chat.clear()
-            print("The conversation starts anew.")
-        elif text:
-            try:
+        try:
+            if text.lower() == "clear":
+                print(COMMANDS["/clear"].run(chat, ""))
+            elif text.startswith("/"):
+                obey(chat, text)
+            elif text:
                 answer(chat, text)
-            except UserError as error:
-                print(f"error: {error}", file=sys.stderr)
+        except (UserError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
     print("Goodbye.")
 
 
@@ -168,9 +184,96 @@ def answer(chat: Chat, text: str) -> None:
     print(flush=True)
 
 
+# ---- commands of a conversation -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Command:
+    """A line that begins with a slash."""
+
+    usage: str
+    explanation: str
+    run: Callable[[Chat, str], str]
+    """Takes what follows the name; returns what is to be shown."""
+
+
+def obey(chat: Chat, line: str) -> None:
+    """Carry out a command. UserError for one that does not exist."""
+    name, _, argument = line.partition(" ")
+    command = COMMANDS.get(name.lower())
+    if command is None:
+        raise UserError(f"there is no command {name}; /help lists them")
+    shown = command.run(chat, argument.strip())
+    if shown:
+        print(shown)
+
+
+def _help(chat: Chat, argument: str) -> str:
+    width = max(len(command.usage) for command in COMMANDS.values())
+    return "\n".join(f"{c.usage:<{width}}  {c.explanation}" for c in COMMANDS.values())
+
+
+def _clear(chat: Chat, argument: str) -> str:
+    chat.clear()
+    return "The conversation starts anew."
+
+
+def _setter(name: str, read: Callable[[str], float]) -> Callable[[Chat, str], str]:
+    """A command that shows a sampling setting, or changes it; "off" switches it off."""
+
+    def run(chat: Chat, argument: str) -> str:
+        if argument:
+            try:
+                value = None if argument == "off" and name != "temperature" else read(argument)
+            except ValueError:
+                raise UserError(f"{argument!r} is not a number for {name}") from None
+            change: dict[str, Any] = {name: value}
+            chat.sampling = replace(chat.sampling, **change)
+        value = getattr(chat.sampling, name)
+        is_off = value is None or (name == "top_k" and value == 0)
+        return f"{name} is {'off' if is_off else value}"
+
+    return run
+
+
+def _system(chat: Chat, argument: str) -> str:
+    if argument:
+        chat.system = "" if argument == "off" else argument
+    return f"system text: {chat.system or 'none'}"
+
+
+def _retry(chat: Chat, argument: str) -> str:
+    answer(chat, chat.take_back())
+    return ""
+
+
+def _save(chat: Chat, argument: str) -> str:
+    path = Path(argument or "chat.json").expanduser()
+    write_json(path, chat.conversation().to_json())
+    return f"saved to {path}"
+
+
+COMMANDS = {
+    command.usage.partition(" ")[0]: command
+    for command in (
+        Command("/help", "show this list", _help),
+        Command("/clear", "forget the conversation", _clear),
+        Command("/temperature [number]", "0 = the likeliest answer", _setter("temperature", float)),
+        Command("/topk [number|off]", "sample from the k likeliest tokens", _setter("top_k", int)),
+        Command("/topp [number|off]", "sample from this much probability", _setter("top_p", float)),
+        Command("/system [text|off]", "what the model is told before all", _system),
+        Command("/retry", "ask the last question again", _retry),
+        Command("/save [file]", "write the conversation as JSON (chat.json)", _save),
+        Command("/quit", "end", lambda chat, argument: ""),
+    )
+}
+
+
 def line_reader() -> Callable[[], str]:
     """Reads a line: with editing and history from a terminal, plainly from a pipe."""
     if not sys.stdin.isatty():
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")
         return input
     # Here, because it takes a tenth of a second that `-p` need not wait for.
     from prompt_toolkit import PromptSession

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -15,9 +16,11 @@ import pexpect
 import pytest
 from scripted_model import byte_tokenizer, save, scripted_model, tokens_of
 
+from nanochat import kernels
 from nanochat.common import UserError
 from nanochat.configurator import UsageError, parse
-from nanochat.engine import Engine
+from nanochat.sampling import SamplingSettings
+from nanochat.scheduler import Scheduler
 from scripts import chat_cli
 from scripts.chat_cli import Chat, Config
 
@@ -140,7 +143,7 @@ def test_a_stage_that_was_asked_for_is_not_replaced(base_dir: Path) -> None:
         (["--top-p=1.5"], "top-p is 1.5"),
         (["-k", "-2"], "top-k is -2"),
         (["--max-new-tokens=0"], "--max-new-tokens is 0"),
-        (["-p", "word " * 100], "the prompt has 504 tokens, but the model's context is 64"),
+        (["-p", "word " * 100], "the last message has 504 tokens, and the answer needs 16"),
         (["--step=3"], "no step 3"),
         (["-g", "d9"], "no sft model 'd9'"),
     ],
@@ -165,7 +168,7 @@ def test_a_misspelt_flag_names_the_right_one() -> None:
 def test_a_terminal_session_with_two_turns_clear_and_quit(terminal: Any) -> None:
     save("sft", scripted_model(GREETING))
     child = terminal("-t", "0")
-    child.expect_exact('"quit" ends')
+    child.expect_exact("/help shows more")
     for _ in range(2):
         child.expect_exact(READY)
         child.sendline("Hello?")
@@ -238,26 +241,29 @@ def test_a_question_too_long_is_refused_and_the_chat_goes_on(
     chat_cli.converse(make_chat()[0], lines.__next__)
     output = capsys.readouterr()
     assert output.out == "Hey \U0001f642!\nGoodbye.\n"
-    assert "the prompt has" in output.err
+    assert "the last message has 503 tokens" in output.err
 
 
 # ---- what the model is given ---------------------------------------------------------------------
 
 
-class Recording(Engine):
-    """Remembers its prompts."""
+class Recording(Scheduler):
+    """Remembers its prompts and settings."""
 
-    prompts: list[list[int]]
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.prompts: list[list[int]] = []
+        self.settings: list[SamplingSettings] = []
 
-    def generate(self, tokens: Any, *arguments: Any, **settings: Any) -> Any:
-        self.prompts = [*getattr(self, "prompts", []), list(tokens)]
-        self.settings = settings
-        return super().generate(tokens, *arguments, **settings)
+    def submit(self, prompt: Any, settings: SamplingSettings, *, sample: int = 0) -> Any:
+        self.prompts.append(list(prompt))
+        self.settings.append(settings)
+        return super().submit(prompt, settings, sample=sample)
 
 
-def make_chat(**settings: Any) -> tuple[Chat, Recording]:
-    engine = Recording(scripted_model(GREETING), byte_tokenizer())
-    return Chat(engine, Config(temperature=0.0, **settings)), engine
+def make_chat(chain: list[int] = GREETING, **settings: Any) -> tuple[Chat, Recording]:
+    scheduler = Recording(scripted_model(chain), byte_tokenizer())
+    return Chat(scheduler, Config(temperature=0.0, **settings)), scheduler
 
 
 def test_turns_are_rendered_as_in_training() -> None:
@@ -279,10 +285,10 @@ def test_an_answer_that_is_cut_off_is_closed_for_the_next_turn() -> None:
 
 def test_the_oldest_exchanges_make_room_in_a_full_context(caplog: Any) -> None:
     chat, engine = make_chat()
-    with caplog.at_level("INFO"):
+    with caplog.at_level("WARNING"):
         for word in ("one", "two", "three", "four"):
             assert "".join(chat.ask(word)) == "Hey \U0001f642!"
-    assert "forgotten" in caplog.text
+    assert caplog.text.count("the oldest 2 messages are left out") == 1
     decoded = byte_tokenizer().decode(engine.prompts[-1])
     assert "four" in decoded
     assert "one" not in decoded
@@ -292,7 +298,7 @@ def test_the_oldest_exchanges_make_room_in_a_full_context(caplog: Any) -> None:
 def test_clear_forgets_and_a_refused_question_leaves_no_trace() -> None:
     chat, engine = make_chat()
     list(chat.ask("Hi"))
-    with pytest.raises(UserError, match="the prompt has"):
+    with pytest.raises(UserError, match=r"the last message has 50[0-9] tokens"):
         list(chat.ask("word " * 100))
     list(chat.ask("Hi"))
     assert len(engine.prompts[-1]) > len(engine.prompts[0])
@@ -304,7 +310,127 @@ def test_clear_forgets_and_a_refused_question_leaves_no_trace() -> None:
 def test_every_question_has_a_seed_of_its_own() -> None:
     chat, engine = make_chat(seed=5)
     list(chat.ask("Hi"))
-    assert engine.settings["seed"] == 5
     list(chat.ask("Hi"))
-    assert engine.settings["seed"] == 6
+    assert [settings.seed for settings in engine.settings] == [5, 6]
     assert make_chat()[0].seed != make_chat()[0].seed
+
+
+def test_a_tool_call_is_shown_to_the_model_as_in_training() -> None:
+    chat, scheduler = make_chat([*COUNTING, *COUNTED])
+    assert "".join(chat.ask("6 times 7?")) == "It[6*7 = 42]."
+    list(chat.ask("Yo"))
+    call = tokens_of("It", "<|python_start|>", "6*7", "<|python_end|>")
+    result = tokens_of("<|output_start|>", "42", "<|output_end|>", ".", END)
+    question = tokens_of("<|user_start|>", "Yo", "<|user_end|>", START)
+    assert scheduler.prompts[1] == scheduler.prompts[0] + call + result + question
+
+
+def test_the_system_text_stays_when_the_oldest_turns_go() -> None:
+    chat, scheduler = make_chat(system="Be kind", max_new_tokens=8)
+    for word in ("one", "two", "three", "four"):
+        list(chat.ask(word))
+    decoded = byte_tokenizer().decode(scheduler.prompts[-1])
+    assert "Be kind\n\n" in decoded
+    assert "four" in decoded
+    assert "one" not in decoded
+
+
+# ---- commands ------------------------------------------------------------------------------------
+
+
+def talk(capsys: pytest.CaptureFixture[str], chat: Chat, *lines: str) -> tuple[str, str]:
+    chat_cli.converse(chat, iter([*lines, "/quit"]).__next__)
+    output = capsys.readouterr()
+    return output.out.removesuffix("Goodbye.\n"), output.err
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    out, _ = talk(capsys, make_chat()[0], "/help")
+    names = [line.split()[0] for line in out.splitlines()]
+    assert names == list(chat_cli.COMMANDS)
+    assert set(names) >= {"/clear", "/topk", "/topp", "/system", "/retry", "/save", "/quit"}
+
+
+def test_settings_are_shown_and_changed(capsys: pytest.CaptureFixture[str]) -> None:
+    chat, scheduler = make_chat()
+    lines = ("/temperature", "/temperature 0.5", "/topk 1", "/topp 0.9", "/topp off", "Hi")
+    out, err = talk(capsys, chat, *lines)
+    assert out.splitlines()[:5] == [
+        "temperature is 0.0",
+        "temperature is 0.5",
+        "top_k is 1",
+        "top_p is 0.9",
+        "top_p is off",
+    ]
+    assert err == ""
+    used = scheduler.settings[0]
+    assert (used.temperature, used.top_k, used.top_p) == (0.5, 1, None)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("/temperature warm", "'warm' is not a number for temperature"),
+        ("/temperature -1", "temperature is -1.0"),
+        ("/topk 2.5", "'2.5' is not a number for top_k"),
+        ("/topp 3", "top-p is 3.0"),
+        ("/retry", "no question to ask again"),
+        ("/save", "needs at least one user message"),
+        ("/dance", "there is no command /dance; /help lists them"),
+        ("/save /nowhere/at/all.json", "needs at least one user message"),
+    ],
+)
+def test_a_command_that_can_not_be_done_is_explained_and_the_chat_goes_on(
+    capsys: pytest.CaptureFixture[str], line: str, reason: str
+) -> None:
+    chat, _ = make_chat()
+    out, err = talk(capsys, chat, line, "Hi")
+    assert out == "Hey \U0001f642!\n"
+    assert err.startswith("error: ")
+    assert reason in err
+
+
+def test_retry_asks_again_with_another_seed_and_clear_keeps_the_system_text(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    chat, scheduler = make_chat(seed=1)
+    talk(capsys, chat, "/system Be kind", "Hi", "/retry", "/clear", "Hi")
+    first, again, cleared = scheduler.prompts
+    assert first == again == cleared
+    assert "Be kind" in byte_tokenizer().decode(first)
+    assert [settings.seed for settings in scheduler.settings] == [1, 2, 3]
+
+
+def test_save_writes_the_conversation(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    chat, _ = make_chat(system="Be kind")
+    path = tmp_path / "talk.json"
+    out, _ = talk(capsys, chat, "Hi", f"/save {path}")
+    assert out.endswith(f"saved to {path}\n")
+    assert json.loads(path.read_text(encoding="utf-8")) == [
+        {"role": "system", "content": "Be kind"},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hey \U0001f642!"},
+    ]
+
+
+def test_bytes_that_are_not_text_are_replaced(base_dir: Path) -> None:
+    save("sft", scripted_model(GREETING))
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.chat_cli", "--device-type=cpu", "-t", "0"],
+        cwd=REPOSITORY,
+        input=b"Hi \xff\xfe\n",
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.decode()) == (0, "Hey \U0001f642!\nGoodbye.\n")
+    chat, _ = make_chat()
+    assert "".join(chat.ask("Hi \udcff")) == "Hey \U0001f642!"
+
+
+def test_int8_weights_answer_too(base_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if kernels.load() is None:
+        pytest.skip("no compiled decoder")
+    save("sft", scripted_model(GREETING))
+    answer_of("-p", "Hello?", "--dtype=int8")
+    assert capsys.readouterr().out == "Hey \U0001f642!\n"

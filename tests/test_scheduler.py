@@ -257,7 +257,7 @@ def test_a_full_queue_refuses_and_takes_again_once_there_is_room(make: Any) -> N
 def test_memory_is_bounded_and_what_never_fits_is_refused(make: Any) -> None:
     scheduler = make(random_model(), max_cache_tokens=64)
     own = SamplingSettings(temperature=0.0, max_tokens=10)
-    with pytest.raises(UserError, match="40 and an answer of up to 24 .* the 50 tokens"):
+    with pytest.raises(UserError, match=r"40 and an answer of up to 24 .* the 50 tokens"):
         make(random_model(), max_cache_tokens=50).submit(random_prompt(40), GREEDY)
     requests = [scheduler.submit(random_prompt(12, seed=i), own) for i in range(9)]
     most = 0
