@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import select
 import socket
 import threading
 import time
@@ -323,6 +325,31 @@ def test_a_body_that_does_not_come_ends_the_request(
             b"content-type: application/json\r\ncontent-length: 100\r\n\r\n{"
         )
         assert connection.recv(100).startswith(b"HTTP/1.1 408")
+
+
+def test_a_client_that_does_not_read_is_cut_off(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "WRITE_SECONDS", 0.2)
+    with raw(client) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n" * 300)  # 20 MB of page
+        waiting = select.poll()
+        waiting.register(connection, 0)  # errors only: nothing is read
+        assert waiting.poll(10_000) != []
+    assert client.get("/health").status_code == 200
+
+
+def test_connections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 3)
+    service = service_of(lambda: ScriptedScheduler(always("Hey")))
+    with serving(service) as address, contextlib.ExitStack() as stack:
+        url = httpx.URL(address)
+        for _ in range(3):
+            idle = socket.create_connection((url.host, url.port or 0))
+            stack.enter_context(idle)
+        assert httpx.get(f"{address}/health").status_code == 503
+        stack.close()
+        eventually(lambda: httpx.get(f"{address}/health").status_code == 200)
 
 
 def test_nonsense_instead_of_http_is_refused(client: httpx.Client) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 from typing import Any
 
 import h11
@@ -56,7 +58,15 @@ class PatientProtocol(H11Protocol):
     def pause_writing(self) -> None:
         """The client has stopped reading; wait for it, but not for ever."""
         super().pause_writing()
-        self._write_timer = self.loop.call_later(WRITE_SECONDS, self.transport.abort)
+        self._write_timer = self.loop.call_later(WRITE_SECONDS, self._reader_is_gone)
+
+    def _reader_is_gone(self) -> None:
+        # Reset, not closed: the kernel would keep what it has for this client, and go on trying.
+        linger = struct.pack("ii", 1, 0)
+        self.transport.get_extra_info("socket").setsockopt(
+            socket.SOL_SOCKET, socket.SO_LINGER, linger
+        )
+        self.transport.abort()
 
     def resume_writing(self) -> None:
         """The client reads again."""
