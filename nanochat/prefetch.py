@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import sys
 import zipfile
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -254,7 +255,8 @@ def _fetch_all(
                 outcome = future.result()
                 outcomes[outcome.asset] = outcome
                 if outcome.problem is None or outcome.problem not in reasons:
-                    _tell(outcome, len(outcomes), len(plans))
+                    with tqdm.external_write_mode(file=sys.stderr):  # not into the bar's line
+                        _tell(outcome, len(outcomes), len(plans))
                 reasons.add(outcome.problem)
                 bar.set_description(f"{len(outcomes)}/{len(plans)} assets")
         except BaseException:
@@ -262,6 +264,8 @@ def _fetch_all(
             transfer.stop.set()
             _cancel(futures)
             raise
+        bar.total = bar.n  # sizes that were not known before were estimates
+        bar.refresh()
     return outcomes
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import pexpect
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -287,6 +288,18 @@ def test_a_killed_fetch_goes_on_where_it_was(hub: FakeHub, base: Path) -> None:
     assert (base / "words_alpha.txt").read_bytes() == content
     rest = str(hub.asked("/mirror/words_alpha.txt")[1].range)
     assert int(rest.removeprefix("bytes=").removesuffix("-")) > 200_000
+
+
+def test_on_a_terminal_a_bar_shows_how_far_it_is(hub: FakeHub) -> None:
+    hub.add("mirror/words_alpha.txt", b"apple\npear\n")
+    words = ["-m", "scripts.assets", "prefetch", "words"]
+    terminal = pexpect.spawn(
+        sys.executable, words, cwd=REPOSITORY, dimensions=(24, 100), encoding="utf-8", timeout=120
+    )
+    shown = terminal.read()
+    assert "0/1 assets:   0%" in shown
+    assert "1/1 assets: 100%" in shown
+    assert "\n1 assets in" in shown
 
 
 def _wait_until(is_true: Callable[[], bool]) -> None:
