@@ -6,10 +6,12 @@ for validation.
 """
 
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 
 from nanochat.common import UserError
 from tasks.arc import ARC
-from tasks.common import Task
+from tasks.common import Task, TaskMixture, TaskSequence
 from tasks.customjson import IDENTITY, CustomJSON
 from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval
@@ -79,7 +81,7 @@ def _dialogues(split: str, chats: Sequence[str], *, stop: int | None = None) -> 
         return [SmolTalk(split, stop=stop)]
     tasks: list[Task] = []
     for path in chats:
-        whole = CustomJSON(path)
+        whole = _conversations(path, Path(path).stat().st_mtime_ns if Path(path).exists() else 0)
         held_out = -(-len(whole) // VALIDATION_SHARE)
         if len(whole) < 2:
             raise UserError(
@@ -88,7 +90,14 @@ def _dialogues(split: str, chats: Sequence[str], *, stop: int | None = None) -> 
             )
         first = len(whole) - held_out
         if split == "train":
-            tasks.append(CustomJSON(path, stop=first if stop is None else min(first, stop)))
+            tasks.append(TaskSequence([whole], stop=first))
         else:
-            tasks.append(CustomJSON(path, start=first))
-    return tasks
+            tasks.append(TaskSequence([whole], start=first))
+    # Shuffled as SmolTalk is, so that the first so many are of all files.
+    return [TaskMixture(tasks, stop=stop)]
+
+
+@cache
+def _conversations(path: str, changed: int) -> CustomJSON:
+    """A file of conversations, read once for training, validation and the check of what is here."""
+    return CustomJSON(path)

@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 from public_data import place_file
+from scripted_model import save, scripted_model
 
 from nanochat.common import UserError
+from nanochat.configurator import parse
 from nanochat.sources.hub_rows import HubRows
+from scripts import chat_sft, mid_train
 from tasks import mixtures, public
 from tasks.customjson import IDENTITY
 from tasks.spellingbee import WORD_LIST
@@ -127,17 +130,14 @@ def test_own_conversations_stand_in_the_place_of_smoltalk(tmp_path: Path) -> Non
 
     def said(tasks: list[Any]) -> list[str]:
         return [
-            c.messages[0].text
-            for t in tasks
-            if t.name == "CustomJSON" and not t.assets()
-            for c in t
+            c.messages[0].text for t in tasks if t.name == "mixture" and not t.assets() for c in t
         ]
 
     train, held_out = (
         said(public.training_tasks("mid", chats)),
         said(public.validation_tasks("mid", chats)),
     )
-    assert held_out == ["a42", "a43", "a44", "b2"]
+    assert sorted(held_out) == ["a42", "a43", "a44", "b2"]
     assert sorted(train + held_out) == sorted([f"a{i}" for i in range(45)] + ["b0", "b1", "b2"])
     assert not [
         a for t in mixtures.tasks_of("sft", "public", chats) for a in t.assets() if "smol" in a.name
@@ -198,3 +198,15 @@ def test_missing_files_are_named_with_both_ways_out() -> None:
     assert "python -m scripts.assets prefetch" in text
     assert "--tasks=embedded" in text
     require_tasks("sft", "embedded")
+
+
+@pytest.mark.parametrize(("script", "source"), [(mid_train, "base"), (chat_sft, "mid")])
+def test_a_stage_on_a_folder_names_what_is_missing_before_it_begins(
+    script: Any, source: str, tmp_path: Path
+) -> None:
+    save(source, scripted_model([0, 1]), data=str(tmp_path))
+    with pytest.raises(UserError, match=r"files that are not on this machine: .*--tasks=embedded"):
+        script.main(parse(script.Config, ["--device-type=cpu"]))
+    save(source, scripted_model([0, 1]), data=str(tmp_path), tasks="embedded")
+    with pytest.raises(UserError, match="use it with --tasks=public"):
+        script.main(parse(script.Config, ["--device-type=cpu", "--chats=mine.jsonl"]))
