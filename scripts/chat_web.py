@@ -66,7 +66,7 @@ class Config:
     device_type: str = ""
     """cuda, cpu or mps; default: the best there is."""
     dtype: Annotated[str, tyro.conf.arg(aliases=["-d"])] = ""
-    """Compute dtype: bfloat16 or float32; default: bfloat16 where the hardware is fast at it."""
+    """bfloat16, float32, or int8 weights on a CPU; default: bfloat16 where that is fast."""
 
 
 def main(config: Config) -> None:

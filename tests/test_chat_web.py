@@ -29,6 +29,7 @@ from web_server import (
     text_of,
 )
 
+from nanochat import kernels
 from nanochat.common import UserError
 from nanochat.configurator import parse
 from nanochat.serving.assembly import Recipe, load_service
@@ -221,6 +222,15 @@ def test_an_engine_process_that_cannot_load_its_model_is_an_error(base_dir: Path
     link = ProcessLink(Recipe("sft", "d1", 7, "cpu", torch.float32, 4))
     with pytest.raises(UserError, match="did not start"):
         link.start(lambda delivery: None, lambda: None)
+
+
+def test_int8_weights_that_are_not_possible_are_refused_before_serving(
+    base_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save("sft", scripted_model(GREETING))
+    monkeypatch.setattr(kernels, "can_decode", lambda *_: False)
+    with pytest.raises(UserError, match="int8 weights need the compiled decoder"):
+        main("--dtype=int8")
 
 
 def test_a_service_of_a_checkpoint_knows_what_it_serves(base_dir: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from nanochat import checkpoint_manager, runtime
 from nanochat.checkpoint_manager import Checkpoint
 from nanochat.common import UserError
+from nanochat.decoders import make_decoder
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.scheduler import MAX_ROWS, Scheduler
 from nanochat.serving.links import Link, ProcessLink, ThreadLink
@@ -47,14 +47,21 @@ def load_service(
     """Load a model for serving: in this process for one device, else a process for each GPU."""
     capacity = capacity or Capacity()
     checkpoint = checkpoint_manager.find_checkpoint(stage, tag, step, weights_only=True)
-    with runtime.start(device_type, dtype=dtype) as chosen:
+    is_int8 = dtype == "int8"
+    with runtime.start(device_type, dtype="float32" if is_int8 else dtype) as chosen:
         device, compute_dtype = chosen.device, chosen.compute_dtype
     devices = _devices(device, num_gpus)
     workers = []
     for gpu_id, name in enumerate(devices):
         # By tag and step, so that all have the same, whatever training writes meanwhile.
         recipe = Recipe(
-            stage, checkpoint.tag, checkpoint.step, name, compute_dtype, capacity.max_rows
+            stage,
+            checkpoint.tag,
+            checkpoint.step,
+            name,
+            compute_dtype,
+            capacity.max_rows,
+            is_int8=is_int8,
         )
         link: Link = ProcessLink(recipe) if len(devices) > 1 else ThreadLink(recipe.load())
         workers.append(
@@ -69,7 +76,7 @@ def load_service(
     return Service(
         Tokenizer.from_directory(checkpoint.path),
         Pool(workers),
-        model=_info(checkpoint, stage, compute_dtype),
+        model=_info(checkpoint, stage, "int8" if is_int8 else str(compute_dtype)),
         defaults=defaults,
         created=int(time.time()),
         log_conversations=log_conversations,
@@ -86,6 +93,7 @@ class Recipe:
     device: str
     dtype: torch.dtype
     max_rows: int
+    is_int8: bool = False
 
     def load(self) -> Callable[[], Scheduler]:
         """Load the model; the result makes schedulers that share it."""
@@ -95,7 +103,15 @@ class Recipe:
         model, tokenizer, _ = checkpoint_manager.load_model(
             self.stage, device=device, dtype=self.dtype, tag=self.tag, step=self.step
         )
-        return functools.partial(Scheduler, model, tokenizer, max_rows=self.max_rows)
+
+        # Now, so that what is not possible is said before anything is served.
+        ready = [make_decoder(model, int8=self.is_int8)]
+
+        def make_scheduler() -> Scheduler:
+            decoder = ready.pop() if ready else make_decoder(model, int8=self.is_int8)
+            return Scheduler(model, tokenizer, max_rows=self.max_rows, decoder=decoder)
+
+        return make_scheduler
 
 
 def _devices(device: torch.device, num_gpus: int) -> list[str]:
@@ -116,7 +132,7 @@ def _devices(device: torch.device, num_gpus: int) -> list[str]:
     return [f"cuda:{number}" for number in range(num_gpus)]
 
 
-def _info(checkpoint: Checkpoint, stage: str, dtype: torch.dtype) -> ModelInfo:
+def _info(checkpoint: Checkpoint, stage: str, dtype: str) -> ModelInfo:
     config = GPTConfig.from_json(checkpoint.state["model_config"])
     with torch.device("meta"):
         num_parameters = sum(parameter.numel() for parameter in GPT(config).parameters())
@@ -128,5 +144,5 @@ def _info(checkpoint: Checkpoint, stage: str, dtype: torch.dtype) -> ModelInfo:
         num_parameters=num_parameters,
         context=config.sequence_len,
         vocab_size=config.vocab_size,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype.removeprefix("torch."),
     )
