@@ -118,11 +118,14 @@ stay_offline() {
 
 # Module trees differ from node to node: what is not there is named and left out.
 load_modules() {
-    local name names
+    local name names srun
     names="$(setting modules "$DEFAULT_MODULES")"
     [ -n "$names" ] && [ "$(type -t module || true)" = function ] || return 0
     set +u # the functions of modules read variables that may be unset
+    srun="$(command -v srun || true)"
     module purge >/dev/null 2>&1 || true
+    # Where SLURM itself came as a module.
+    [ -z "$srun" ] || command -v srun >/dev/null || PATH="$PATH:$(dirname "$srun")"
     for name in ${names//,/ }; do
         module load "$name" >/dev/null 2>&1 || echo "note: module $name is not on this node; going on without" >&2
     done

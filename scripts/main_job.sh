@@ -113,6 +113,7 @@ main_job() {
         return
     fi
     if [ "$CHECK" = 1 ]; then
+        ensure_venv "$DEVICES"
         check_assets
         return
     fi

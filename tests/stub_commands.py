@@ -45,7 +45,13 @@ scripts.base_loss*) section base-model-loss.json ;;
 scripts.base_eval*) section base-model-evaluation.json ;;
 scripts.mid_train*) checkpoint mid ;;
 scripts.chat_sft*) checkpoint chatsft ;;
-scripts.chat_eval*) sleep "${STUB_SLEEP:-0}"; name="${2#--source=}"; section "chat-evaluation-$name.json" ;;
+scripts.chat_eval*)
+    # As Python does: end at once, with the signal's number.
+    trap 'exit 143' TERM
+    trap 'exit 138' USR1
+    sleep "${STUB_SLEEP:-0}" &
+    wait $!
+    name="${2#--source=}"; section "chat-evaluation-$name.json" ;;
 "nanochat.report generate") section report.md ;;
 esac
 """
