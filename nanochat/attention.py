@@ -83,8 +83,19 @@ class Past(Protocol):
         """Note new token ids (B, T); return each one's predecessor, anything at position 0."""
         ...
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
-        """Attend from new tokens, q (B, T, H, D), to the past and to k, v (B, T, K, D)."""
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        asked: Tensor | None = None,
+    ) -> Tensor:
+        """Attend from new tokens, q (B, T, H, D), to the past and to k, v (B, T, K, D).
+
+        positions: (B, T) of k and v. asked: (B, Q) of q, where it is only some of the tokens.
+        """
         ...
 
     def advance(self, num_new: int) -> None:
@@ -160,10 +171,18 @@ class KVCache:
             keys, values = keys[self._places], values[self._places]
         return keys, values
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        asked: Tensor | None = None,
+    ) -> Tensor:
         """Store k and v, then attend from q (B, T, H, D) to all that is stored."""
         keys, values = self.append(layer, k, v, positions)
-        return cached_attention(q, keys, values, positions)
+        return cached_attention(q, keys, values, positions if asked is None else asked)
 
     def _row_places(self) -> Tensor:
         """Where each row lies in the storage: (B,) int64."""

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.attention import causal_attention
+from nanochat.attention import cached_attention, causal_attention
 
 
 class Branches:
@@ -24,7 +24,7 @@ class Branches:
 
     prefixes: token ids of each row's beginning, not empty. branches: for each row its
     continuations, of which some may be empty. `prefix_ids` and `branch_ids` are what `hidden` is
-    given, in this order.
+    given, in this order; `last_columns` (B, 1) are the ends of the beginnings.
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class Branches:
     ) -> None:
         self.longest = 0
         self._reads_prefixes = True
+        self.last_columns = torch.tensor([[len(prefix) - 1] for prefix in prefixes], device=device)
         self._stored: dict[int, tuple[Tensor, Tensor]] = {}
         lengths = [len(prefix) for prefix in prefixes]
         self.prefix_ids = _padded(prefixes, padding, device)
@@ -88,11 +89,23 @@ class Branches:
         """Each token's predecessor in its own sequence."""
         return idx.roll(1, dims=1) if self._reads_prefixes else self._before
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        asked: Tensor | None = None,
+    ) -> Tensor:
         """Causal within a beginning; a continuation sees its beginning and itself."""
         if self._reads_prefixes:
             self._stored[layer] = (k, v)
-            return causal_attention(q, k, v)
+            if asked is None:
+                return causal_attention(q, k, v)
+            return cached_attention(q, k.transpose(1, 2), v.transpose(1, 2), asked)
+        if asked is not None:
+            raise ValueError("continuations are read whole")
         keys, values = self._stored.pop(layer)
         keys, values = torch.cat((keys, k), dim=1), torch.cat((values, v), dim=1)
         out = F.scaled_dot_product_attention(

@@ -24,7 +24,9 @@ from nanochat.common import UserError
 from nanochat.core_bundle import CoreTask, Item
 from nanochat.gpt import GPT, softcap
 
-# Padded tokens of one forward pass: keeps the states of a depth-4 model within a few MB.
+# Padded tokens of one forward pass. On a CPU the states must stay in its cache: 1 or 2 sequences
+# of 574 tokens take 56 ms each at depth 4, 8 of them 74 ms (2026-11-21).
+CPU_TOKENS_PER_BATCH = 1_536
 TOKENS_PER_BATCH = 16_384
 HEAD_ROWS = 512  # positions whose logits are held at once
 # Kernels sum in another order for another shape. In fp32 that moves a mean loss or a logit by
@@ -70,11 +72,13 @@ class LanguageModel(Protocol):
 
 @dataclass(frozen=True)
 class Place:
-    """A token whose successor is scored: column of a row of the beginnings or continuations."""
+    """A token whose successor is scored."""
 
     row: int
     column: int
+    """In the row of continuations."""
     is_in_prefix: bool
+    """It is the last token of the beginning instead."""
 
 
 @dataclass(frozen=True)
@@ -111,17 +115,23 @@ class GptModel:
         return logits[0]
 
     def logits(self, ids: Tensor, rows: Tensor, positions: Tensor) -> Iterator[Tensor]:
-        """Only the places that are asked for meet the head: prompts are long, answers short."""
-        return self._head(self.model.hidden(ids.to(self.device))[rows, positions])
+        """The last block and the head see only what is asked for: prompts are long."""
+        counts = torch.bincount(rows, minlength=len(ids))
+        slots = torch.arange(len(rows)) - (counts.cumsum(0) - counts)[rows]
+        columns = torch.zeros(len(ids), int(counts.max()), dtype=torch.int64)
+        columns[rows, slots] = positions
+        states = self.model.hidden(ids.to(self.device), columns=columns.to(self.device))
+        return self._head(states[rows, slots])
 
     def branch_logits(self, branches: Branches, places: Sequence[Place]) -> Iterator[Tensor]:
         """Reads the beginnings, then all continuations."""
         rows = torch.tensor([place.row for place in places], device=self.device)
         columns = torch.tensor([place.column for place in places], device=self.device)
         in_prefix = torch.tensor([place.is_in_prefix for place in places], device=self.device)
-        first = self.model.hidden(branches.prefix_ids, branches)
+        # Of a beginning, only its end predicts a token that is scored.
+        first = self.model.hidden(branches.prefix_ids, branches, branches.last_columns)
         states = first.new_empty((len(places), first.size(-1)))
-        states[in_prefix] = first[rows[in_prefix], columns[in_prefix]]
+        states[in_prefix] = first[rows[in_prefix], 0]
         if branches.branch_ids.size(1):
             second = self.model.hidden(branches.branch_ids, branches)
             states[~in_prefix] = second[rows[~in_prefix], columns[~in_prefix]]
@@ -248,14 +258,15 @@ def _score(
     scores: dict[tuple[int, int], _Score] = {}
     shared = [i for i, length in enumerate(prefixes) if length >= _SHORTEST_SHARED]
     sizes = [prefixes[i] + _num_branch_tokens(options[i], prefixes[i]) for i in shared]
-    for batch in _batches(sizes):
+    budget = CPU_TOKENS_PER_BATCH if model.device.type == "cpu" else TOKENS_PER_BATCH
+    for batch in _batches(sizes, budget):
         chosen = [shared[b] for b in batch]
         found = _score_branches(model, [options[i] for i in chosen], [prefixes[i] for i in chosen])
         names = [(i, n) for i in chosen for n in range(len(options[i]))]
         scores.update(zip(names, found, strict=True))
     apart = [(i, n) for i in range(len(options)) for n in range(len(options[i]))]
     apart = [name for name in apart if name not in scores]
-    for batch in _batches([len(options[i][n].ids) for i, n in apart]):
+    for batch in _batches([len(options[i][n].ids) for i, n in apart], budget):
         names = [apart[b] for b in batch]
         found = _score_batch(model, [options[i][n] for i, n in names], padding)
         scores.update(zip(names, found, strict=True))
@@ -275,12 +286,12 @@ def _num_branch_tokens(sequences: list[_Sequence], prefix: int) -> int:
     return sum(sequence.end - 1 - prefix for sequence in sequences)
 
 
-def _batches(sizes: list[int]) -> Iterator[list[int]]:
-    """Indices of things of similar size, largest first, within the token budget."""
+def _batches(sizes: list[int], budget: int) -> Iterator[list[int]]:
+    """Indices of things of similar size, largest first, within a budget of tokens."""
     order = sorted(range(len(sizes)), key=lambda i: sizes[i], reverse=True)
     start = 0
     while start < len(order):
-        stop = start + max(TOKENS_PER_BATCH // sizes[order[start]], 1)
+        stop = start + max(budget // sizes[order[start]], 1)
         yield order[start:stop]
         start = stop
 
@@ -301,9 +312,8 @@ def _score_branches(
         offset = 0
         for sequence in item:
             for position in range(sequence.start - 1, sequence.end - 1):
-                is_in_prefix = position < prefix
-                column = position if is_in_prefix else offset + position - prefix
-                places.append(Place(row, column, is_in_prefix))
+                # Scored tokens begin after the beginning, so only its last one can be here.
+                places.append(Place(row, offset + position - prefix, position < prefix))
             offset += sequence.end - 1 - prefix
             targets += sequence.ids[sequence.start : sequence.end]
             counts.append(sequence.end - sequence.start)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanochat import fused
-from nanochat.attention import KVCache, Past, causal_attention
+from nanochat.attention import KVCache, Past, cached_attention, causal_attention
 from nanochat.common import UserError
 
 LOGIT_SOFTCAP = (
@@ -158,9 +158,15 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(width, width, bias=False)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], cached: CachedStep | None
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        cached: CachedStep | None,
+        wanted: Wanted | None = None,
     ) -> Tensor:
-        """x: (B, T, C), normed. Returns (B, T, C)."""
+        """x: (B, T, C), normed. Returns (B, T, C), or (B, Q, C) for the Q wanted columns."""
+        if wanted is not None:
+            return self._attend_from(wanted, x, rotary, cached)
         q = self.c_q(x).unflatten(-1, (-1, self.head_dim))
         k = self.c_k(x).unflatten(-1, (-1, self.head_dim))
         v = self.c_v(x).unflatten(-1, (-1, self.head_dim))
@@ -169,6 +175,25 @@ class CausalSelfAttention(nn.Module):
             y = causal_attention(q, k, v)
         else:
             y = cached.cache.attend(self.layer, q, k, v, cached.positions)
+        out: Tensor = self.c_proj(y.flatten(-2))
+        return out
+
+    def _attend_from(
+        self,
+        wanted: Wanted,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        cached: CachedStep | None,
+    ) -> Tensor:
+        """Keys and values of all columns, queries of the wanted ones."""
+        q = self.c_q(wanted.of(x)).unflatten(-1, (-1, self.head_dim))
+        k = self.c_k(x).unflatten(-1, (-1, self.head_dim))
+        v = self.c_v(x).unflatten(-1, (-1, self.head_dim))
+        q, k = rotate_and_norm(q, wanted.rotary), rotate_and_norm(k, rotary)
+        if cached is None:
+            y = cached_attention(q, k.transpose(1, 2), v.transpose(1, 2), wanted.columns)
+        else:
+            y = cached.cache.attend(self.layer, q, k, v, cached.positions, wanted.positions)
         out: Tensor = self.c_proj(y.flatten(-2))
         return out
 
@@ -198,10 +223,15 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], cached: CachedStep | None
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        cached: CachedStep | None,
+        wanted: Wanted | None = None,
     ) -> Tensor:
-        """x: (B, T, C). Returns (B, T, C)."""
-        x = x + self.attn(rms_norm(x), rotary, cached)
+        """x: (B, T, C). Returns (B, T, C), or (B, Q, C) for the Q wanted columns."""
+        attended = self.attn(rms_norm(x), rotary, cached, wanted)
+        x = attended + (x if wanted is None else wanted.of(x))
         out: Tensor = x + self.mlp(rms_norm(x))
         return out
 
@@ -215,6 +245,22 @@ class CachedStep:
 
     cache: Past
     positions: Tensor
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Columns (B, Q) of a forward pass whose final states are asked for.
+
+    positions: their places in their sequences, (B, Q); rotary: the tables there, (B, Q, D / 2).
+    """
+
+    columns: Tensor
+    positions: Tensor
+    rotary: tuple[Tensor, Tensor]
+
+    def of(self, x: Tensor) -> Tensor:
+        """The wanted columns of x (B, T, C): (B, Q, C)."""
+        return x.gather(1, self.columns.unsqueeze(-1).expand(-1, -1, x.size(-1)))
 
 
 class Transformer(nn.Module):
@@ -283,9 +329,13 @@ class GPT(nn.Module):
             mlp.c_proj.weight.zero_()
         self.lm_head.weight.zero_()
 
-    def hidden(self, idx: Tensor, kv_cache: Past | None = None) -> Tensor:
+    def hidden(
+        self, idx: Tensor, kv_cache: Past | None = None, columns: Tensor | None = None
+    ) -> Tensor:
         """Final normed states of tokens idx (B, T) int64: (B, T, C) in the compute dtype.
 
+        columns: (B, Q) int64, the only tokens whose states are wanted: (B, Q, C). The last block
+        then computes no others, a quarter less for a model of four.
         With a cache the tokens continue each row at its own length, and the cache grows by T.
         Raises ValueError when a sequence leaves the rotary tables or the cache.
         """
@@ -300,11 +350,17 @@ class GPT(nn.Module):
             cached = CachedStep(kv_cache, kv_cache.positions(num_new))
             rotary = self.cos[cached.positions], self.sin[cached.positions]
         x = self._embed(idx, cached).to(self.compute_dtype)
-        for block in self.transformer.h:
+        wanted = None if columns is None else self._wanted(columns, cached)
+        for block in self.transformer.h[:-1]:
             x = block(x, rotary, cached)
+        x = self.transformer.h[-1](x, rotary, cached, wanted)
         if kv_cache is not None:
             kv_cache.advance(num_new)
         return rms_norm(x)
+
+    def _wanted(self, columns: Tensor, cached: CachedStep | None) -> Wanted:
+        positions = columns if cached is None else cached.positions.gather(1, columns)
+        return Wanted(columns, positions, (self.cos[positions], self.sin[positions]))
 
     def _embed(self, idx: Tensor, cached: CachedStep | None) -> Tensor:
         """Normed embeddings (B, T, C) in fp32, each with its share of its predecessor's.

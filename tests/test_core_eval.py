@@ -13,6 +13,7 @@ import torch
 from reference import core_eval as reference
 from reference.byte_tokenizer import ByteTokenizer
 
+from nanochat.branches import Branches
 from nanochat.common import UserError
 from nanochat.core_bundle import load_bundle
 from nanochat.core_eval import evaluate_core, evaluate_task
@@ -158,11 +159,39 @@ def test_every_decision_equals_the_slow_oracle(
     )
 
 
+def test_a_forward_pass_for_some_columns_or_branches_equals_the_whole_one() -> None:
+    config = GPTConfig(64, 50, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, token_shift=0.5)
+    model = GPT(config)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2, generator=generator)
+    ids = torch.randint(0, 50, (2, 20), generator=generator)
+    columns = torch.tensor([[3, 19, 0], [7, 7, 18]])
+    with torch.inference_mode():
+        whole = model.hidden(ids)
+        some = model.hidden(ids, columns=columns)
+        torch.testing.assert_close(some[1, 2], whole[1, 18], rtol=0, atol=1e-5)
+        torch.testing.assert_close(some[0], whole[0, columns[0]], rtol=0, atol=1e-5)
+
+        rows = ids.tolist()
+        tails = [[rows[0][12:], [1, 2, 3]], [[4], [], rows[1][9:]]]
+        branches = Branches(
+            [rows[0][:12], rows[1][:9]], tails, padding=0, device=torch.device("cpu")
+        )
+        ends = model.hidden(branches.prefix_ids, branches, branches.last_columns)[:, 0]
+        states = model.hidden(branches.branch_ids, branches)
+        torch.testing.assert_close(ends, whole[[0, 1], [11, 8]], rtol=0, atol=1e-5)
+        torch.testing.assert_close(states[0, :8], whole[0, 12:], rtol=0, atol=1e-5)
+        torch.testing.assert_close(states[1, 1:12], whole[1, 9:], rtol=0, atol=1e-5)
+        other = model.hidden(torch.tensor([[*rows[0][:12], 1, 2, 3]]))
+        torch.testing.assert_close(states[0, 8:11], other[0, 12:], rtol=0, atol=1e-5)
+
+
 def test_batches_do_not_change_decisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = random_model(2)
     bundle = toy_bundle(tmp_path / "bundle", model)
     together = evaluate_core(GptModel(model), TOKENIZER, bundle, -1, RUNTIME)
-    monkeypatch.setattr("nanochat.core_scoring.TOKENS_PER_BATCH", 700)
+    monkeypatch.setattr("nanochat.core_scoring.CPU_TOKENS_PER_BATCH", 700)
     monkeypatch.setattr("nanochat.core_eval.ITEMS_PER_GROUP", 7)
     monkeypatch.setattr("nanochat.core_scoring.HEAD_ROWS", 5)
     apart = evaluate_core(GptModel(model), TOKENIZER, bundle, -1, RUNTIME)
@@ -216,10 +245,13 @@ class AlphabetModel:
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         return softcap(self.lm_head(self.hidden(ids)))
 
-    def hidden(self, ids: torch.Tensor, past: Any = None) -> torch.Tensor:
+    def hidden(
+        self, ids: torch.Tensor, past: Any = None, columns: torch.Tensor | None = None
+    ) -> torch.Tensor:
         if past is not None:
             past.advance(ids.size(1))
-        return torch.nn.functional.one_hot(ids + 1, TOKENIZER.vocab_size + 1).float()
+        chosen = ids if columns is None else ids.gather(1, columns)
+        return torch.nn.functional.one_hot(chosen + 1, TOKENIZER.vocab_size + 1).float()
 
     def lm_head(self, states: torch.Tensor) -> torch.Tensor:
         # Undoes the softcap: 15 * tanh(raw / 15) = 9.
