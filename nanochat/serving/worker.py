@@ -13,6 +13,10 @@ from nanochat.serving.links import Delivery, Failure, Link, Token
 
 logger = logging.getLogger(__name__)
 
+# Each event costs the server and its client about as much as a row of a step: with many streams,
+# tokens travel together, so that all streams of an engine have 500 events a second between them.
+SECONDS_PER_STREAM = 0.002
+
 
 class AnswerError(Exception):
     """A request ended without (the rest of) its answer. `failure` says why."""
@@ -31,6 +35,7 @@ class Answer:
         self._arrived: list[Token] = []
         self._failure: Failure | None = None
         self._news = asyncio.Event()
+        self._told = float("-inf")  # when tokens were last handed on, by the loop's clock
 
     def take(self, item: Token | Failure) -> None:
         """Called by the worker, on the event loop."""
@@ -54,6 +59,11 @@ class Answer:
                 raise StopAsyncIteration
             self._news.clear()
             await self._news.wait()
+        clock = asyncio.get_running_loop().time
+        pause = self._told + SECONDS_PER_STREAM * self.worker.num_open - clock()
+        if pause > 0 and self.is_open:
+            await asyncio.sleep(pause)
+        self._told = clock()
         arrived, self._arrived = self._arrived, []
         return arrived
 
