@@ -45,10 +45,17 @@ impl Number for u16 {
     }
 }
 
+const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it leaves the nearest integer
+
+/// The integer nearest to a number below 2^22, ties to even.
+#[inline(always)]
+pub fn nearest(x: f32) -> f32 {
+    (x + ROUND) - ROUND
+}
+
 /// e^x to about 1e-7 of its value, for x in [-87, 88].
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
-    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it leaves the nearest integer
     let x = x.max(-87.0);
     let n = x.mul_add(std::f32::consts::LOG2_E, ROUND) - ROUND;
     // ln 2 in two parts, so that the remainder is exact.

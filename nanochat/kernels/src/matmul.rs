@@ -5,7 +5,7 @@
 //! together: a row's results are the same bits alone and in a crowd.
 
 use crate::isa::Isa;
-use crate::math::{softcap, to_bf16, Number};
+use crate::math::{nearest, softcap, to_bf16, Number};
 use crate::memory::{Buffer, Shared};
 
 /// Outputs of a panel: four AVX-512 registers, one cache line of bytes.
@@ -44,8 +44,8 @@ impl Matrix {
             data: Buffer::zeroed(num_panels * Self::panel_bytes(kind, inputs)),
             scales: Buffer::zeroed(num_panels * PANEL),
         };
-        for (n, row) in rows.iter().enumerate() {
-            matrix.set_row(n, row);
+        for (panel, rows) in rows.chunks(PANEL).enumerate() {
+            matrix.set_panel(panel, rows);
         }
         matrix
     }
@@ -58,35 +58,44 @@ impl Matrix {
     fn panel_bytes(kind: Kind, inputs: usize) -> usize {
         match kind {
             Kind::F32 => inputs * PANEL * 4,
-            Kind::Bf16 => inputs.next_multiple_of(2) * PANEL * 2,
+            Kind::Bf16 => inputs * PANEL * 2,
             Kind::I8 => inputs * PANEL,
         }
     }
 
-    fn set_row(&mut self, n: usize, row: &[f32]) {
-        let lane = n % PANEL;
-        let start = n / PANEL * Self::panel_bytes(self.kind, self.inputs);
-        let panel = &mut self.data[start..];
+    /// Written from its beginning to its end, which memory likes better than row by row.
+    fn set_panel(&mut self, panel: usize, rows: &[&[f32]]) {
+        let bytes = Self::panel_bytes(self.kind, self.inputs);
+        let data = &mut self.data[panel * bytes..(panel + 1) * bytes];
         match self.kind {
             Kind::F32 => {
-                for (k, w) in row.iter().enumerate() {
-                    let at = (k * PANEL + lane) * 4;
-                    panel[at..at + 4].copy_from_slice(&w.to_ne_bytes());
+                for (k, line) in data.chunks_exact_mut(PANEL * 4).enumerate() {
+                    for (place, row) in line.chunks_exact_mut(4).zip(rows) {
+                        place.copy_from_slice(&row[k].to_ne_bytes());
+                    }
                 }
             }
             Kind::Bf16 => {
-                for (k, &w) in row.iter().enumerate() {
-                    let at = (k / 2 * PANEL * 2 + lane * 2 + k % 2) * 2;
-                    panel[at..at + 2].copy_from_slice(&to_bf16(w).to_ne_bytes());
+                for (pair, line) in data.chunks_exact_mut(PANEL * 4).enumerate() {
+                    for (place, row) in line.chunks_exact_mut(4).zip(rows) {
+                        place[..2].copy_from_slice(&to_bf16(row[2 * pair]).to_ne_bytes());
+                        place[2..].copy_from_slice(&to_bf16(row[2 * pair + 1]).to_ne_bytes());
+                    }
                 }
             }
             Kind::I8 => {
-                let largest = row.iter().fold(0.0f32, |largest, w| largest.max(w.abs()));
-                let scale = if largest > 0.0 { largest / 127.0 } else { 1.0 };
-                for (k, w) in row.iter().enumerate() {
-                    panel[k * PANEL + lane] = (w / scale).round_ties_even() as i8 as u8;
+                let scales = &mut self.scales[panel * PANEL..(panel + 1) * PANEL];
+                let mut inverse = [0.0f32; PANEL];
+                for (lane, row) in rows.iter().enumerate() {
+                    let largest = row.iter().fold(0.0f32, |largest, w| largest.max(w.abs()));
+                    scales[lane] = largest / 127.0;
+                    inverse[lane] = if largest > 0.0 { 127.0 / largest } else { 0.0 };
                 }
-                self.scales[n] = scale;
+                for (k, line) in data.chunks_exact_mut(PANEL).enumerate() {
+                    for ((place, row), inverse) in line.iter_mut().zip(rows).zip(inverse) {
+                        *place = nearest(row[k] * inverse) as i8 as u8;
+                    }
+                }
             }
         }
     }
