@@ -31,8 +31,8 @@ from nanochat.sampling import SamplingSettings
 from nanochat.scheduler import Scheduler
 from nanochat.tokenizer import Tokenizer
 
-# Answers written at once. Tokens/s of one CPU core at depth 4 with 64 and 256 rows: the plain decoder
-# 2,330 and 2,750, the compiled one 7,200 with both (2026-11-21). A GPU gains more.
+# Answers written at once. Tokens/s of one CPU core at depth 4 with 64 and 256 rows: the plain
+# decoder 2,330 and 2,750, the compiled one 7,200 with both (2026-11-21). A GPU gains more.
 MAX_ROWS = 256
 
 
