@@ -245,6 +245,6 @@ def test_a_missing_checkpoint_names_the_command_that_makes_it(
 def test_a_prompt_longer_than_the_context_ends_the_evaluation() -> None:
     save("sft", random_model(16))
     with pytest.raises(
-        UserError, match="context of 16: .*; evaluate a model with a longer context"
+        UserError, match=r"context of 16: .*; evaluate a model with a longer context"
     ):
         run(chat_eval, "-i", "sft", "-x", "2")
