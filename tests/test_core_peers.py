@@ -140,8 +140,10 @@ def log_likelihood(model: GPT, context: str, continuation: str) -> float:
 
 def lm_eval_decisions(folder: Path, rows: list[dict[str, Any]], model: GPT) -> list[bool]:
     """What lm-eval decides by its length-normalised accuracy on local rows."""
-    lm_eval = pytest.importorskip("lm_eval")
+    pytest.importorskip("lm_eval")
     from lm_eval.api.model import LM
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
 
     class Ours(LM):
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
@@ -166,8 +168,8 @@ def lm_eval_decisions(folder: Path, rows: list[dict[str, Any]], model: GPT) -> l
         'target_delimiter: ""\n'
         "metric_list: [{metric: acc_norm}]\n"
     )
-    manager = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
-    result = lm_eval.simple_evaluate(
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    result = simple_evaluate(
         model=Ours(),
         tasks=["core_choice"],
         task_manager=manager,
@@ -187,7 +189,7 @@ def test_multiple_choice_decides_as_lm_eval_where_definitions_coincide(
 ) -> None:
     """lm-eval divides by the characters of a choice, CORE by its tokens: equal for byte tokens.
 
-    CORE leaves out letters that all choices begin with, so items where they do are not compared.
+    CORE scores what the choices do not share in front, so lm-eval gets that with its question.
     """
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
@@ -198,10 +200,11 @@ def test_multiple_choice_decides_as_lm_eval_where_definitions_coincide(
     rows, indices = [], []
     for index, item in enumerate(items):
         prompts = task.prompts(items, index)
-        stem = prompts[0][: len(prompts[0]) - len(item["choices"][0])]
-        text = "".join(prompts)
-        if text.isascii() and len({choice[0] for choice in item["choices"]}) > 1:
-            rows.append({"stem": stem, "choices": item["choices"], "gold": item["gold"]})
+        if "".join(prompts).isascii():
+            columns = enumerate(zip(*prompts, strict=False))
+            start = next(i for i, letters in columns if len(set(letters)) > 1)
+            choices = [prompt[start:] for prompt in prompts]
+            rows.append({"stem": prompts[0][:start], "choices": choices, "gold": item["gold"]})
             indices.append(index)
     assert len(rows) >= 10
     ours = decide(GptModel(model), TOKENIZER, task, items, indices)
