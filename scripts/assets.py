@@ -46,8 +46,8 @@ class Config:
     """What all stages read; the default without --stage and names."""
     data: str = "fineweb-edu"
     """Pretraining data: fineweb-edu, climbmix, embedded or a folder."""
-    tasks: Literal["embedded", "public"] | None = None
-    """Conversations and questions; default: those that belong to --data."""
+    tasks: Literal["embedded", "public", "auto"] | None = None
+    """Conversations and questions; default: those that belong to --data; auto: public if here."""
     num_files: Annotated[int, tyro.conf.arg(aliases=["-n"])] = DEFAULT_NUM_TRAIN
     """Training shards; 240 are read by the d20 model, 800 by d32."""
     num_workers: Annotated[int, tyro.conf.arg(aliases=["-w"])] = 4

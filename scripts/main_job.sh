@@ -19,8 +19,8 @@ source scripts/ranks.sh
 SIZES=(DATA TASKS NUM_SHARDS MAX_CHARS VOCAB_SIZE DEPTH TOKEN_SHIFT MAX_SEQ_LEN DEVICE_BATCH_SIZE TOTAL_BATCH_SIZE
     NUM_ITERATIONS FINAL_LR SAVE_EVERY EVAL_EVERY EVAL_TOKENS CORE_EVERY SAMPLE_EVERY CORE_MAX_PER_TASK
     MID_ITERATIONS MID_FINAL_LR SFT_ITERATIONS SFT_DEVICE_BATCH_SIZE SFT_EXAMPLES_PER_STEP SFT_PACKING
-    SFT_LR_FRACTION RL_ITERATIONS MAX_PROBLEMS MAX_NEW_TOKENS)
-NO_NUMBERS=" DATA TASKS SFT_PACKING "
+    SFT_LR_FRACTION SPIKE_LIMIT RL_ITERATIONS MAX_PROBLEMS MAX_NEW_TOKENS)
+SPIKE_LIMIT=2   # nats that the smoothed loss may rise before a training run ends; 0 = any rise may pass
 RL_ITERATIONS=0 # steps of reinforcement learning, which is left out unless a flag asks for it
 
 # ---- the stages: name, what it leaves behind in the base folder, command ------------------------------
@@ -51,7 +51,7 @@ pipeline() {
         --device_batch_size="$DEVICE_BATCH_SIZE" --total_batch_size="$TOTAL_BATCH_SIZE" \
         --num_iterations="$NUM_ITERATIONS" --eval_every="$EVAL_EVERY" --eval_tokens="$EVAL_TOKENS" \
         --core_metric_every="$CORE_EVERY" --sample_every="$SAMPLE_EVERY" --save_every="$SAVE_EVERY" \
-        --run="$WANDB_RUN"
+        --spike_limit="$SPIKE_LIMIT" --run="$WANDB_RUN"
     evaluation base_loss "report/base-model-loss.json" \
         ranks scripts.base_loss --model_tag="$tag" \
         --device_batch_size="$DEVICE_BATCH_SIZE" --split_tokens="$EVAL_TOKENS"
@@ -67,7 +67,7 @@ pipeline() {
         --device_batch_size="$DEVICE_BATCH_SIZE" --total_batch_size="$TOTAL_BATCH_SIZE" \
         --num_iterations="$MID_ITERATIONS" --final_lr_frac="$MID_FINAL_LR" \
         --eval_every="$EVAL_EVERY" --eval_tokens="$EVAL_TOKENS" \
-        --save_every="$SAVE_EVERY" --run="$WANDB_RUN"
+        --save_every="$SAVE_EVERY" --spike_limit="$SPIKE_LIMIT" --run="$WANDB_RUN"
     evaluation chat_eval_mid "report/chat-evaluation-mid.json" \
         ranks scripts.chat_eval --source=mid --model-tag="$tag" --tasks="$TASKS" \
         --max-new-tokens="$MAX_NEW_TOKENS" --max-problems="$MAX_PROBLEMS"
@@ -78,7 +78,7 @@ pipeline() {
         --device_batch_size="$SFT_DEVICE_BATCH_SIZE" --target_examples_per_step="$SFT_EXAMPLES_PER_STEP" \
         --packing="$SFT_PACKING" --init_lr_frac="$SFT_LR_FRACTION" --num_iterations="$SFT_ITERATIONS" \
         --eval_every="$EVAL_EVERY" --eval_tokens="$EVAL_TOKENS" \
-        --save_every="$SAVE_EVERY" --run="$WANDB_RUN"
+        --save_every="$SAVE_EVERY" --spike_limit="$SPIKE_LIMIT" --run="$WANDB_RUN"
     evaluation chat_eval_sft "report/chat-evaluation-sft.json" \
         ranks scripts.chat_eval --source=sft --model-tag="$tag" --tasks="$TASKS" \
         --max-new-tokens="$MAX_NEW_TOKENS" --max-problems="$MAX_PROBLEMS"
@@ -226,13 +226,20 @@ read_arguments() {
     done
 }
 
+check_choice() {
+    local flag="$1" value="$2"
+    shift 2
+    [[ " $* " = *" $value "* ]] || usage_error "$flag is '$value'; it may be one of: $*"
+}
+
 check_size() {
     case "$1" in
-    TOKEN_SHIFT | *_LR | *_FRACTION)
+    DATA) ;;
+    TASKS) check_choice "$2" "$3" embedded public auto ;;
+    SFT_PACKING) check_choice "$2" "$3" stream rows best-fit ;;
+    TOKEN_SHIFT | SPIKE_LIMIT | *_LR | *_FRACTION)
         [[ "$3" =~ ^[0-9]*\.?[0-9]+$ ]] || usage_error "$2 needs a number, got '$3'" ;;
-    *)
-        [[ "$NO_NUMBERS" = *" $1 "* ]] || [[ "$3" =~ ^-?[0-9]+$ ]] ||
-            usage_error "$2 needs a whole number, got '$3'" ;;
+    *) [[ "$3" =~ ^-?[0-9]+$ ]] || usage_error "$2 needs a whole number, got '$3'" ;;
     esac
 }
 
@@ -276,15 +283,19 @@ settle_places() {
     # The embedded world brings its own conversations and questions, and its own CORE tasks.
     [ "$DATA" != embedded ] || TASKS=embedded
     BASE_EVAL=core,sample # base_loss measures bits per byte
-    if [ "$TASKS" = auto ] && [ ! -f "$NANOCHAT_BASE_DIR/eval_bundle/core.yaml" ]; then
-        BASE_EVAL=sample
+    OPTIONAL_ASSETS=()
+    if [ "$DATA" != embedded ] && [ "$TASKS" != public ] &&
+        [ ! -f "$NANOCHAT_BASE_DIR/eval_bundle/core.yaml" ]; then
+        BASE_EVAL=sample CORE_EVERY=-1
+        OPTIONAL_ASSETS=(--allow-missing=eval-bundle)
         echo "note: no CORE tasks in $NANOCHAT_BASE_DIR/eval_bundle, so CORE is left out" >&2
     fi
 }
 
 # Fail in seconds, before any GPU time, when something that the stages will read is not here.
 check_assets() {
-    python -m scripts.assets check --offline --all --data="$DATA" -n "$NUM_SHARDS" || {
+    python -m scripts.assets check --offline --all --data="$DATA" --tasks="$TASKS" -n "$NUM_SHARDS" \
+        ${OPTIONAL_ASSETS[@]+"${OPTIONAL_ASSETS[@]}"} || {
         echo "error: files are missing that the stages need; on a machine with internet run:" \
             "bash scripts/download_data.sh" >&2
         return 1

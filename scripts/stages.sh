@@ -33,7 +33,9 @@ PIPELINE_STOP=0       # the exit code, once a signal has asked for a stop
 PIPELINE_CHILD=""     # process id of the running command
 LAUNCH=(python -m)
 # Flags of how a command is carried out, not of what it computes: not part of what makes it another one.
-PIPELINE_FREE_FLAGS="--run --device_batch_size --save_every"
+# --compile is none of them: other kernels round differently.
+PIPELINE_FREE_FLAGS="--run --device_batch_size --save_every --keep_last --max_minutes --background_save
+    --log_every --spike_limit"
 
 stage() { pipeline_step stage "$@"; }
 training() { pipeline_step training "$@"; }

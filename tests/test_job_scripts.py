@@ -359,11 +359,43 @@ def test_download_leaves_a_job_nothing_to_fetch(place: Place) -> None:
         "nanochat.report reset",
         "scripts.assets prefetch --all --data=fineweb-edu -n 240",
         "scripts.tok_train --data=fineweb-edu --max_chars=2000000000 --vocab_size=65536",
-        "scripts.assets check --offline --all --data=fineweb-edu -n 240",
+        "scripts.assets check --offline --all --data=fineweb-edu --tasks=public -n 240",
     ]
     failed = place.run("bash scripts/download_data.sh", STUB_FAIL="assets check")
     assert failed.returncode == 1
     assert "next:" not in failed.stdout
+
+
+@pytest.mark.parametrize(
+    ("tasks", "optional"), [("auto", True), ("embedded", True), ("public", False)]
+)
+def test_the_check_asks_for_what_the_stages_will_read(
+    place: Place, tasks: str, optional: bool
+) -> None:
+    (place.root / "texts").mkdir()
+    flags = f"--data=texts --tasks={tasks}"
+    checked = place.run(f"bash speedrun.sh --check {flags}")
+    assert checked.returncode == 0, checked.stderr
+    asked = place.log.read_text().splitlines()[-1].split()
+    assert f"--tasks={tasks}" in asked
+    assert ("--allow-missing=eval-bundle" in asked) == optional
+    planned = place.run(f"bash speedrun.sh --dry-run --only base_eval {flags}").stdout.split()
+    assert ("--eval=sample" in planned) == optional
+    training = place.run(f"bash speedrun.sh --dry-run --only base_train {flags}").stdout.split()
+    assert ("--core_metric_every=-1" in training) == optional
+
+
+@pytest.mark.parametrize("flag", ["--tasks=pubic", "--sft-packing=tight"])
+def test_a_misspelt_choice_is_refused_before_anything_runs(place: Place, flag: str) -> None:
+    result = place.run(f"bash speedrun.sh --dry-run {flag}")
+    assert result.returncode == 2
+    assert flag.partition("=")[2] in result.stderr
+
+
+def test_a_rise_of_the_loss_can_be_let_pass_by_the_main_job(place: Place) -> None:
+    lines = place.run("bash speedrun.sh --dry-run --spike-limit=0").stdout.splitlines()
+    told = [name for name, line in zip(STAGES, lines, strict=True) if "--spike_limit=0" in line]
+    assert told == ["base_train", "mid_train", "chat_sft"]
 
 
 # ---- jobs ---------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ source {stages}
 mark() {{ echo "$*" >>"$LOG"; }}
 pipeline() {{
     stage data data.txt bash "$STUB" data
-    training train train.txt bash "$STUB" train "${{SIZE:-1}}"
+    training train train.txt bash "$STUB" train "${{SIZE:-1}}" ${{FREE:-}}
     evaluation eval eval.txt bash "$STUB" eval "${{LIMIT:-10}}"
     training tune tune.txt bash "$STUB" tune
     report report report.txt bash "$STUB" report
@@ -106,6 +106,14 @@ def test_second_run_skips_everything(finished: Pipeline) -> None:
 def test_changed_command_runs_it_and_what_builds_on_it(finished: Pipeline) -> None:
     assert finished.run(SIZE="2").returncode == 0
     assert finished.ran == ["train", "eval", "tune", "report"]
+
+
+def test_flags_of_how_a_run_is_carried_out_train_nothing_again(finished: Pipeline) -> None:
+    free = "--keep_last=2 --max_minutes=9 --background_save=0 --log_every=5 --spike_limit=0"
+    assert finished.run(FREE=free).returncode == 0
+    assert finished.ran == []
+    assert finished.run(FREE="--compile=1").returncode == 0
+    assert finished.ran[0] == "train"  # other kernels, other bits
 
 
 def test_changed_evaluation_does_not_train_again(finished: Pipeline) -> None:
