@@ -323,8 +323,8 @@ class Trainer:
         newest = f"step {saved[-1]}" if saved else "none yet"
         raise UserError(
             f"{what}; the last good checkpoint is {newest}. Lower --matrix-lr and --embedding-lr "
-            "or set --grad-clip, and go on from there with --resume; --spike-limit=0 lets a rise "
-            "pass"
+            "or set --grad-clip, and go on from there with --resume; if the loss rises because the "
+            "text has changed its kind, go on with --resume --spike-limit=0, which lets a rise pass"
         )
 
     def _write(self, step: int, **values: float) -> None:

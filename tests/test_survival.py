@@ -189,7 +189,8 @@ def test_a_spike_stops_the_run_and_the_last_good_checkpoint_is_the_newest(
         tmp_path, runtime, steps=60, save_every=1, spike_limit=2.0, keep_last=1, log_every=1
     )
     trainer.loader = DerailingLoader(runtime.world)
-    with pytest.raises(UserError, match=r"loss has risen .*; the last good checkpoint is step 3\d"):
+    advice = r"loss has risen .*; the last good checkpoint is step 3\d.* --resume --spike-limit=0"
+    with pytest.raises(UserError, match=advice):
         trainer.run()
     (kept,) = saved_steps(tmp_path / "run")
     saved = TrainState(**newest(tmp_path).state["loop"])
