@@ -15,6 +15,8 @@ import ast
 import dataclasses
 import difflib
 import errno
+import os
+import select
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -58,6 +60,11 @@ class _Flag:
     positional: bool
 
     @property
+    def shown(self) -> str:
+        """As it is written in messages."""
+        return self.name if self.positional else f"--{self.name}"
+
+    @property
     def takes_many(self) -> bool:
         return get_origin(self.kind) in (list, tuple, set)
 
@@ -82,17 +89,26 @@ def run(main: Callable[[C], int | None], config_type: type[C]) -> NoReturn:
     """Parse, set up logging, call `main(config)`, exit.
 
     Exit codes: what `main` returns (None = 0), 2 for a wrong command line, 1 for a UserError,
-    which is printed as one line, 130 for Ctrl-C. Anything else is a defect and keeps its traceback.
+    which is printed as one line, 130 for Ctrl-C, 141 when nobody reads the output any more.
+    Anything else is a defect and keeps its traceback.
     """
     try:
         config = parse(config_type)
         setup_logging()
-        sys.exit(main(config) or 0)
+        code = main(config) or 0
+        sys.stdout.flush()  # here, where a reader that has gone can still be handled
+        sys.exit(code)
     except UsageError as error:
         print(f"error: {error} (see {_program_name()} --help)", file=sys.stderr)
         sys.exit(2)
     except UserError as error:
         _fail(str(error))
+    except BrokenPipeError:
+        if not _reader_has_gone():
+            raise
+        # As in `... | head`. What is still buffered is for nobody; 141 is what a shell shows.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except OSError as error:
         if error.errno not in _USER_OS_ERRORS:
             raise
@@ -101,6 +117,13 @@ def run(main: Callable[[C], int | None], config_type: type[C]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _reader_has_gone() -> bool:
+    """Whether standard output is a pipe that is closed at its other end."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    return any(state & (select.POLLERR | select.POLLHUP) for _, state in poll.poll(0))
 
 
 def _fail(message: str) -> NoReturn:
@@ -188,6 +211,8 @@ def _normalised(arguments: list[str], flags: list[_Flag]) -> list[str]:
         overrides.append(_read_flag(token, tokens, by_spelling))
     for flag, values in overrides:
         chosen[flag.name] = _canonical(flag, values)
+    for flag, value in zip((f for f in flags if f.positional), positionals, strict=False):
+        _checked(flag, value)
     return [argument for canonical in chosen.values() for argument in canonical] + positionals
 
 
@@ -285,11 +310,11 @@ def _checked(flag: _Flag, value: str) -> str:
         try:
             float(value)
         except ValueError:
-            raise UsageError(f"--{flag.name} needs a number, got {value!r}") from None
+            raise UsageError(f"{flag.shown} needs a number, got {value!r}") from None
     if get_origin(flag.kind) is Literal:
         choices = [str(choice) for choice in get_args(flag.kind)]
         if value not in choices:
-            raise UsageError(f"--{flag.name} is one of {', '.join(choices)}, got {value!r}")
+            raise UsageError(f"{flag.shown} is one of {', '.join(choices)}, got {value!r}")
     return value
 
 
@@ -304,7 +329,7 @@ def _whole_number(flag: _Flag, value: str) -> int:
             return int(number)
     except (ValueError, OverflowError):
         pass
-    raise UsageError(f"--{flag.name} needs a whole number, got {value!r}")
+    raise UsageError(f"{flag.shown} needs a whole number, got {value!r}")
 
 
 # ---- config files -----------------------------------------------------------------------------

@@ -1,10 +1,11 @@
 """The command line: what is forgiven, what is refused and how."""
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 import tyro
@@ -179,6 +180,8 @@ def test_positional_fields_are_not_taken_for_config_files() -> None:
 
     assert parse(Action, []).action == "generate"
     assert parse(Action, ["reset", "--force"]) == Action("reset", force=True)
+    with pytest.raises(UsageError, match="^action is one of reset, generate, got 'rest'$"):
+        parse(Action, ["rest"])
 
 
 def test_help_shows_the_docstrings(capsys: pytest.CaptureFixture[str]) -> None:
@@ -212,17 +215,24 @@ def main(config):
         return 85
     if config.what == "interrupt":
         raise KeyboardInterrupt
+    if config.what in ("much", "little"):
+        print("line\\n" * (100_000 if config.what == "much" else 1))
+    if config.what == "other pipe":
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
 configurator.run(main, Config)
 """
 
 
-def run_script(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+def run_script(
+    folder: Path, *arguments: str, stdout: Any = subprocess.PIPE
+) -> "subprocess.CompletedProcess[str]":
     path = folder / "script.py"
     path.write_text(SCRIPT)
     return subprocess.run(
         [sys.executable, str(path), *arguments],
-        capture_output=True,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
         text=True,
         timeout=60,
         env={"PYTHONPATH": str(Path(configurator.__file__).parents[1])},
@@ -257,6 +267,21 @@ def test_full_disk_is_one_line_that_names_the_file(tmp_path: Path) -> None:
         "error: No space left on device while writing model.safetensors"
     )
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("amount", ["much", "little"])
+def test_a_reader_that_has_gone_ends_the_command_quietly(tmp_path: Path, amount: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as stdout:
+        result = run_script(tmp_path, f"--what={amount}", stdout=stdout)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+def test_a_pipe_that_is_not_the_output_keeps_its_traceback(tmp_path: Path) -> None:
+    result = run_script(tmp_path, "--what=other pipe")
+    assert result.returncode == 1
+    assert "BrokenPipeError" in result.stderr
 
 
 def test_defect_keeps_its_traceback(tmp_path: Path) -> None:
