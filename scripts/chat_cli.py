@@ -43,7 +43,7 @@ class Config:
     """Folder name of the run; default: the one written last."""
     step: Annotated[int | None, tyro.conf.arg(aliases=["-s"])] = None
     """Step of the checkpoint; default: the newest."""
-    prompt: Annotated[str, tyro.conf.arg(aliases=["-p"])] = ""
+    prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None
     """Answer this, print the answer alone, and end."""
     temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.6
     """0 = always the likeliest token; higher is more varied."""
@@ -68,7 +68,7 @@ class Chat:
 
     def __init__(self, scheduler: Scheduler, config: Config) -> None:
         self.scheduler, self.config = scheduler, config
-        self.system = config.system
+        self.system = _whole_characters(config.system)
         self.turns: tuple[Message, ...] = ()
         self.num_asked = self.num_dropped = 0
         self.seed = secrets.randbits(31) if config.seed is None else config.seed
@@ -91,8 +91,7 @@ class Chat:
         The model is not shown the oldest messages when the context is too small for all.
         UserError when it is too small for `text` alone; the conversation is then as before.
         """
-        # Bytes of the command line that are not UTF-8 arrive as lone surrogates.
-        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        text = _whole_characters(text)
         scheduler, before = self.scheduler, self.turns
         context = scheduler.decoder.context
         # Shared context leaves at least this much for the answer.
@@ -128,11 +127,18 @@ class Chat:
         return question.text
 
 
+def _whole_characters(text: str) -> str:
+    """`text` as UTF-8 can hold it: lone surrogates stand for odd bytes of the command line."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def main(config: Config) -> None:
     """Answer one prompt, or hold a conversation."""
     check_settings(config.temperature, config.top_k, config.top_p)
     if config.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {config.max_new_tokens}; it must be at least 1")
+    if config.prompt is not None and not config.prompt.strip():
+        raise UserError("--prompt is empty; give a question, or leave it out for a conversation")
     source = config.source or checkpoint_manager.choose_source()
     is_int8 = config.dtype == "int8"
     with runtime.start(config.device_type, dtype="float32" if is_int8 else config.dtype) as rt:
@@ -145,7 +151,7 @@ def main(config: Config) -> None:
         )
         decoder = make_decoder(model, int8=is_int8)
         chat = Chat(Scheduler(model, tokenizer, max_rows=1, decoder=decoder), config)
-        if config.prompt:
+        if config.prompt is not None:
             answer(chat, config.prompt)
         else:
             converse(chat, line_reader())
@@ -169,9 +175,13 @@ def converse(chat: Chat, read: Callable[[], str]) -> None:
                 obey(chat, text)
             elif text:
                 answer(chat, text)
-        except (UserError, OSError) as error:
+        except BrokenPipeError:  # nobody reads the answers any more
+            raise
+        except OSError as error:
+            print(f"error: {error.filename2 or error.filename}: {error.strerror}", file=sys.stderr)
+        except UserError as error:
             print(f"error: {error}", file=sys.stderr)
-    print("Goodbye.")
+    print("Goodbye.", file=sys.stderr)
 
 
 def answer(chat: Chat, text: str) -> None:

@@ -157,6 +157,12 @@ def test_bad_settings_end_with_one_sentence(
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize("nothing", ["", "  "])
+def test_an_empty_prompt_is_refused_and_begins_no_conversation(nothing: str) -> None:
+    with pytest.raises(UserError, match="--prompt is empty"):
+        answer_of("-p", nothing)
+
+
 def test_a_misspelt_flag_names_the_right_one() -> None:
     with pytest.raises(UsageError, match="did you mean --temperature"):
         parse(Config, ["--temprature=1"])
@@ -231,7 +237,20 @@ def test_a_pipe_gives_answers_without_banner_or_prompts(base_dir: Path) -> None:
     save("sft", scripted_model(GREETING))
     done = run("-t", "0", stdin="Hello?\n\nAgain?\n")
     assert done.returncode == 0
-    assert done.stdout == "Hey \U0001f642!\nHey \U0001f642!\nGoodbye.\n"
+    assert done.stdout == "Hey \U0001f642!\nHey \U0001f642!\n"
+    assert done.stderr.endswith("Goodbye.\n")
+
+
+def test_a_pipe_whose_reader_has_gone_ends_the_chat(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(chat: Chat, text: str) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(chat_cli, "answer", gone)
+    with pytest.raises(BrokenPipeError):
+        chat_cli.converse(make_chat()[0], iter(["Hello?", "exit"]).__next__)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_question_too_long_is_refused_and_the_chat_goes_on(
@@ -240,7 +259,7 @@ def test_a_question_too_long_is_refused_and_the_chat_goes_on(
     lines = iter(["word " * 100, "Hello?", "exit"])
     chat_cli.converse(make_chat()[0], lines.__next__)
     output = capsys.readouterr()
-    assert output.out == "Hey \U0001f642!\nGoodbye.\n"
+    assert output.out == "Hey \U0001f642!\n"
     assert "the last message has 503 tokens" in output.err
 
 
@@ -341,7 +360,7 @@ def test_the_system_text_stays_when_the_oldest_turns_go() -> None:
 def talk(capsys: pytest.CaptureFixture[str], chat: Chat, *lines: str) -> tuple[str, str]:
     chat_cli.converse(chat, iter([*lines, "/quit"]).__next__)
     output = capsys.readouterr()
-    return output.out.removesuffix("Goodbye.\n"), output.err
+    return output.out, output.err.removesuffix("Goodbye.\n")
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -423,8 +442,8 @@ def test_bytes_that_are_not_text_are_replaced(base_dir: Path) -> None:
         timeout=60,
         check=False,
     )
-    assert (done.returncode, done.stdout.decode()) == (0, "Hey \U0001f642!\nGoodbye.\n")
-    chat, _ = make_chat()
+    assert (done.returncode, done.stdout.decode()) == (0, "Hey \U0001f642!\n")
+    chat, _ = make_chat(system="Be kind \udcff")
     assert "".join(chat.ask("Hi \udcff")) == "Hey \U0001f642!"
 
 
