@@ -94,7 +94,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"there is no file {path}; write one with chat_eval --save={path}")
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line:
+            continue
         try:
             record = json.loads(line)
             keys = record.keys() >= {"task", "index", "messages", "completions", "correct"}

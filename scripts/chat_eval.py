@@ -11,8 +11,10 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import os
 import pydoc
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +34,7 @@ from nanochat.contamination import (
 )
 from nanochat.dataset import open_source
 from nanochat.runtime import World
+from nanochat.stage import check_positive
 from nanochat.task_eval import Sampling, run_task
 from nanochat.task_results import TaskResult, chat_core, read_records, show_records
 from tasks import mixtures
@@ -108,6 +111,8 @@ def main(config: Config) -> None:
     if config.source is None:
         raise UsageError("--source is missing: give base, mid, sft or rl, or a file to --show")
     sampling = _sampling(config)
+    if config.save is not None:
+        check_writable(Path(config.save))
     with runtime.start(config.device_type, dtype=config.dtype) as rt:
         model, tokenizer, checkpoint = checkpoint_manager.load_model(
             config.source,
@@ -158,8 +163,7 @@ def main(config: Config) -> None:
 
 
 def _sampling(config: Config) -> Sampling:
-    if config.batch_size < 1:
-        raise UserError(f"--batch-size is {config.batch_size}; it must be at least 1")
+    check_positive(config, "batch_size", "num_samples", "max_new_tokens")
     if config.num_samples > 1 and config.temperature == 0:
         logger.warning(
             "--temperature is 0, so all %d answers to a problem are the same", config.num_samples
@@ -308,6 +312,18 @@ def _report(
 # ---- answers on disk ----------------------------------------------------------------------------
 
 
+def check_writable(path: Path) -> None:
+    """UserError, before hours of evaluation, when no file can be written there."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--save={path} cannot be written: {error.strerror}") from error
+    if path.is_dir():
+        raise UserError(f"--save={path} cannot be written: it is a folder; name a file in it")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"--save={path} cannot be written: its folder is not yours to write")
+
+
 def save(results: Sequence[TaskResult], path: str, world: World) -> None:
     """Write the records of all ranks, task by task in the order of problems."""
     own = [[record.to_json(result.name) for record in result.records] for result in results]
@@ -341,7 +357,13 @@ def show(config: Config) -> None:
     if config.verdict != "all":
         records = [r for r in records if any(r["correct"]) == (config.verdict == "right")]
     if config.max_problems is not None and config.max_problems >= 0:
-        records = records[: config.max_problems]
+        places: Counter[str] = Counter()
+        chosen = []
+        for record in records:
+            places[record["task"]] += 1
+            if places[record["task"]] <= config.max_problems:
+                chosen.append(record)
+        records = chosen
     text = "\n".join(show_records(records)) + "\n"
     if sys.stdout.isatty():
         pydoc.pager(text)

@@ -283,7 +283,7 @@ def test_saved_answers_are_shown_with_their_verdicts(
     [
         (["--verdict=right"], ["GSM8K 1: right", "MMLU 1: right"]),
         (["--verdict=wrong", "-a", "mmlu"], ["MMLU 0: wrong", "MMLU 2: wrong"]),
-        (["-x", "1"], ["GSM8K 0: wrong"]),
+        (["-x", "1"], ["GSM8K 0: wrong", "MMLU 0: wrong"]),
     ],
 )
 def test_saved_answers_can_be_chosen(
@@ -292,6 +292,24 @@ def test_saved_answers_can_be_chosen(
     run(f"--show={answers}", *arguments)
     lines = capsys.readouterr().out.splitlines()
     assert [line.removeprefix("==== ") for line in lines if line.startswith("====")] == shown
+
+
+def test_line_ends_of_unicode_inside_an_answer_end_no_record(
+    answers: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = answers.read_text(encoding="utf-8")
+    answers.write_text(text.replace("first try", "one\u2028two\x85three"), encoding="utf-8")
+    run(f"--show={answers}")
+    assert capsys.readouterr().out.count("[wrong] one\u2028two\x85three\n") == 6
+
+
+def test_a_place_where_answers_cannot_be_saved_is_refused_before_any_is_written(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file" / "answers.jsonl"):
+        with pytest.raises(UserError, match=r"--save=.* cannot be written"):
+            run("-i", "sft", f"--save={path}")
 
 
 def test_what_is_not_a_file_of_answers_is_refused(answers: Path) -> None:
