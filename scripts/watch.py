@@ -95,11 +95,14 @@ def draw(run_dir: Path, names: list[str], *, is_running: bool, width: int, heigh
     rows = read_metrics(run_dir / "metrics.jsonl")
     series = {name: points(rows, name) for name in names}
     unknown = [name for name, (steps, _) in series.items() if not steps]
-    series = {name: xy for name, xy in series.items() if name not in unknown}
+    # One point is no curve: its axes would be made up.
+    single = {name: xy for name, xy in series.items() if len(xy[0]) == 1}
+    series = {name: xy for name, xy in series.items() if len(xy[0]) > 1}
     lines = [headline(run_dir, rows, is_running)]
     if unknown:
         known = sorted({key for row in rows for key in row if key != "step"})
         lines.append(f"no {', '.join(unknown)} yet; there is {', '.join(known) or 'nothing'}")
+    lines += [f"{name} {ys[0]:.4g} at step {xs[0]}" for name, (xs, ys) in single.items()]
     room = max((height - len(lines) - 1) // max(len(series), 1), SMALLEST[1])
     pictures = [
         plot(name, steps, values, max(width, SMALLEST[0]), room)
@@ -152,8 +155,7 @@ def plot(name: str, steps: list[int], values: list[float], width: int, height: i
     figure.plot_size(width, height)
     figure.title(f"{name} (smoothed)" if name == "loss" else name)
     signal = figure.signal(steps, values)
-    if len(steps) > 1:
-        signal.lines()
+    signal.lines()
     figure.draw(signal)
     text: str = figure.build().string(colorless=True)
     return "\n".join(line.rstrip() for line in text.splitlines())

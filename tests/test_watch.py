@@ -63,6 +63,12 @@ def test_a_metric_that_is_not_there_is_named_with_those_that_are(run: Path) -> N
     assert "not running" in picture
 
 
+def test_a_metric_of_one_point_is_told_and_not_plotted(run: Path) -> None:
+    picture = watch.draw(run, ["loss", "tokens_per_second"], is_running=False, width=80, height=24)
+    assert "tokens_per_second 8000 at step 50" in picture
+    assert picture.count("┌") == 1
+
+
 def test_a_run_without_a_row_is_no_error(run: Path) -> None:
     (run / "metrics.jsonl").write_text("")
     assert "step 0" in watch.draw(run, ["loss"], is_running=True, width=80, height=24)
@@ -70,7 +76,7 @@ def test_a_run_without_a_row_is_no_error(run: Path) -> None:
 
 def test_one_row_and_a_tiny_terminal_are_enough(run: Path) -> None:
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": null}\n')
-    assert "loss 3" in watch.draw(run, ["loss"], is_running=True, width=1, height=1)
+    assert "loss 3 at step 1" in watch.draw(run, ["loss"], is_running=True, width=1, height=1)
 
 
 def test_a_run_is_running_while_its_process_is(run: Path) -> None:
