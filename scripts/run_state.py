@@ -48,6 +48,8 @@ class Config:
 def main(config: Config) -> int:
     stages = _load()
     if config.action == "list":
+        if not stages:
+            print(f"no stage has been run in {base_dir()}")
         for name, record in stages.items():
             print(_describe(name, record))
         return 0
