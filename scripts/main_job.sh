@@ -221,7 +221,8 @@ read_arguments() {
     for override in ${overrides[@]+"${overrides[@]}"}; do
         printf -v "${override%%=*}" '%s' "${override#*=}"
     done
-    for name in MAX_SEQ_LEN DEVICE_BATCH_SIZE TOTAL_BATCH_SIZE DEPTH; do
+    for name in MAX_SEQ_LEN DEVICE_BATCH_SIZE TOTAL_BATCH_SIZE DEPTH SFT_DEVICE_BATCH_SIZE \
+        SFT_EXAMPLES_PER_STEP; do
         [ "${!name}" -ge 1 ] || usage_error "$name is ${!name}; it must be at least 1"
     done
 }

@@ -52,6 +52,7 @@ run_pipeline() {
     pipeline_require_name "${ONLY:-}"
     pipeline_require_name "${FROM:-}"
     pipeline_require_name "${UNTIL:-}"
+    pipeline_require_order "${FROM:-}" "${UNTIL:-}"
     PIPELINE_MODE=run
     trap 'pipeline_stop 130' INT
     trap 'pipeline_stop 143' TERM HUP
@@ -72,6 +73,17 @@ pipeline_require_name() {
         [ "$name" != "$1" ] || return 0
     done
     echo "error: unknown stage '$1'; the stages are: ${PIPELINE_NAMES[*]}" >&2
+    exit 2
+}
+
+pipeline_require_order() {
+    local name
+    [ -n "$1" ] && [ -n "$2" ] || return 0
+    for name in "${PIPELINE_NAMES[@]}"; do
+        [ "$name" != "$1" ] || return 0
+        [ "$name" != "$2" ] || break
+    done
+    echo "error: --from $1 comes after --until $2, so there is nothing to run" >&2
     exit 2
 }
 

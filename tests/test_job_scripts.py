@@ -385,6 +385,19 @@ def test_the_check_asks_for_what_the_stages_will_read(
     assert ("--core_metric_every=-1" in training) == optional
 
 
+@pytest.mark.parametrize("flag", ["--sft-examples-per-step=0", "--sft-device-batch-size=0"])
+def test_a_size_of_nothing_is_refused_in_one_line(place: Place, flag: str) -> None:
+    result = place.run(f"bash speedrun.sh --dry-run {flag}")
+    assert result.returncode == 2
+    assert "it must be at least 1" in result.stderr
+
+
+def test_stages_in_the_wrong_order_are_refused(place: Place) -> None:
+    result = place.run("bash speedrun.sh --dry-run --from mid_train --until tok_train")
+    assert result.returncode == 2
+    assert "--from mid_train comes after --until tok_train" in result.stderr
+
+
 @pytest.mark.parametrize("flag", ["--tasks=pubic", "--sft-packing=tight"])
 def test_a_misspelt_choice_is_refused_before_anything_runs(place: Place, flag: str) -> None:
     result = place.run(f"bash speedrun.sh --dry-run {flag}")
