@@ -110,6 +110,13 @@ def reset() -> None:
     logger.info("the report starts anew in %s", folder)
 
 
+def describe_machine() -> None:
+    """Let the header tell of this machine and code; the data may have been fetched elsewhere."""
+    path = report_dir() / HEADER_FILE
+    if path.exists():
+        write_json(path, read_json(path) | {"facts": report_header.describe()})
+
+
 def generate() -> Path:
     """Write report.md and its plots into the report folder and the working directory."""
     folder = report_dir()

@@ -213,6 +213,7 @@ def _train(trainer: Trainer, config: StageConfig, facts: dict[str, Any]) -> None
     run_dir, world = trainer.saver.run_dir, trainer.runtime.world
     checkpoint = previous_run(run_dir, facts, resume=config.resume, world=world)
     if world.is_main:
+        report.describe_machine()
         mirrors = open_mirrors(
             config.run,
             project=f"nanochat-{facts['stage']}",

@@ -330,6 +330,23 @@ def test_reset_forgets_everything_of_the_earlier_run(
     assert sorted(path.name for path in folder.iterdir()) == ["header.json"]
 
 
+def test_the_header_describes_the_machine_that_trains(
+    clock: list[datetime.datetime], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Data may have been fetched, and the report begun, on a machine without GPUs."""
+    report.describe_machine()
+    assert "Run started: not known" in report.generate().read_text()
+    for machine in ("login-node", "gpu-node"):
+        facts = {"Hardware": {"Host": machine}}
+        monkeypatch.setattr(report_header, "describe", lambda facts=facts: facts)
+        report.reset() if machine == "login-node" else report.describe_machine()
+        clock[0] += datetime.timedelta(hours=1)
+    text = report.generate().read_text()
+    assert "- Host: gpu-node" in text
+    assert "login-node" not in text
+    assert "Run started: 2026-01-02 03:00" in text
+
+
 def test_generate_prints_where_the_report_is(capsys: pytest.CaptureFixture[str]) -> None:
     main(Config())
     assert capsys.readouterr().out.strip().endswith("report/report.md")
