@@ -70,6 +70,8 @@ def assets_of(data: str, num_train: int) -> list[Asset]:
 
 
 def _open_folder(data: str, *, num_workers: int) -> ParquetSource:
+    if not data:
+        raise UserError(f"--data is empty; give one of {', '.join(SOURCES)} or a folder")
     folder = Path(data).expanduser()
     if not folder.exists() and "/" not in data:
         close = difflib.get_close_matches(data, SOURCES, n=1)

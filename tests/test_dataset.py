@@ -146,7 +146,16 @@ def test_a_misspelt_name_is_answered_with_the_nearest() -> None:
 
 
 def test_an_empty_folder_is_named(tmp_path: Path) -> None:
-    refused(tmp_path, str(tmp_path), "no .parquet shards")
+    refused(tmp_path, str(tmp_path), "no .parquet", ".jsonl", ".txt")
+
+
+def test_no_name_is_not_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--data=$TEXTS with a variable that is not set would train on whatever lies around."""
+    (tmp_path / "notes.txt").write_text("not meant")
+    monkeypatch.chdir(tmp_path)
+    refused("", "--data is empty")
 
 
 def test_a_single_shard_leaves_nothing_for_validation(tmp_path: Path) -> None:

@@ -99,12 +99,16 @@ def find_shards(folder: Path) -> list[Path]:
     """The parquet files of a folder by name, at least two of them."""
     if not folder.is_dir():
         raise UserError(
-            f"data folder {folder} does not exist; give a folder of .parquet shards to --data"
+            f"data folder {folder} does not exist; give a folder of .parquet, .jsonl or text files "
+            "to --data"
         )
     # A hidden name is a download or a writer's temporary file.
     shards = sorted(p for p in folder.glob("*.parquet") if not p.name.startswith("."))
     if not shards:
-        raise UserError(f"data folder {folder} holds no .parquet shards")
+        raise UserError(
+            f"data folder {folder} holds no .parquet, .jsonl, .txt or .md files; "
+            "give a folder with such files to --data"
+        )
     if len(shards) == 1:
         raise UserError(
             f"data folder {folder} holds only {shards[0].name}: the last shard is the validation "
