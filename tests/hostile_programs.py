@@ -581,13 +581,14 @@ FORGERIES = {
                 print("ESCAPED", thing)
     """,
     "nonce_from_memory": """
-        needle = b"an" + b"swer(3) == 9"
+        import re
+        tests = re.compile(b"[a]nswer[(]3[)] == 9")  # a pattern that does not find itself
         memory = open("/proc/self/mem", "rb", 0)
         for line in open("/proc/self/maps"):
             first, last = (int(text, 16) for text in line.split()[0].split("-"))
             with contextlib.suppress(OSError, OverflowError, ValueError):
                 memory.seek(first)
-                if needle in memory.read(min(last - first, 1 << 22)):
+                if tests.search(memory.read(min(last - first, 1 << 22))):
                     print("ESCAPED", line)
     """,
     "nonce_from_the_descriptors": """
