@@ -137,13 +137,16 @@ def test_hostile_programs_are_contained_without(host: Host, without: tuple[str, 
 
 AS_NOBODY = """
 import dataclasses, json, sys
+from concurrent.futures import ThreadPoolExecutor
 from nanochat import execution
 programs, without = json.load(sys.stdin)
-for program in programs:
+def run(program):
     request = {"program": program, "tests": "assert answer(3) == 9", "prelude": "",
                "functions": ["answer"]}
-    result = execution._execute(request, 1.0, 256 << 20, unsafe=False, without=without)
-    print(json.dumps(dataclasses.asdict(result)))
+    return execution._execute(request, 1.0, 256 << 20, unsafe=False, without=without)
+with ThreadPoolExecutor(4) as pool:
+    for result in pool.map(run, programs):
+        print(json.dumps(dataclasses.asdict(result)))
 """
 
 
