@@ -96,23 +96,25 @@ class AnswerText:
         self._tokenizer = tokenizer
         self._hidden = special_ids(tokenizer)
         self._brackets = CallBrackets(tokenizer)
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = b""
 
     def feed(self, token: int) -> str:
         """The text that `token` completes; "" while a character is still in pieces."""
         before, after = self._brackets.around(token)
         if token in self._hidden:
             return self._rest() + after
-        return before + self._decoder.decode(self._tokenizer.decode_bytes([token]))
+        data = self._held + self._tokenizer.decode_bytes((token,))
+        text, length = codecs.utf_8_decode(data, "replace", False)
+        self._held = data[length:]
+        return before + text
 
     def finish(self) -> str:
         """What is left when the stream has ended: the rest of a character, an open bracket."""
         return self._rest() + self._brackets.finish()
 
     def _rest(self) -> str:
-        text = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return text
+        held, self._held = self._held, b""
+        return held.decode("utf-8", "replace")
 
 
 def special_ids(tokenizer: Tokenizer) -> frozenset[int]:

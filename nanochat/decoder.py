@@ -11,8 +11,7 @@ Legend: N = chunks whose logits are wanted, V = vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,8 +22,7 @@ from nanochat.gpt import GPT, softcap
 CAPACITY_STEP = 64  # row capacities are rounded up to it, so that memory is seldom moved
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Tokens for positions `start`, `start` + 1, ... of a row whose earlier ones are known."""
 
     row: int

@@ -9,8 +9,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from nanochat.answers import AnswerText, ControlIds
 from nanochat.sampling import SamplingSettings
@@ -89,17 +88,14 @@ class ToolCalls:
         self._special = ControlIds.of(tokenizer)
         self._forced: deque[int] = deque()
         self._expression: list[int] | None = None
-
-    @property
-    def next_forced(self) -> int | None:
+        self.next_forced: int | None = None
         """The token that has to come next, None when any may."""
-        return self._forced[0] if self._forced else None
 
     def feed(self, token: int) -> bool:
         """Take the answer's next token; returns whether it was a forced one."""
-        if self._forced:
-            assert token == self._forced[0]
-            self._forced.popleft()
+        if self.next_forced is not None:
+            assert token == self.next_forced
+            self.next_forced = self._forced.popleft() if self._forced else None
             return True
         if token == self._special.python_start:
             self._expression = []
@@ -113,7 +109,7 @@ class ToolCalls:
         expression, self._expression = self._expression, None
         result = calculate(self._tokenizer.decode(expression)) if expression else None
         if result is not None:
-            self._forced.append(self._special.output_start)
+            self.next_forced = self._special.output_start
             self._forced.extend(self._tokenizer.encode(result))
             self._forced.append(self._special.output_end)
 
@@ -150,8 +146,7 @@ class StopStrings:
         return text
 
 
-@dataclass(frozen=True)
-class TokenEvent:
+class TokenEvent(NamedTuple):
     """A request has grown by one token. The last event of a request has `finish` set."""
 
     request: Request

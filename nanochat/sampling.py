@@ -5,7 +5,7 @@ Legend: B = sequences, V = vocabulary, K = candidates left after top-k.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -123,15 +123,14 @@ def choose(
     logits: Tensor,
     settings: Sequence[SamplingSettings],
     uniforms: Sequence[float],
-    seen: Sequence[Collection[int]],
+    seen: Mapping[int, Collection[int]],
 ) -> list[int]:
     """The next token of each row of logits (B, V), by its own settings and uniform number.
 
-    seen: the tokens that occurred in each row; read only where a penalty is set.
+    seen: the tokens that occurred, of each row with a penalty.
     """
-    for row, (setting, occurred) in enumerate(zip(settings, seen, strict=True)):
-        if setting.repetition_penalty != 1.0:
-            logits[row] = penalized(logits[row], occurred, setting.repetition_penalty)
+    for row, occurred in seen.items():
+        logits[row] = penalized(logits[row], occurred, settings[row].repetition_penalty)
     groups: dict[tuple[float, int | None, float | None, float | None], list[int]] = {}
     for row, setting in enumerate(settings):
         key = (setting.temperature, setting.top_k, setting.top_p, setting.min_p)
@@ -139,7 +138,7 @@ def choose(
     tokens = [0] * len(settings)
     for (temperature, top_k, top_p, min_p), rows in groups.items():
         chosen = sample_at(
-            logits if len(rows) == len(settings) else logits[rows],
+            logits if len(groups) == 1 else logits[rows],
             torch.tensor([uniforms[row] for row in rows], device=logits.device),
             temperature=temperature,
             top_k=top_k,

@@ -47,14 +47,6 @@ class _Row:
         """A row that is reading the same beginning; its copy is waited for."""
 
     @property
-    def pending(self) -> list[int]:
-        """Tokens that are not known yet: the rest of the prompt, or the last token."""
-        num_known, prompt = len(self.known), self.request.prompt
-        if num_known < len(prompt):
-            return prompt[num_known:]
-        return self.request.tokens[num_known - len(prompt) :]
-
-    @property
     def is_reading(self) -> bool:
         """Whether some of the prompt is unknown."""
         return len(self.known) < len(self.request.prompt)
@@ -168,10 +160,13 @@ class Scheduler:
         if not chunks:
             return []
         logits = self.decoder.feed(chunks)
+        deciding = []
         for row, chunk in zip(rows, chunks, strict=True):
-            self.num_prompt_tokens_read += len(chunk.tokens) if row.is_reading else 0
+            if row.is_reading:
+                self.num_prompt_tokens_read += len(chunk.tokens)
             row.known += chunk.tokens
-        deciding = [row for row, c in zip(rows, chunks, strict=True) if c.wants_logits]
+            if chunk.wants_logits:
+                deciding.append(row.request)
         events = self._decide(deciding, logits) if deciding else []
         self._retire_finished()
         return events
@@ -271,40 +266,42 @@ class Scheduler:
         for row in self._active:
             if row.leader is not None:
                 continue
-            tokens, is_last = row.pending, True
-            if row.is_reading:
+            prompt, num_known = row.request.prompt, len(row.known)
+            is_last = True
+            if num_known < len(prompt):
                 if budget == 0:
                     continue
-                is_last = len(tokens) <= budget
-                tokens = tokens[:budget]
+                is_last = len(prompt) - num_known <= budget
+                tokens = prompt[num_known : num_known + budget]
                 budget -= len(tokens)
-            chunks.append(Chunk(row.place, len(row.known), tokens, is_last))
+            else:
+                tokens = row.request.tokens[num_known - len(prompt) :]
+            chunks.append(Chunk(row.place, num_known, tokens, is_last))
             rows.append(row)
         return chunks, rows
 
-    def _decide(self, rows: Sequence[_Row], logits: Tensor) -> list[TokenEvent]:
-        """Choose each row's next token from its logits (rows, V)."""
-        requests = [row.request for row in rows]
-        asks = [request.settings.logprobs is not None for request in requests]
+    def _decide(self, requests: Sequence[Request], logits: Tensor) -> list[TokenEvent]:
+        """Choose each request's next token from its logits (requests, V)."""
+        settings = [request.settings for request in requests]
         # A penalty writes into the logits, but the reported ones are the model's own.
-        own = logits.clone() if any(asks) else logits
+        is_asked = any(setting.logprobs is not None for setting in settings)
+        own = logits.clone() if is_asked else logits
         uniforms = [request.uniform() for request in requests]
-        seen = [
-            {*request.prompt, *request.tokens}
-            if request.settings.repetition_penalty != 1.0
-            else frozenset()
-            for request in requests
-        ]
+        seen = {
+            i: {*requests[i].prompt, *requests[i].tokens}
+            for i, setting in enumerate(settings)
+            if setting.repetition_penalty != 1.0
+        }
         with torch.inference_mode():
-            tokens = choose(logits, [request.settings for request in requests], uniforms, seen)
+            tokens = choose(logits, settings, uniforms, seen)
         events = []
-        for i, (request, sampled) in enumerate(zip(requests, tokens, strict=True)):
+        for i, request in enumerate(requests):
             forced = request.forced
-            token = sampled if forced is None else forced
+            token = tokens[i] if forced is None else forced
             logprob: float | None = None
             alternatives: tuple[tuple[int, float], ...] = ()
-            if request.settings.logprobs is not None:
-                logprob, alternatives = log_probabilities(own[i], token, request.settings.logprobs)
+            if is_asked and (num_alternatives := settings[i].logprobs) is not None:
+                logprob, alternatives = log_probabilities(own[i], token, num_alternatives)
             text = request.accept(token)
             events.append(
                 TokenEvent(

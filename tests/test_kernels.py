@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import shutil
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +130,7 @@ def test_only_wanted_logits_are_returned() -> None:
     chunks = [Chunk(row, 0, [1, row], wants_logits=row != rows[1]) for row in rows]
     logits = decoder.feed(chunks)
     assert logits.shape == (2, config.vocab_size)
-    everything = decoder.feed([replace(chunk, wants_logits=True) for chunk in chunks])
+    everything = decoder.feed([chunk._replace(wants_logits=True) for chunk in chunks])
     assert torch.equal(logits, everything[[0, 2]])
     assert decoder.feed([Chunk(rows[0], 2, [1], wants_logits=False)]).shape[0] == 0
 

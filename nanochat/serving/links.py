@@ -15,9 +15,9 @@ import queue
 import signal
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from multiprocessing.connection import Connection
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from nanochat.common import UserError, setup_logging
 from nanochat.request import Request, TokenEvent
@@ -31,8 +31,7 @@ SPAWN = multiprocessing.get_context("spawn")
 START_SECONDS = 600.0
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):
     """One token of an answer, as the scheduler tells it (see `TokenEvent`)."""
 
     id: int
@@ -50,13 +49,12 @@ class Token:
             event.text,
             event.is_forced,
             event.logprob,
-            tuple(event.alternatives),
+            event.alternatives,
             event.finish,
         )
 
 
-@dataclass(frozen=True)
-class Failure:
+class Failure(NamedTuple):
     """Why a request has no answer, or no more of it."""
 
     kind: Literal["refused", "full", "broken"]
@@ -273,10 +271,7 @@ def _unpacked_command(data: bytes) -> Command:
 
 def _packed(delivery: Delivery) -> bytes:
     return json.dumps(
-        [
-            [number, isinstance(item, Failure), list(asdict(item).values())]
-            for number, item in delivery
-        ]
+        [[number, isinstance(item, Failure), item] for number, item in delivery]
     ).encode()
 
 
@@ -288,5 +283,5 @@ def _unpacked(data: bytes) -> Delivery:
         else:
             token = Token(*values)
             pairs = tuple((int(i), float(p)) for i, p in token.alternatives)
-            delivery.append((number, replace(token, alternatives=pairs)))
+            delivery.append((number, token._replace(alternatives=pairs)))
     return delivery
