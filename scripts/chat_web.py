@@ -143,7 +143,8 @@ def _api_key(config: Config) -> str | None:
         try:
             lines = Path(config.api_key_file).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--api-key-file={config.api_key_file}: {error}") from error
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise UserError(f"--api-key-file={config.api_key_file}: {reason}") from error
         key = lines[0].strip() if lines else ""
         if not key:
             raise UserError(f"the first line of {config.api_key_file} is empty; put the key there")
@@ -172,8 +173,10 @@ def _listening_socket(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
+        # create_server adds the address to the system's words; it stands here already.
+        reason = str(error.strerror).partition(" (while")[0]
         raise UserError(
-            f"cannot listen on {host} port {port} ({error.strerror}); choose another --port"
+            f"cannot listen on {host} port {port} ({reason}); choose another --port"
         ) from error
 
 

@@ -82,7 +82,7 @@ def test_flags_have_the_documented_spellings() -> None:
         ("--model-tag=d9", "no sft model 'd9'"),
         ("--host=0.0.0.0", "--host=0.0.0.0 lets other machines in"),
         ("--host=192.0.2.7", "or --insecure"),
-        ("--api-key-file=/nowhere", "/nowhere"),
+        ("--api-key-file=/nowhere", "--api-key-file=/nowhere: No such file or directory"),
     ],
 )
 def test_wrong_flags_are_explained(base_dir: Path, argument: str, reason: str) -> None:
@@ -100,7 +100,7 @@ def test_a_port_in_use_is_explained(base_dir: Path) -> None:
     save("sft", scripted_model(GREETING))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"port {port} .*choose another --port"):
+        with pytest.raises(UserError, match=rf"port {port} \([^()]+\); choose another --port"):
             main(f"--port={port}")
 
 

@@ -239,6 +239,17 @@ def test_wrong_prompts_are_bad_requests(client: openai.OpenAI, prompt: Any, reas
         client.completions.create(model=MODEL, prompt=prompt)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("tools", [{"type": "function"}]), ("logit_bias", {"5": 1.0}), ("presence_penalty", 0.5)],
+)
+def test_what_does_not_exist_here_is_said_to_be_unsupported(
+    client: openai.OpenAI, field: str, value: Any
+) -> None:
+    with pytest.raises(openai.BadRequestError, match=f"{field} is not supported here; leave it"):
+        client.chat.completions.create(**asking("Count") | {field: value})
+
+
 def test_an_unknown_model_is_not_found(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="this server has nanochat-d1-sft"):
         client.chat.completions.create(**asking("Count") | {"model": "../../etc/passwd"})

@@ -177,7 +177,7 @@ def test_limits_are_answered_with_400_and_the_reason(client: httpx.Client, name:
 FORMS: dict[str, tuple[bytes, str]] = {
     "malformed JSON": (b'{"messages": [', "the body is not valid JSON"),
     "an empty body": (b"", "is missing"),
-    "a list": (b"[1]", "the body"),
+    "a list": (b"[1]", "the body must be a JSON object"),
     "no messages": (b"{}", "messages is missing"),
     "a number as text": (b'{"messages": [{"role": "user", "content": 5}]}', "valid string"),
     "a text as number": (json.dumps({**HELLO, "temperature": "hot"}).encode(), "valid number"),

@@ -239,8 +239,14 @@ _REASONS = {
     "extra_forbidden": "is not a field of this request",
     "missing": "is missing",
     "string_unicode": "is not valid Unicode (a lone surrogate)",
+    "model_attributes_type": "must be a JSON object",
 }
-LIMITS = frozenset(_REASONS) - {"extra_forbidden", "missing", "string_unicode"}
+LIMITS = frozenset(_REASONS) - {
+    "extra_forbidden",
+    "missing",
+    "string_unicode",
+    "model_attributes_type",
+}
 _TAGS = {"text", "list", "ids", "lists"}
 
 
@@ -254,6 +260,9 @@ def reason_of(error: dict[str, Any]) -> tuple[str, str]:
     steps = [step for i, step in enumerate(error["loc"]) if not (i and step in _TAGS)]
     place = "".join(f"[{s}]" if isinstance(s, int) else f".{s}" for s in steps).lstrip(".")
     template = _REASONS.get(error["type"])
+    if 0 in (error.get("ctx", {}).get(bound) for bound in ("max_length", "le")):
+        # A field that is there only for the value that changes nothing.
+        template = "is not supported here; leave it out"
     if template is None:
         what = error["msg"][:1].lower() + error["msg"][1:]
     else:
