@@ -60,7 +60,7 @@ def assets_of(data: str, num_train: int) -> list[Asset]:
 
     if data == EMBEDDED:
         return [generated.asset()]
-    folder = Path(data).expanduser().absolute()
+    folder = _folder(data).absolute()
     source = Generated(
         make=partial(open_source, data),
         is_current=partial(own.is_converted, folder),
@@ -69,10 +69,14 @@ def assets_of(data: str, num_train: int) -> list[Asset]:
     return [Asset(data, str(folder), source, license="your own")]
 
 
-def _open_folder(data: str, *, num_workers: int) -> ParquetSource:
+def _folder(data: str) -> Path:
     if not data:
         raise UserError(f"--data is empty; give one of {', '.join(SOURCES)} or a folder")
-    folder = Path(data).expanduser()
+    return Path(data).expanduser()
+
+
+def _open_folder(data: str, *, num_workers: int) -> ParquetSource:
+    folder = _folder(data)
     if not folder.exists() and "/" not in data:
         close = difflib.get_close_matches(data, SOURCES, n=1)
         meant = f"; did you mean {close[0]}?" if close else ""

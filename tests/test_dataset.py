@@ -11,7 +11,7 @@ import pytest
 
 from nanochat import dataset, prefetch
 from nanochat.common import UserError
-from nanochat.dataset import Config, Position, open_source
+from nanochat.dataset import Config, Position, assets_of, open_source
 from nanochat.sources import START, changed_data, generated
 from nanochat.sources.embedded import DEFAULT_SEED, generate_documents
 from nanochat.sources.hub import HUB_DATASETS, HubDataset
@@ -156,6 +156,8 @@ def test_no_name_is_not_the_working_directory(
     (tmp_path / "notes.txt").write_text("not meant")
     monkeypatch.chdir(tmp_path)
     refused("", "--data is empty")
+    with pytest.raises(UserError, match="--data is empty"):
+        assets_of("", 1)
 
 
 def test_a_single_shard_leaves_nothing_for_validation(tmp_path: Path) -> None:
