@@ -210,7 +210,7 @@ def test_an_unknown_task_is_answered_with_the_nearest() -> None:
     ("arguments", "named"),
     [
         (["-b", "0"], "--batch-size is 0"),
-        (["-n", "0"], "0 samples"),
+        (["-n", "0"], "--num-samples is 0"),
         (["-a", "|"], "--task-name is empty"),
         (["-x", "0"], "has no problems"),
         (["-t", "-1", "-a", "WordProblems", "-x", "1"], "temperature is -1.0"),
