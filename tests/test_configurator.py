@@ -180,7 +180,7 @@ def test_positional_fields_are_not_taken_for_config_files() -> None:
 
     assert parse(Action, []).action == "generate"
     assert parse(Action, ["reset", "--force"]) == Action("reset", force=True)
-    with pytest.raises(UsageError, match="^action is one of reset, generate, got 'rest'$"):
+    with pytest.raises(UsageError, match=r"^action is one of reset, generate, got 'rest'$"):
         parse(Action, ["rest"])
 
 
