@@ -9,8 +9,10 @@ from __future__ import annotations
 import io
 import logging
 import secrets
+import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -85,7 +87,7 @@ class Chat:
         system = (Message("system", self.system),) if self.system else ()
         return Conversation((*system, *self.turns))
 
-    def ask(self, text: str) -> Iterator[str]:
+    def ask(self, text: str) -> Generator[str, None, None]:
         """Yield the answer piece by piece; an answer that is broken off stays as far as it got.
 
         The model is not shown the oldest messages when the context is too small for all.
@@ -186,12 +188,33 @@ def converse(chat: Chat, read: Callable[[], str]) -> None:
 
 def answer(chat: Chat, text: str) -> None:
     """Print the answer as it comes; Ctrl-C ends the answer alone."""
-    try:
-        for piece in chat.ask(text):
+    with _interrupts_noted() as is_interrupted, closing(chat.ask(text)) as pieces:
+        for piece in pieces:
             print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        print(" [stopped]", end="", file=sys.stderr, flush=True)
+            if is_interrupted():
+                print(" [stopped]", end="", file=sys.stderr, flush=True)
+                break
     print(flush=True)
+
+
+@contextmanager
+def _interrupts_noted() -> Iterator[Callable[[], bool]]:
+    """Note Ctrl-C instead of raising KeyboardInterrupt; yields whether it was pressed.
+
+    The exception would come at any line: in the middle of a step, or in a finalizer, where Python
+    drops it and the answer would go on.
+    """
+    pressed = False
+
+    def note(*_: object) -> None:
+        nonlocal pressed
+        pressed = True
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # ---- commands of a conversation -------------------------------------------------------------

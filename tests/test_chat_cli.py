@@ -22,7 +22,7 @@ from nanochat.configurator import UsageError, parse
 from nanochat.sampling import SamplingSettings
 from nanochat.scheduler import Scheduler
 from scripts import chat_cli
-from scripts.chat_cli import Chat, Config
+from scripts.chat_cli import Chat, Config, answer
 
 REPOSITORY = Path(__file__).parents[1]
 # What prompt_toolkit sends when it begins to read a line (bracketed paste on).
@@ -214,6 +214,30 @@ def test_earlier_lines_come_back_with_the_arrow_key(terminal: Any) -> None:
     child.expect_exact("Hello?")
     child.send("\r")
     child.expect_exact("Hey \U0001f642!")
+
+
+class _Gone:
+    """Sends Ctrl-C while it is being finalized, where an exception would be lost."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_is_not_lost_when_it_comes_in_a_finalizer(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Endless:
+        def ask(self, text: str) -> Iterator[str]:
+            for number in range(100):
+                if number == 3:
+                    _Gone()
+                yield "word "
+
+    answer(Endless(), "Hello?")  # type: ignore[arg-type]
+    captured = capsys.readouterr()
+    assert captured.out == "word " * 4 + "\n"
+    assert captured.err == " [stopped]"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Any) -> None:
