@@ -108,6 +108,7 @@ main_job() {
     choose_launcher "$DEVICES"
     fit_batches
     settle_places
+    learn_pipeline pipeline
     if [ "$DRY_RUN" = 1 ] || [ "$LIST" = 1 ]; then
         run_pipeline pipeline
         return

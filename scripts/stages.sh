@@ -42,17 +42,23 @@ training() { pipeline_step training "$@"; }
 evaluation() { pipeline_step evaluation "$@"; }
 report() { pipeline_step report "$@"; }
 
-run_pipeline() {
+# Learn the names of the stages and refuse what the command line asks of others. Runs nothing.
+learn_pipeline() {
+    [ "${#PIPELINE_NAMES[@]}" = 0 ] || return 0
     PIPELINE_MODE=learn
     "$1"
-    if [ "${LIST:-0}" = 1 ]; then
-        printf '%s\n' "${PIPELINE_NAMES[@]}"
-        return
-    fi
     pipeline_require_name "${ONLY:-}"
     pipeline_require_name "${FROM:-}"
     pipeline_require_name "${UNTIL:-}"
     pipeline_require_order "${FROM:-}" "${UNTIL:-}"
+}
+
+run_pipeline() {
+    learn_pipeline "$1"
+    if [ "${LIST:-0}" = 1 ]; then
+        printf '%s\n' "${PIPELINE_NAMES[@]}"
+        return
+    fi
     PIPELINE_MODE=run
     trap 'pipeline_stop 130' INT
     trap 'pipeline_stop 143' TERM HUP

@@ -157,6 +157,7 @@ def test_run_name_comes_from_the_environment() -> None:
         (["--depth=0"], "DEPTH is 0"),
         (["fast"], "unknown argument 'fast'"),
         (["--only=trian", "--dry-run"], "unknown stage 'trian'"),
+        (["--from=trian", "--yes"], "unknown stage 'trian'"),
     ],
 )
 def test_wrong_lines_are_refused(arguments: list[str], message: str) -> None:
