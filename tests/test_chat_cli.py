@@ -233,11 +233,12 @@ def test_ctrl_c_is_not_lost_when_it_comes_in_a_finalizer(
                     _Gone()
                 yield "word "
 
+    before = signal.getsignal(signal.SIGINT)
     answer(Endless(), "Hello?")  # type: ignore[arg-type]
     captured = capsys.readouterr()
     assert captured.out == "word " * 4 + "\n"
     assert captured.err == " [stopped]"
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Any) -> None:
