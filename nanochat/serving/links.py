@@ -100,7 +100,7 @@ def run_engine(
                 deliver([(number, Failure("full" if is_full else "refused", str(error)))])
         try:
             events = scheduler.step()
-        except Exception:  # whatever failed: these requests end with a reason, later ones are served
+        except Exception:  # these requests end with a reason, later ones are served
             logger.exception("a step of the engine failed; its %d requests end", len(requests))
             broken = Failure("broken", "the engine failed while it answered; try again")
             deliver([(number, broken) for number in requests])
