@@ -11,7 +11,7 @@ import csv
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -134,10 +134,15 @@ def load_bundle(folder: Path) -> list[CoreTask]:
     return [_task(entry, folder, chances) for entry in entries]
 
 
-def files_digest(folder: Path) -> str:
-    """Changes with any file below a folder: SHA-256 of names, sizes and times."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    known = [(str(path.relative_to(folder)), path.stat()) for path in files]
+def bundle_digest(folder: Path) -> str:
+    """Changes with every file of a bundle, and with nothing else that lies in its folder."""
+    items = [task.path for task in load_bundle(folder) if task.path.exists()]
+    return files_digest(folder, [folder / "core.yaml", folder / "eval_meta_data.csv", *items])
+
+
+def files_digest(folder: Path, files: Iterable[Path]) -> str:
+    """SHA-256 of the names below a folder, sizes and times of files that nobody is writing."""
+    known = [(path.relative_to(folder).as_posix(), path.stat()) for path in sorted(set(files))]
     told = [(name, status.st_size, status.st_mtime_ns) for name, status in known]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 

@@ -18,7 +18,7 @@ from typing import Any
 from nanochat import checkpoint_manager, configurator, report, runtime
 from nanochat.answers import plain_text
 from nanochat.common import UserError, atomic_write_text, base_dir
-from nanochat.core_bundle import files_digest
+from nanochat.core_bundle import bundle_digest, files_digest
 from nanochat.core_eval import CoreResult, evaluate_core
 from nanochat.core_scoring import GptModel, LanguageModel
 from nanochat.core_scoring import Tokenizer as CoreTokenizer
@@ -114,7 +114,9 @@ def evaluate_hf_model(config: Config, parts: list[str], rt: Runtime) -> None:
     model, tokenizer = load_hf_model(path, device=rt.device, dtype=rt.compute_dtype)
     name = path.strip("/").replace("/", "-")
     data = config.data or "fineweb-edu"
-    weights = files_digest(Path(path)) if Path(path).is_dir() else None
+    weights = None
+    if Path(path).is_dir():
+        weights = files_digest(Path(path), [p for p in Path(path).rglob("*") if p.is_file()])
     sections = run_core(model, tokenizer, config, data, rt, name, weights)
     if rt.world.is_main:
         report.append("Base model evaluation", [asdict(config), {"Model": path}, *sections])
@@ -133,11 +135,11 @@ def run_core(
 
     weights: what tells these weights from all others; without it a killed run starts again.
     """
-    folder, bundle = base_dir() / "base_eval", mixtures.core_bundle(data)
+    folder, bundle = base_dir() / "base_eval", mixtures.core_bundle(data, rt.world)
     progress_dir = None
     if weights is not None:
-        told = f"{weights} {rt.compute_dtype} {config.max_per_task} {files_digest(bundle)}"
-        # Rank 0's: the others may look before a bundle is completely written.
+        told = f"{weights} {rt.compute_dtype} {config.max_per_task} {bundle_digest(bundle)}"
+        # Rank 0's: the clocks of two machines may tell a file's time differently.
         digest = rt.world.gather_objects(hashlib.sha256(told.encode()).hexdigest()[:16])[0]
         progress_dir = folder / f"unfinished_{name}_{digest}"
     core = evaluate_core(

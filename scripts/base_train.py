@@ -117,7 +117,7 @@ def main(config: Config) -> int:
             result = core_eval.evaluate_core(
                 GptModel(trainer.model),
                 tokenizer,
-                mixtures.core_bundle(data),
+                mixtures.core_bundle(data, rt.world),
                 max_per_task=config.core_metric_max_per_task,
                 runtime=rt,
             )

@@ -10,9 +10,9 @@ length; what counts is their proportion. A row is made when it is asked for.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
-from nanochat.common import UserError, eval_bundle_dir
+from nanochat.common import UserError, eval_bundle_dir, locked
 from tasks import public
 from tasks.common import Task, TaskMixture
 from tasks.embedded_chat import Identity, SmallTalk, Stories, SystemMessages, TwoTurn
@@ -194,9 +194,29 @@ def _check_mixture(stage: str, tasks: str, chats: Sequence[str]) -> None:
     _check(stage, tasks, chats)
 
 
-def core_bundle(data: str) -> Path:
-    """Return the folder of CORE tasks for runs on `data`; the embedded ones are made on demand."""
-    directory = eval_bundle_dir(data)
-    if data == "embedded" and not (directory / "core.yaml").is_file():
-        write_bundle(directory)
-    return directory
+class Ranks(Protocol):
+    """What `nanochat.runtime.World` says of the processes of one run."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one that writes shared files."""
+        ...
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        ...
+
+
+def core_bundle(data: str, ranks: Ranks) -> Path:
+    """Return the folder of CORE tasks for runs on `data`; the embedded ones are made on demand.
+
+    All ranks call this: the main one writes, and no other comes back before all of it is there.
+    """
+    folder = eval_bundle_dir(data)
+    if data == EMBEDDED:
+        if ranks.is_main:
+            with locked(folder):  # another run may be at it in the same base folder
+                if not (folder / "core.yaml").is_file():
+                    write_bundle(folder)
+        ranks.barrier()
+    return folder

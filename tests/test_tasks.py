@@ -10,7 +10,7 @@ import pytest
 
 from nanochat.common import UserError
 from nanochat.conversation import Conversation, chat
-from nanochat.core_bundle import load_bundle
+from nanochat.core_bundle import bundle_digest, load_bundle
 from nanochat.sources.world.numbers import is_held_out_pair
 from nanochat.sources.world.problem_texts import FAMILIES
 from nanochat.sources.world.relations import all_facts
@@ -400,6 +400,49 @@ def test_the_bundle_is_the_same_byte_for_byte_each_time(bundle, tmp_path):
     second = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     assert first == second
     assert len(first) == len(BUNDLE) + 2
+
+
+class Ranks:
+    """One of several ranks; what the others have done when it comes to the barrier."""
+
+    def __init__(self, is_main, meanwhile):
+        self.is_main, self.barrier = is_main, meanwhile
+
+
+def test_one_rank_writes_the_bundle_and_the_others_wait_until_it_is_whole(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    folder = tmp_path / "eval_bundle_embedded"
+    met = []
+
+    def others_come() -> None:
+        met.append(len(load_bundle(folder)))
+
+    def main_rank_writes() -> None:
+        assert not folder.exists()
+        write_bundle(folder)
+        met.append(len(load_bundle(folder)))
+
+    assert mixtures.core_bundle("embedded", Ranks(False, main_rank_writes)) == folder
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.jsonl")}
+    assert mixtures.core_bundle("embedded", Ranks(True, others_come)) == folder
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.jsonl")} == before
+    (folder / "core.yaml").unlink()
+    assert mixtures.core_bundle("embedded", Ranks(True, others_come)) == folder
+    assert met == [len(BUNDLE)] * 3
+
+
+def test_only_files_that_the_bundle_names_change_its_digest(tmp_path):
+    """A writer's temporary file may be gone by the time that somebody looks at it."""
+    write_bundle(tmp_path)
+    before = bundle_digest(tmp_path)
+    (tmp_path / ".core.yaml.usrqi3vp").symlink_to(tmp_path / "gone")
+    (tmp_path / "eval_data/embedded/notes.txt").write_text("mine")
+    assert bundle_digest(tmp_path) == before
+    items = load_bundle(tmp_path)[0].path
+    items.write_text(items.read_text() + "\n")
+    changed = bundle_digest(tmp_path)
+    items.unlink()  # a task without items is left out, which is another evaluation
+    assert len({before, changed, bundle_digest(tmp_path)}) == 3
 
 
 def test_gold_options_of_the_bundle_are_spread(bundle):
