@@ -214,12 +214,16 @@ def _cropped(
 
 
 def _scored_spans(task: CoreTask, options: list[list[int]]) -> list[tuple[int, int]]:
-    """Where the answers lie: what options do not share in front, or do share at the end."""
+    """Where the answers lie: what options do not share in front, or do share at the end.
+
+    At least the last token of each: three items of piqa have a choice that begins another one.
+    """
+    longest = min(map(len, options)) - 1
     if task.kind == "multiple_choice":
-        start = _common_prefix(options)
+        start = min(_common_prefix(options), longest)
         return [(start, len(option)) for option in options]
     if task.kind == "schema":
-        length = _common_prefix([option[::-1] for option in options])
+        length = min(_common_prefix([option[::-1] for option in options]), longest)
         return [(len(option) - length, len(option)) for option in options]
     question, whole = options
     if whole[: len(question)] != question:

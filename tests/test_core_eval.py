@@ -314,6 +314,23 @@ def test_a_toy_bundle_scores_what_a_person_counts(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("kind", ["multiple_choice", "schema"])
+def test_an_option_that_is_all_shared_is_scored_by_what_is_left(tmp_path: Path, kind: str) -> None:
+    model = random_model(5)
+    options = [["on the", "on the mat"], ["mat", "the mat"], ["same", "same"]]
+    items = [
+        {"query": "It sat", "choices": pair, "context_options": pair, "continuation": "", "gold": i}
+        for pair in options
+        for i in (0, 1)
+    ]
+    task = {"type": kind, "shots": 0, "items": items}
+    bundle = write_bundle(tmp_path / "b", {"shared": task})
+    (score,) = evaluate_core(GptModel(model), TOKENIZER, bundle, -1, RUNTIME).tasks
+    assert score.decisions == tuple(reference.decisions(model, TOKENIZER, bundle, "shared", -1))
+    # Each pair is there with either gold: exactly one of them is right.
+    assert score.accuracy == 0.5
+
+
 def test_the_same_options_everywhere_count_as_the_first(tmp_path: Path) -> None:
     alphabet: Any = AlphabetModel()
     items = [{"context_options": ["aXb", "aYb"], "continuation": "c", "gold": i} for i in (0, 1)]
@@ -462,10 +479,12 @@ def test_more_shots_than_other_items_is_refused(
         evaluate_core(GptModel(random_model(0)), TOKENIZER, bundle, max_per_task, RUNTIME)
 
 
-def test_options_that_do_not_differ_cannot_be_scored(tmp_path: Path) -> None:
-    bundle = broken(tmp_path, '{"query": "q", "choices": ["a", "ab"], "gold": 0}')
+def test_an_answer_longer_than_the_model_cannot_be_scored(tmp_path: Path) -> None:
+    choices = json.dumps(["b" * 170, "a"])
+    bundle = broken(tmp_path, f'{{"query": "q", "choices": {choices}, "gold": 0}}')
+    short = GptModel(random_model(0, sequence_len=16))
     with pytest.raises(UserError, match=r"task, item \d .* nothing is left to score"):
-        evaluate_core(GptModel(random_model(0)), TOKENIZER, bundle, -1, RUNTIME)
+        evaluate_core(short, TOKENIZER, bundle, -1, RUNTIME)
 
 
 def test_answers_glued_to_their_question_are_refused(tmp_path: Path) -> None:

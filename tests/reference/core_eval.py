@@ -70,7 +70,8 @@ def is_right(model, tokenizer, task: dict, items: list[dict], index: int, max_le
     drawn = random.Random(1234 + index).sample(others, task["num_fewshot"][0])
     prompts = render(task, items[index], [items[i] for i in drawn])
     options = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
-    shortest = min(len(ids) for ids in options)
+    # An option that begins (or ends) another one is scored by its last token (or all but BOS).
+    shortest = min(len(ids) for ids in options) - 1
     if task["icl_task_type"] == "language_modeling":
         without, ids = options
         assert ids[: len(without)] == without
