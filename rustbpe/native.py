@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rustbpe.libraries import declare, fitting_libraries
+
 ABI_VERSION = 3
 _BYTES = ctypes.c_char_p
 _U64S = POINTER(c_uint64)
@@ -55,33 +57,16 @@ class CoreError(RuntimeError):
     """The core panicked: a defect in it, not in the input."""
 
 
-def library_candidates() -> list[Path]:
-    """Return where a compiled core may lie: the installed one first, then cargo's own output."""
-    folder = Path(__file__).parent
-    built = [folder / "target" / "release" / f"librustbpe.{end}" for end in ("so", "dylib")]
-    built.append(folder / "target" / "release" / "rustbpe.dll")
-    installed = [path for end in ("so", "pyd", "dylib") for path in folder.glob(f"_core*.{end}")]
-    return [path for path in [*sorted(installed), *built] if path.exists()]
-
-
 @lru_cache(maxsize=1)
 def load() -> ctypes.CDLL | None:
     """Return the core, or None where there is none that fits."""
-    for path in library_candidates():
-        try:
-            library = ctypes.CDLL(str(path))
-            version = library.rbpe_abi_version()
-        except (OSError, AttributeError):
-            continue
-        if version != ABI_VERSION:
-            continue
-        for name, arguments in _SIGNATURES.items():
-            function = getattr(library, name)
-            function.argtypes = arguments
-            function.restype = c_int32
-        library.rbpe_last_error.argtypes = (POINTER(c_uint8), c_size_t)
-        library.rbpe_last_error.restype = c_size_t
-        return library
+    folder = Path(__file__).parent
+    for core in fitting_libraries(
+        folder, "rustbpe", version_function="rbpe_abi_version", version=ABI_VERSION
+    ):
+        declare(core, _SIGNATURES)
+        declare(core, {"rbpe_last_error": (POINTER(c_uint8), c_size_t)}, c_size_t)
+        return core
     return None
 
 

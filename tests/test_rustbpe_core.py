@@ -16,6 +16,7 @@ from bpe_texts import corpus, tiktoken_of, trained_tokenizer
 
 import rustbpe
 from rustbpe import formats, native, reference
+from rustbpe.libraries import fitting_libraries
 
 ROOT = Path(__file__).parents[1]
 SHARED_TEXT = ROOT.parent / "shared" / "data" / "text"
@@ -86,6 +87,26 @@ def test_the_crate_is_formatted_and_free_of_lints():
 
 
 # ---- the C ABI --------------------------------------------------------------------------------
+
+
+@needs_core
+def test_libraries_that_are_absent_foreign_or_of_another_version_are_passed_over(tmp_path):
+    release = tmp_path / "target" / "release"
+    release.mkdir(parents=True)
+    (tmp_path / "_core.so").write_bytes(b"for another machine")
+    core = native.load()._name
+    shutil.copy(core, release / "librustbpe.so")
+
+    def found(version_function, version):
+        return list(
+            fitting_libraries(
+                tmp_path, "rustbpe", version_function=version_function, version=version
+            )
+        )
+
+    assert len(found("rbpe_abi_version", native.ABI_VERSION)) == 1
+    assert found("rbpe_abi_version", native.ABI_VERSION + 1) == []
+    assert found("another_version", native.ABI_VERSION) == []
 
 
 @needs_core

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Sequence
-from ctypes import POINTER, byref, c_double, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, byref, c_double, c_size_t, c_uint32, c_uint64, c_void_p
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nanochat.decoder import Chunk
 from nanochat.gpt import GPT, GPTConfig
+from rustbpe.libraries import declare, fitting_libraries
 
 ABI_VERSION = 1
 Weights = Literal["float32", "bfloat16", "int8"]
@@ -67,34 +68,18 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def library_candidates() -> list[Path]:
-    """Where a compiled library may lie: the installed one first, then cargo's own output."""
-    folder = Path(__file__).parent
-    name = "nanochat_kernels"
-    release = folder / "target" / "release"
-    built = [release / f"lib{name}.so", release / f"lib{name}.dylib", release / f"{name}.dll"]
-    installed = [path for end in ("so", "pyd", "dylib") for path in folder.glob(f"_core*.{end}")]
-    return [path for path in [*sorted(installed), *built] if path.exists()]
-
-
 @lru_cache(maxsize=1)
 def load() -> ctypes.CDLL | None:
     """The library, or None where there is none that fits this version and this processor."""
-    for path in library_candidates():
-        try:
-            library = ctypes.CDLL(str(path))
-            version = library.nck_abi_version()
-        except (OSError, AttributeError):
-            continue
-        if version != ABI_VERSION:
-            continue
-        for name, arguments in _SIGNATURES.items():
-            function = getattr(library, name)
-            function.argtypes, function.restype = arguments, c_int32
-        library.nck_model_bytes.argtypes, library.nck_model_bytes.restype = (c_void_p,), c_uint64
-        for name in ("nck_isa", "nck_last_error"):
-            function = getattr(library, name)
-            function.argtypes, function.restype = (c_void_p, c_size_t), c_size_t
+    folder = Path(__file__).parent
+    for library in fitting_libraries(
+        folder, "nanochat_kernels", version_function="nck_abi_version", version=ABI_VERSION
+    ):
+        declare(library, _SIGNATURES)
+        declare(library, {"nck_model_bytes": (c_void_p,)}, c_uint64)
+        declare(
+            library, dict.fromkeys(("nck_isa", "nck_last_error"), (c_void_p, c_size_t)), c_size_t
+        )
         if instruction_set(library):
             return library
     return None
