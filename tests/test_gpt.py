@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.attention import causal_attention
+from nanochat.blocks import rms_norm, rotary_tables, rotate
 from nanochat.common import UserError
-from nanochat.gpt import GPT, GPTConfig, rms_norm, rotary_tables, rotate
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.objectives import next_token_loss_sum, token_losses
 from nanochat.scaling import model_config
 

@@ -1,0 +1,176 @@
+"""What a transformer is made of: norm, rotation, attention, MLP, block.
+
+Legend: B = sequences, T = positions, Q = wanted positions, C = model width (n_embd), D = head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanochat import fused
+from nanochat.attention import Past, cached_attention, causal_attention
+from nanochat.gpt_config import GPTConfig
+
+ROPE_BASE = 10_000.0  # arXiv:2104.09864, section 3.2.2
+NORM_EPS = torch.finfo(torch.float32).eps
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """Scale the last dimension to unit root mean square; no weights (arXiv:1910.07467)."""
+    if fused.pays_for(x):
+        return fused.rms_norm(x, NORM_EPS)
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    """max(x, 0)^2, the activation of arXiv:2109.08668, section 3.1."""
+    return fused.relu_squared(x) if fused.pays_for(x) else F.relu(x).square()
+
+
+def rotary_tables(length: int, head_dim: int, device: torch.device | None) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of every position's angles, each (length, D / 2) fp32."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    positions = torch.arange(length, dtype=torch.float32, device=device)
+    angles = torch.outer(positions, ROPE_BASE**-exponents)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate feature pairs (i, i + D/2) by their position's angle (RoPE, arXiv:2104.09864, eq. 34).
+
+    x: (B, T, heads, D); cos, sin: (T, D / 2) or (B, T, D / 2). The turn is by minus the angle, as
+    in the 2025
+    nanochat; attention sees only differences, so the sign is a convention of the weights. Returns
+    x's dtype.
+    """
+    first, second = x.float().chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    turned = torch.cat((first * cos + second * sin, second * cos - first * sin), dim=-1)
+    return turned.to(x.dtype)
+
+
+def rotate_and_norm(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """`rotate`, then `rms_norm` of each head (QK norm, arXiv:2010.04245)."""
+    if fused.pays_for(x) and rotary[0].ndim == 2:
+        return fused.rotate_and_norm(x, *rotary, NORM_EPS)
+    return rms_norm(rotate(x, *rotary))
+
+
+class CausalSelfAttention(nn.Module):
+    """Grouped-query attention with rotary positions and QK norm."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        """Four bias-free matrices; `layer` is this block's place in the cache."""
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        width, kv_width = config.n_embd, config.num_kv_heads * config.head_dim
+        self.c_q = nn.Linear(width, width, bias=False)
+        self.c_k = nn.Linear(width, kv_width, bias=False)
+        self.c_v = nn.Linear(width, kv_width, bias=False)
+        self.c_proj = nn.Linear(width, width, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        cached: CachedStep | None,
+        wanted: Wanted | None = None,
+    ) -> Tensor:
+        """x: (B, T, C), normed. Returns (B, T, C), or (B, Q, C) for the Q wanted columns."""
+        if wanted is not None:
+            return self._attend_from(wanted, x, rotary, cached)
+        q = self.c_q(x).unflatten(-1, (-1, self.head_dim))
+        k = self.c_k(x).unflatten(-1, (-1, self.head_dim))
+        v = self.c_v(x).unflatten(-1, (-1, self.head_dim))
+        q, k = rotate_and_norm(q, rotary), rotate_and_norm(k, rotary)
+        if cached is None:
+            y = causal_attention(q, k, v)
+        else:
+            y = cached.cache.attend(self.layer, q, k, v, cached.positions)
+        out: Tensor = self.c_proj(y.flatten(-2))
+        return out
+
+    def _attend_from(
+        self,
+        wanted: Wanted,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        cached: CachedStep | None,
+    ) -> Tensor:
+        """Keys and values of all columns, queries of the wanted ones."""
+        q = self.c_q(wanted.of(x)).unflatten(-1, (-1, self.head_dim))
+        k = self.c_k(x).unflatten(-1, (-1, self.head_dim))
+        v = self.c_v(x).unflatten(-1, (-1, self.head_dim))
+        q, k = rotate_and_norm(q, wanted.rotary), rotate_and_norm(k, rotary)
+        if cached is None:
+            y = cached_attention(q, k.transpose(1, 2), v.transpose(1, 2), wanted.columns)
+        else:
+            y = cached.cache.attend(self.layer, q, k, v, cached.positions, wanted.positions)
+        out: Tensor = self.c_proj(y.flatten(-2))
+        return out
+
+
+class MLP(nn.Module):
+    """Two matrices around a squared ReLU."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        """C -> 4C -> C, no biases."""
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, T, C), normed. Returns (B, T, C)."""
+        out: Tensor = self.c_proj(relu_squared(self.c_fc(x)))
+        return out
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: attention, then MLP."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        """Build block number `layer`, counted from 0."""
+        super().__init__()
+        self.attn = CausalSelfAttention(config, layer)
+        self.mlp = MLP(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        cached: CachedStep | None,
+        wanted: Wanted | None = None,
+    ) -> Tensor:
+        """x: (B, T, C). Returns (B, T, C), or (B, Q, C) for the Q wanted columns."""
+        attended = self.attn(rms_norm(x), rotary, cached, wanted)
+        x = attended + (x if wanted is None else wanted.of(x))
+        out: Tensor = x + self.mlp(rms_norm(x))
+        return out
+
+
+@dataclass(frozen=True)
+class CachedStep:
+    """One forward pass over a cache: where this call's tokens stand in their rows, (B, T) int64."""
+
+    cache: Past
+    positions: Tensor
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Columns (B, Q) of a forward pass whose final states are asked for.
+
+    positions: their places in their sequences, (B, Q); rotary: the tables there, (B, Q, D / 2).
+    """
+
+    columns: Tensor
+    positions: Tensor
+    rotary: tuple[Tensor, Tensor]
+
+    def of(self, x: Tensor) -> Tensor:
+        """The wanted columns of x (B, T, C): (B, Q, C)."""
+        return x.gather(1, self.columns.unsqueeze(-1).expand(-1, -1, x.size(-1)))
