@@ -348,14 +348,14 @@ def _fetch_file(asset: Asset, transfer: Transfer) -> None:
         url = hub.file_url(asset.source.dataset, asset.source.file)
         transfer.download(url, asset.path, headers=hub.headers())
     elif isinstance(asset.source, Url):
-        url, sha256 = _mirrored(asset.source.url), asset.source.sha256
+        url, sha256 = mirrored(asset.source.url), asset.source.sha256
         transfer.download(url, asset.path, sha256=sha256)
 
 
 def _fetch_zip(asset: Asset, source: ZipUrl, transfer: Transfer) -> list[Path]:
     """Fetch and unpack; the folder appears complete."""
     archive = asset.path.with_name(f".{asset.path.name}.zip")
-    transfer.download(_mirrored(source.url), archive)
+    transfer.download(mirrored(source.url), archive)
     unpacked = asset.path.with_name(f".{asset.path.name}.new")
     shutil.rmtree(unpacked, ignore_errors=True)
     try:
@@ -375,7 +375,7 @@ def _fetch_zip(asset: Asset, source: ZipUrl, transfer: Transfer) -> list[Path]:
     return sorted(path for path in asset.path.rglob("*") if path.is_file())
 
 
-def _mirrored(url: str) -> str:
+def mirrored(url: str) -> str:
     """The address in the user's mirror of what does not come from the hub, if there is one."""
     mirror = os.environ.get(MIRROR_VARIABLE)
     return f"{mirror.rstrip('/')}/{url.rpartition('/')[2]}" if mirror else url

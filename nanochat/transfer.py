@@ -169,7 +169,7 @@ class Transfer:
                     file.write(chunk)
                     self.on_bytes(len(chunk))
             except requests.RequestException as error:
-                raise _AgainError(f"the connection was cut ({_reason(error)})") from error
+                raise _AgainError(f"the connection was cut ({reason_of(error)})") from error
             finally:
                 file.flush()
                 os.fsync(file.fileno())
@@ -203,11 +203,11 @@ class Transfer:
         try:
             response = requests.get(url, headers=dict(headers), stream=True, timeout=timeout)
         except requests.exceptions.ConnectionError as error:
-            raise _NoAnswerError(f"no connection ({_reason(error)})") from error
+            raise _NoAnswerError(f"no connection ({reason_of(error)})") from error
         except requests.Timeout as error:
             raise _AgainError(f"no answer within {self.patience.read_seconds:g} s") from error
         except requests.RequestException as error:
-            raise TransferError(f"{url} cannot be fetched: {_reason(error)}") from error
+            raise TransferError(f"{url} cannot be fetched: {reason_of(error)}") from error
         self._heard.add(urlsplit(url).netloc)
         with response:
             status = response.status_code
@@ -350,7 +350,7 @@ def _refusal(url: str, response: requests.Response) -> str:
     return f"{url} cannot be fetched: {said}"
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """The innermost cause in a few words; the chain around it says the same at length."""
     cause: BaseException = error
     while (inner := cause.__cause__ or cause.__context__) is not None:

@@ -71,11 +71,19 @@ def main(config: Config) -> int:
     if config.action == "doctor":
         # Here, because it loads torch, which the other three do without.
         from nanochat import doctor
+        from nanochat.doctor.network import check_network
 
         recipe = doctor.Recipe(config.depth, config.device_batch_size)
-        return doctor.examine(recipe, extra=[lambda: doctor.Finding(*_examined(config))])
+        assets = _flat(_chosen(config))
+        missing = _required(assets, _problems(assets, verify=config.verify), config)
+        state = _state_of(assets, missing, config)
+        extra = [
+            lambda: check_network([asset for asset, _ in missing]),
+            lambda: doctor.Finding("assets", *state),
+        ]
+        return doctor.examine(recipe, extra=extra)
     by_stage = _chosen(config)
-    assets = list(dict.fromkeys(asset for found in by_stage.values() for asset in found))
+    assets = _flat(by_stage)
     if config.action == "prefetch":
         return _prefetch(assets, config)
     if config.action == "check":
@@ -96,6 +104,11 @@ def _chosen(config: Config) -> dict[str, list[Asset]]:
         return by_stage
     known = [asset for found in by_stage.values() for asset in found]
     return {"named": [asset for name in config.names for asset in _named(name, known)]}
+
+
+def _flat(by_stage: dict[str, list[Asset]]) -> list[Asset]:
+    """The assets of several stages, each once."""
+    return list(dict.fromkeys(asset for found in by_stage.values() for asset in found))
 
 
 def _named(name: str, known: Sequence[Asset]) -> list[Asset]:
@@ -181,14 +194,13 @@ def _required(
     return [(asset, problem) for asset, problem in missing if asset not in optional]
 
 
-def _examined(config: Config) -> tuple[str, Literal["ok", "FAIL"], str, str]:
+def _state_of(
+    assets: Sequence[Asset], missing: Sequence[tuple[Asset, str]], config: Config
+) -> tuple[Literal["ok", "FAIL"], str, str]:
     """The last line of the doctor: is what the stages read on this machine."""
-    by_stage = _chosen(config)
-    assets = list(dict.fromkeys(asset for found in by_stage.values() for asset in found))
-    required = _required(assets, _problems(assets, verify=False), config)
-    if not required:
-        return "assets", "ok", f"{len(assets)} in {base_dir()}", ""
-    return "assets", "FAIL", _summary(required), f"with internet run: {_command(config)}"
+    if not missing:
+        return "ok", f"{len(assets)} in {base_dir()}", ""
+    return "FAIL", _summary(missing), f"with internet run: {_command(config)}"
 
 
 def _summary(missing: Sequence[tuple[Asset, str]]) -> str:
@@ -209,7 +221,7 @@ def _list(by_stage: dict[str, list[Asset]], config: Config) -> int:
     """One line for each asset or data set: stages, name, size, rows, state, source, license."""
     lines: dict[str, _Line] = {}
     stages: dict[str, list[str]] = {}
-    assets = list(dict.fromkeys(asset for found in by_stage.values() for asset in found))
+    assets = _flat(by_stage)
     for stage, found in by_stage.items():
         for group in dict.fromkeys(map(_group, found)):
             stages.setdefault(group, []).append(stage)

@@ -17,8 +17,9 @@ DEFAULT_MODULES="spack-managed-x86-64_v3/v1.0 python/3.12.5 cuda-toolkit"
 
 declare -A SETTINGS=()
 
+# Fails when a value is one that SLURM or a path could not be made of, having named all of them.
 read_settings() {
-    local line key value number=0 file=.env.local
+    local line key value shape number=0 code=0 file=.env.local
     SETTINGS=()
     [ -f "$file" ] || return 0
     while IFS= read -r line || [ -n "$line" ]; do
@@ -39,7 +40,26 @@ read_settings() {
             continue
         fi
         SETTINGS["$key"]="$value"
+        shape="$(shape_of_setting "$key")"
+        if [ -n "$value" ] && ! [[ "$value" =~ ^(${shape%% *})$ ]]; then
+            echo "error: $file, line $number: $key is '$value'; it must be ${shape#* }" >&2
+            code=1
+        fi
     done <"$file"
+    return "$code"
+}
+
+# A pattern without spaces, and in words what it stands for.
+shape_of_setting() {
+    case "$1" in
+    nodes) echo '[1-9][0-9]*(-[1-9][0-9]*)? a number such as 2, or a range such as 1-4' ;;
+    cpus_per_task) echo '[1-9][0-9]* a number such as 16' ;;
+    time) echo '([0-9]+-)?[0-9]+(:[0-5]?[0-9]){0,2}|UNLIMITED a time such as 12:00:00, 1-12:00 or 90 (minutes)' ;;
+    mem) echo '[0-9]+[KMGTkmgt]? a size such as 256G' ;;
+    email | account | partition | qos | gres) echo '[^[:space:]]+ one word' ;;
+    scratch_root | base_dir | venv) echo '/.* a path that begins with /' ;;
+    *) echo '.* anything' ;;
+    esac
 }
 
 # A value without its quotes, or without spaces and comment around it; ~, $HOME and $USER are filled in.

@@ -2,16 +2,21 @@
 
 import os
 import shutil
+import socket
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from nanochat import doctor
-from nanochat.doctor import Finding, Recipe
+from nanochat.assets import Asset, Generated, HubFile, HubSplit, Url
+from nanochat.doctor import Finding, Recipe, cluster, places, software
+from nanochat.doctor.finding import REPOSITORY
+from nanochat.doctor.network import check_network
 from scripts import assets as command
 from scripts.assets import Config
+from tests.fake_hub import FakeHub, Fault, running
 
 D20 = Recipe(depth=20, device_batch_size=32)
 
@@ -47,25 +52,25 @@ def fails(finding: Finding, detail: str, advice: str) -> None:
 
 
 def test_an_old_python_is_named_with_the_way_out() -> None:
-    fails(doctor.check_python((3, 9, 14)), "3.9.14 is too old", "setup_environment.sh")
-    assert doctor.check_python().state == "ok"
+    fails(software.check_python((3, 9, 14)), "3.9.14 is too old", "setup_environment.sh")
+    assert software.check_python().state == "ok"
 
 
 def test_every_declared_package_can_be_imported() -> None:
-    assert {"torch", "pyarrow", "PyYAML", "requests"} <= set(doctor.declared_packages())
-    finding = doctor.check_packages()
+    assert {"torch", "pyarrow", "PyYAML", "requests"} <= set(software.declared_packages())
+    finding = software.check_packages()
     assert finding.state == "ok", finding.detail
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "declared_packages", lambda: ["numpy", "not-a-package"])
-    fails(doctor.check_packages(), "not-a-package (No module named", "pip install -e .")
+    monkeypatch.setattr(software, "declared_packages", lambda: ["numpy", "not-a-package"])
+    fails(software.check_packages(), "not-a-package (No module named", "pip install -e .")
 
 
 def test_without_the_compiled_core_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor.check_core().detail in ("compiled", "not compiled, the slow one is used")
+    assert software.check_core().detail in ("compiled", "not compiled, the slow one is used")
     monkeypatch.setattr("rustbpe.has_core", lambda: False)
-    assert doctor.check_core().state == "note"
+    assert software.check_core().state == "note"
 
 
 def test_a_torch_without_cuda_beside_a_driver_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,14 +78,14 @@ def test_a_torch_without_cuda_beside_a_driver_fails(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
-    fails(doctor.check_torch(has_driver=True), "without CUDA", "setup_environment.sh")
+    fails(software.check_torch(has_driver=True), "without CUDA", "setup_environment.sh")
     monkeypatch.setattr(torch.version, "cuda", "12.8")
-    fails(doctor.check_torch(has_driver=True), "finds no GPU", "srun --gres=gpu:1")
-    assert doctor.check_torch(has_driver=False).state == "note"
+    fails(software.check_torch(has_driver=True), "finds no GPU", "srun --gres=gpu:1")
+    assert software.check_torch(has_driver=False).state == "note"
 
 
 def test_the_compute_dtype_is_named() -> None:
-    assert doctor.check_dtype().detail.split()[0] in ("bfloat16", "float32")
+    assert software.check_dtype().detail.split()[0] in ("bfloat16", "float32")
 
 
 @pytest.mark.parametrize(
@@ -96,7 +101,7 @@ def test_memory_is_compared_with_the_recipe(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
-    finding = doctor.check_gpu_memory(D20)
+    finding = software.check_gpu_memory(D20)
     assert finding.state == state
     assert advice in finding.advice
 
@@ -108,9 +113,9 @@ def test_a_folder_that_cannot_be_written_fails(monkeypatch: pytest.MonkeyPatch) 
     def full(descriptor: int) -> None:
         raise OSError(122, "Disk quota exceeded")
 
-    assert doctor.check_folders().state == "ok"
+    assert places.check_folders().state == "ok"
     monkeypatch.setattr(os, "fsync", full)
-    fails(doctor.check_folders(), "Disk quota exceeded", "NANOCHAT_BASE_DIR")
+    fails(places.check_folders(), "Disk quota exceeded", "NANOCHAT_BASE_DIR")
 
 
 def test_a_base_folder_that_cannot_be_made_fails(
@@ -118,7 +123,7 @@ def test_a_base_folder_that_cannot_be_made_fails(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "file/base"))
-    fails(doctor.check_folders(), "cannot create the base folder", "NANOCHAT_BASE_DIR")
+    fails(places.check_folders(), "cannot create the base folder", "NANOCHAT_BASE_DIR")
 
 
 @pytest.mark.parametrize(("gigabytes", "state"), [(500, "ok"), (20, "note"), (3, "FAIL")])
@@ -127,22 +132,110 @@ def test_free_space_is_compared_with_what_a_run_writes(
 ) -> None:
     usage = shutil.disk_usage("/")._replace(free=gigabytes * 10**9)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    assert doctor.check_disk().state == state
+    assert places.check_disk().state == state
 
 
 def test_an_exceeded_quota_fails(tools: Path) -> None:
     tool(tools, "quota", "Filesystem  space  quota\n/home  50G*  50G")
-    fails(doctor.check_disk(), "quota is exceeded", "quota -s")
+    fails(places.check_disk(), "quota is exceeded", "quota -s")
 
 
 def test_caches_in_a_small_home_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage("/")._replace(total=20 * 10**9, free=4 * 10**9)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    finding = doctor.check_caches({}, tmp_path / "home")
+    finding = places.check_caches({}, tmp_path / "home")
     fails(finding, "HF_HOME", "scratch_root in .env.local")
-    elsewhere = dict.fromkeys(doctor.CACHES, "/scratch/cache")
-    assert doctor.check_caches(elsewhere, tmp_path / "home").state == "ok"
+    elsewhere = dict.fromkeys(places.CACHES, "/scratch/cache")
+    assert places.check_caches(elsewhere, tmp_path / "home").state == "ok"
+
+
+# ---- the network ------------------------------------------------------------------------------
+
+SHARD = Asset("owner/text/0", "a.parquet", HubFile("owner/text", "a.parquet"))
+SPLIT = Asset("owner/quiz:main:test", "quiz", HubSplit("owner/quiz", "main", "test"))
+WORDS = Asset("words", "words.txt", Url("https://example.com/words.txt"))
+MADE = Asset("made", "made", Generated(make=lambda: None, is_current=lambda: False))
+
+
+@pytest.fixture
+def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    hub = FakeHub(tmp_path / "hub")
+    hub.add("owner/text/a.parquet", b"PAR1")
+    hub.add("words.txt", b"apple")
+    for variable in ("NANOCHAT_OFFLINE", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(variable, raising=False)
+    with running(hub):
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("NANOCHAT_ASSETS_MIRROR", hub.url)
+        yield hub
+
+
+def host(url: str) -> str:
+    return url.partition("//")[2]
+
+
+def nobody() -> str:
+    """An address of this machine where nothing listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}"
+
+
+def test_hosts_that_answer_are_named_and_asked_once(fake_hub: FakeHub) -> None:
+    finding = check_network([SPLIT, SHARD, WORDS, MADE])
+    assert (finding.state, finding.detail) == ("ok", f"{host(fake_hub.url)} can be reached")
+    (request,) = fake_hub.requests
+    assert request.path.endswith("a.parquet")  # what leads to the host of the bytes
+    assert request.range == "bytes=0-0"
+
+
+def test_an_answer_that_is_no_file_is_an_answer(fake_hub: FakeHub) -> None:
+    assert check_network([SPLIT]).state == "ok"  # 404: the fake hub has no such data set
+
+
+def test_without_missing_files_no_host_is_asked(fake_hub: FakeHub) -> None:
+    for missing in ([], [MADE]):
+        assert check_network(missing).detail == "not needed: nothing has to be fetched"
+    assert fake_hub.requests == []
+
+
+def test_a_node_without_any_way_is_told_so(
+    fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", nobody())
+    monkeypatch.setenv("NANOCHAT_ASSETS_MIRROR", nobody())
+    finding = check_network([SHARD, WORDS])
+    fails(finding, "this node has no way to any of 127.0.0.1:", "fetch on a node that has internet")
+    assert "HTTPS_PROXY" in finding.advice
+
+
+def test_one_host_behind_a_firewall_is_named_alone(
+    fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away = nobody()
+    monkeypatch.setenv("NANOCHAT_ASSETS_MIRROR", away)
+    finding = check_network([SHARD, WORDS])
+    fails(finding, f"{host(away)} cannot be reached", "have them allowed here")
+    assert host(fake_hub.url) not in finding.detail
+
+
+def test_the_host_behind_a_redirect_counts(fake_hub: FakeHub) -> None:
+    away = nobody()
+    path = "/datasets/owner/text/resolve/main/a.parquet"
+    fake_hub.fail(path, Fault(redirect_to=f"{away}/bytes"))
+    finding = check_network([SHARD])
+    fails(finding, f"{host(away)}, to which {host(fake_hub.url)} leads, cannot be reached", "fetch")
+
+
+def test_where_no_network_is_allowed_none_is_used(
+    fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NANOCHAT_OFFLINE", "1")
+    finding = check_network([SHARD])
+    assert finding.state == "note"
+    assert "NANOCHAT_OFFLINE is set" in finding.detail
+    assert fake_hub.requests == []
 
 
 # ---- the cluster ------------------------------------------------------------------------------
@@ -150,15 +243,15 @@ def test_caches_in_a_small_home_fail(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_partition_that_does_not_exist_fails(tools: Path) -> None:
     tool(tools, "sinfo", "cpu 1-00:00:00\ngpu-a100 12:00:00")
-    fails(doctor.check_slurm({"partition": "gpu-h100"}), "gpu-h100", "cpu, gpu-a100")
-    assert doctor.check_slurm({"partition": "gpu-a100"}).state == "ok"
+    fails(cluster.check_slurm({"partition": "gpu-h100"}), "gpu-h100", "cpu, gpu-a100")
+    assert cluster.check_slurm({"partition": "gpu-a100"}).state == "ok"
 
 
 def test_a_missing_address_is_told_where_there_is_slurm(tools: Path) -> None:
-    assert doctor.check_email({}).detail == "no SLURM here"
+    assert cluster.check_email({}).detail == "no SLURM here"
     tool(tools, "sbatch", "")
-    assert "set email" in doctor.check_email({}).advice
-    assert doctor.check_email({"mail": "me@example.com"}).state == "ok"
+    assert "set email" in cluster.check_email({}).advice
+    assert cluster.check_email({"mail": "me@example.com"}).state == "ok"
 
 
 @pytest.mark.parametrize(
@@ -175,7 +268,7 @@ def test_a_missing_address_is_told_where_there_is_slurm(tools: Path) -> None:
     ],
 )
 def test_limits_are_read_as_slurm_writes_them(text: str, hours: float | None) -> None:
-    assert doctor.parse_time(text) == hours
+    assert cluster.parse_time(text) == hours
 
 
 @pytest.mark.parametrize(("limit", "state"), [("12:00:00", "ok"), ("1:00:00", "note")])
@@ -187,21 +280,41 @@ def test_the_limit_is_compared_with_an_estimate(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H100 80GB HBM3")
-    hours = doctor.estimated_hours(D20)
+    hours = cluster.estimated_hours(D20)
     assert hours is not None
     assert 2 < hours < 8  # the 2025 nanochat took 4 hours for all stages
-    assert doctor.check_time(D20, {"time": limit}).state == state
+    assert cluster.check_time(D20, {"time": limit}).state == state
 
 
 def test_settings_are_those_that_the_job_scripts_read(tmp_path: Path) -> None:
     (tmp_path / "scripts").mkdir()
-    reader = doctor.REPOSITORY / "scripts/cluster.sh"
+    reader = REPOSITORY / "scripts/cluster.sh"
     (tmp_path / "scripts/cluster.sh").write_bytes(reader.read_bytes())
     (tmp_path / ".env.local").write_text("export EMAIL='me@example.com'\nPartition=long\n")
-    settings = doctor.read_settings(tmp_path)
+    settings = cluster.read_settings(tmp_path)
     assert settings["partition"] == "long"
     assert settings["mail"] == "me@example.com"
-    assert doctor.read_settings(tmp_path / "scripts") == {}
+    assert cluster.read_settings(tmp_path / "scripts") == {}
+
+
+@pytest.mark.parametrize(
+    ("line", "state", "said"),
+    [
+        ("nodes=2", "ok", ".env.local"),
+        ("nodess=2", "note", "line 1: unknown setting 'nodess'"),
+        ("nodes=two", "FAIL", "line 1: nodes is 'two'"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(
+    tmp_path: Path, line: str, state: str, said: str
+) -> None:
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(REPOSITORY / "scripts/cluster.sh", tmp_path / "scripts")
+    assert cluster.check_settings(tmp_path).state == "note"
+    (tmp_path / ".env.local").write_text(f"{line}\n")
+    finding = cluster.check_settings(tmp_path)
+    assert finding.state == state
+    assert said in finding.detail
 
 
 # ---- all together -----------------------------------------------------------------------------
@@ -213,7 +326,16 @@ def test_the_command_prints_one_line_a_check_and_fails_when_one_does(
     code = command.main(Config("doctor", data="embedded", depth=4))
     lines = capsys.readouterr().out.splitlines()
     names = {line[6:22].strip() for line in lines[:-1]}
-    assert {"python", "packages", "torch", "disk", "slurm", "time limit", "assets"} <= names
+    assert {
+        "python",
+        "packages",
+        "torch",
+        "disk",
+        "slurm",
+        "time limit",
+        "network",
+        "assets",
+    } <= names
     assert code == (1 if any(line.startswith("FAIL") for line in lines) else 0)
     bad: Callable[[], Finding] = lambda: Finding("bad", "FAIL", "it is", "do this")  # noqa: E731
     assert doctor.examine(D20, extra=[bad]) == 1

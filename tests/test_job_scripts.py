@@ -248,6 +248,41 @@ def test_misspelt_setting_is_named(place: Place) -> None:
     assert "line 2 is not key=value" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("nodes=two", "nodes is 'two'; it must be a number such as 2"),
+        ("nodes=0", "nodes is '0'"),
+        ("cpus_per_task=16 cores", "cpus_per_task is '16 cores'"),
+        ("time=half a day", "it must be a time such as 12:00:00"),
+        ("mem=lots", "it must be a size such as 256G"),
+        ("email=me or you", "it must be one word"),
+        ("gres=gpu: 8", "it must be one word"),
+        ("scratch_root=scratch/me", "it must be a path that begins with /"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_with_its_line(
+    place: Place, line: str, told: str
+) -> None:
+    place.settings(f"# mine\n{line}\nmem=none\n")
+    for command in ("submit.sh --dry-run", "setup_environment.sh", "download_data.sh"):
+        result = place.run(f"bash scripts/{command}")
+        assert result.returncode == 1
+        assert "error: .env.local, line 2: " in result.stderr
+        assert told in result.stderr
+        assert "line 3: mem is 'none'" in result.stderr  # all are named at once
+    assert not place.log.exists()
+
+
+def test_every_spelling_that_slurm_knows_is_taken(place: Place) -> None:
+    known = "nodes=1-4\nmem=0\ncpus_per_task=\ngres=gpu:a100:8,tmpdisk:10\nemail=user\n"
+    for time in ("90", "90:00", "12:00:00", "1-12", "1-12:30", "2-00:00:00", "UNLIMITED"):
+        place.settings(f"{known}time={time}\n")
+        result = place.run("bash scripts/submit.sh --dry-run")
+        assert result.stderr == ""
+        assert f"--time={time}" in result.stdout.split()
+
+
 def test_every_setting_of_the_example_is_known(place: Place) -> None:
     text = (REPOSITORY / ".env.local.example").read_text(encoding="utf-8")
     place.settings(re.sub(r"^#(\w+=)", r"\1", text, flags=re.MULTILINE))
