@@ -1,9 +1,8 @@
 """Causal attention with one contract and several backends, and the key-value cache for decoding.
 
 Legend: B = sequences, T = new positions, S = all positions attended to, H = query heads, K =
-key/value heads
-(H is a multiple of K), D = head size. Tensors are (B, T, heads, D) between functions, (B, heads,
-T, D) inside.
+key/value heads (H is a multiple of K), D = head size. Tensors are (B, T, heads, D) between
+functions, (B, heads, T, D) inside.
 """
 
 from __future__ import annotations
@@ -14,52 +13,90 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from nanochat import fused
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attend from every position to itself and all earlier ones (arXiv:1706.03762, eq. 1).
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+    """Attend from every position to itself and the ones before it (arXiv:1706.03762, eq. 1).
 
-    q: (B, T, H, D); k, v: (B, T, K, D). Returns (B, T, H, D) in q's dtype.
+    q: (B, T, H, D); k, v: (B, T, K, D). window: how many positions before its own each one sees,
+    None = all. Returns (B, T, H, D) in q's dtype.
     """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     groups = q.size(1) // k.size(1)
+    if window is not None and window >= q.size(2) - 1:
+        window = None
     if q.device.type == "cpu" and q.requires_grad:
         # CPU flash attention runs its backward pass at fp32 speed; matmuls over blocks of queries
         # run in the compute dtype and skip the keys of the future.
         if groups > 1:
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        out = fused.causal_attention(q, k, v) if fused.pays_for(q) else _blockwise(q, k, v)
-    else:
+        function = fused.causal_attention if fused.pays_for(q) else _blockwise
+        out = function(q, k, v, window)
+    elif window is None:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1)
+    elif q.device.type == "cuda" and torch.compiler.is_compiling():
+        out = _flex(q, k, v, window)
+    else:
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=_near(q.size(2), window, q.device), enable_gqa=groups > 1
+        )
     return out.transpose(1, 2)
 
 
-def _blockwise(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _near(length: int, window: int, device: torch.device) -> Tensor:
+    """Which keys each query sees: (length, length)."""
+    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
+    return (distance >= 0) & (distance <= window)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """A window as a kernel that skips what is outside it, for compiled steps on a GPU."""
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query - key <= window)
+
+    length = q.size(2)
+    mask = create_block_mask(sees, None, None, length, length, device=q.device)
+    out = flex_attention(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1))
+    assert isinstance(out, Tensor)  # without the log-sum-exp, which was not asked for
+    return out
+
+
+def _blockwise(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
     """Causal attention as matmuls over blocks of queries, for the compiler: (B, H, T, D)."""
     length = q.size(2)
     q = q * q.size(-1) ** -0.5
     outputs = []
     for start in range(0, length, fused.QUERY_BLOCK):
         stop = min(start + fused.QUERY_BLOCK, length)
-        scores = (q[:, :, start:stop] @ k[:, :, :stop].transpose(-1, -2)).float()
+        low = fused.first_key(start, window)
+        scores = (q[:, :, start:stop] @ k[:, :, low:stop].transpose(-1, -2)).float()
         query_positions = torch.arange(start, stop, device=q.device)[:, None]
-        future = torch.arange(stop, device=q.device)[None, :] > query_positions
-        weights = scores.masked_fill(future, float("-inf")).softmax(dim=-1)
-        outputs.append(weights.to(v.dtype) @ v[:, :, :stop])
+        key_positions = torch.arange(low, stop, device=q.device)[None, :]
+        hidden = key_positions > query_positions
+        if window is not None:
+            hidden = hidden | (key_positions < query_positions - window)
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+        outputs.append(weights.to(v.dtype) @ v[:, :, low:stop])
     return torch.cat(outputs, dim=2)
 
 
-def cached_attention(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+def cached_attention(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, window: int | None = None
+) -> Tensor:
     """Attend from new positions to a cache that already holds them.
 
-    q: (B, T, H, D); k, v: (B, K, S, D); positions: (B, T) index of each query in its own sequence.
-    Returns (B, T, H, D) in q's dtype.
+    q: (B, T, H, D); k, v: (B, K, S, D); positions: (B, T) index of each query in its own sequence;
+    window as in `causal_attention`. Returns (B, T, H, D) in q's dtype.
     """
-    visible = (
-        torch.arange(k.size(2), device=k.device)[None, None, None, :] <= positions[:, None, :, None]
-    )
+    keys = torch.arange(k.size(2), device=k.device)[None, None, None, :]
+    queries = positions[:, None, :, None]
+    visible = keys <= queries
+    if window is not None:
+        visible = visible & (keys >= queries - window)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k, v, attn_mask=visible, enable_gqa=q.size(2) != k.size(1)
     )
@@ -91,10 +128,12 @@ class Past(Protocol):
         v: Tensor,
         positions: Tensor,
         asked: Tensor | None = None,
+        window: int | None = None,
     ) -> Tensor:
         """Attend from new tokens, q (B, T, H, D), to the past and to k, v (B, T, K, D).
 
         positions: (B, T) of k and v. asked: (B, Q) of q, where it is only some of the tokens.
+        window: how many tokens before its own each one sees, None = all.
         """
         ...
 
@@ -150,7 +189,7 @@ class KVCache:
     def append_tokens(self, idx: Tensor, positions: Tensor) -> Tensor:
         """Note the appended token ids (B, T); return each one's predecessor, its own at position 0.
 
-        Only a model with a token shift reads them.
+        Only a model with a token shift or a smear reads them.
         """
         rows = self._row_places()[:, None]
         self.tokens[rows, positions] = idx
@@ -179,10 +218,11 @@ class KVCache:
         v: Tensor,
         positions: Tensor,
         asked: Tensor | None = None,
+        window: int | None = None,
     ) -> Tensor:
         """Store k and v, then attend from q (B, T, H, D) to all that is stored."""
         keys, values = self.append(layer, k, v, positions)
-        return cached_attention(q, keys, values, positions if asked is None else asked)
+        return cached_attention(q, keys, values, positions if asked is None else asked, window)
 
     def _row_places(self) -> Tensor:
         """Where each row lies in the storage: (B,) int64."""

@@ -1,6 +1,7 @@
 """What a transformer is made of: norm, rotation, attention, MLP, block.
 
-Legend: B = sequences, T = positions, Q = wanted positions, C = model width (n_embd), D = head size.
+Legend: B = sequences, T = positions, Q = wanted positions, C = model width (n_embd), K = key/value
+heads, D = head size.
 """
 
 from __future__ import annotations
@@ -13,9 +14,8 @@ from torch import Tensor, nn
 
 from nanochat import fused
 from nanochat.attention import Past, cached_attention, causal_attention
-from nanochat.gpt_config import GPTConfig
+from nanochat.gpt_config import GATE_CHANNELS, GPTConfig
 
-ROPE_BASE = 10_000.0  # arXiv:2104.09864, section 3.2.2
 NORM_EPS = torch.finfo(torch.float32).eps
 
 
@@ -31,11 +31,13 @@ def relu_squared(x: Tensor) -> Tensor:
     return fused.relu_squared(x) if fused.pays_for(x) else F.relu(x).square()
 
 
-def rotary_tables(length: int, head_dim: int, device: torch.device | None) -> tuple[Tensor, Tensor]:
+def rotary_tables(
+    length: int, head_dim: int, device: torch.device | None, *, base: float = 10_000.0
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines of every position's angles, each (length, D / 2) fp32."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     positions = torch.arange(length, dtype=torch.float32, device=device)
-    angles = torch.outer(positions, ROPE_BASE**-exponents)
+    angles = torch.outer(positions, base**-exponents)
     return angles.cos(), angles.sin()
 
 
@@ -43,9 +45,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate feature pairs (i, i + D/2) by their position's angle (RoPE, arXiv:2104.09864, eq. 34).
 
     x: (B, T, heads, D); cos, sin: (T, D / 2) or (B, T, D / 2). The turn is by minus the angle, as
-    in the 2025
-    nanochat; attention sees only differences, so the sign is a convention of the weights. Returns
-    x's dtype.
+    in the 2025 nanochat; attention sees only differences, so the sign is a convention of the
+    weights. Returns x's dtype.
     """
     first, second = x.float().chunk(2, dim=-1)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
@@ -60,18 +61,31 @@ def rotate_and_norm(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     return rms_norm(rotate(x, *rotary))
 
 
+def scaled_sum(x: Tensor, first: Tensor, keep: Tensor, back: Tensor) -> Tensor:
+    """A mix `keep * x + back * first` of x and first (B, T, C) by two learned scalars."""
+    if fused.pays_for(x):
+        return fused.scaled_sum(x, first, keep, back)
+    return keep * x + back * first
+
+
 class CausalSelfAttention(nn.Module):
     """Grouped-query attention with rotary positions and QK norm."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
-        """Four bias-free matrices; `layer` is this block's place in the cache."""
+        """Four bias-free matrices, and a gate where the layer has a value embedding.
+
+        `layer` is this block's place in the cache.
+        """
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
+        self.window, self.qk_scale = config.windows[layer], config.qk_scale
         width, kv_width = config.n_embd, config.num_kv_heads * config.head_dim
         self.c_q = nn.Linear(width, width, bias=False)
         self.c_k = nn.Linear(width, kv_width, bias=False)
         self.c_v = nn.Linear(width, kv_width, bias=False)
         self.c_proj = nn.Linear(width, width, bias=False)
+        if config.has_value_embedding(layer):
+            self.ve_gate = nn.Linear(GATE_CHANNELS, config.num_kv_heads, bias=False)
 
     def forward(
         self,
@@ -79,39 +93,41 @@ class CausalSelfAttention(nn.Module):
         rotary: tuple[Tensor, Tensor],
         cached: CachedStep | None,
         wanted: Wanted | None = None,
+        token_values: Tensor | None = None,
     ) -> Tensor:
-        """x: (B, T, C), normed. Returns (B, T, C), or (B, Q, C) for the Q wanted columns."""
-        if wanted is not None:
-            return self._attend_from(wanted, x, rotary, cached)
-        q = self.c_q(x).unflatten(-1, (-1, self.head_dim))
+        """x: (B, T, C), normed. token_values: (B, T, K * D), the tokens' value embeddings.
+
+        Returns (B, T, C); for Q wanted columns their queries alone are made: (B, Q, C).
+        """
+        asking, asking_rotary = (x, rotary) if wanted is None else (wanted.of(x), wanted.rotary)
+        q = self.c_q(asking).unflatten(-1, (-1, self.head_dim))
         k = self.c_k(x).unflatten(-1, (-1, self.head_dim))
         v = self.c_v(x).unflatten(-1, (-1, self.head_dim))
-        q, k = rotate_and_norm(q, rotary), rotate_and_norm(k, rotary)
-        if cached is None:
-            y = causal_attention(q, k, v)
-        else:
-            y = cached.cache.attend(self.layer, q, k, v, cached.positions)
+        if token_values is not None:
+            gate: Tensor = 3.0 * torch.sigmoid(self.ve_gate(x[..., :GATE_CHANNELS]))  # (B, T, K)
+            v = v + gate.unsqueeze(-1) * token_values.view_as(v)
+        q, k = rotate_and_norm(q, asking_rotary), rotate_and_norm(k, rotary)
+        if self.qk_scale != 1.0:
+            q = q * self.qk_scale**2  # only the product of the two factors shows
+        y = self._attend(q, k, v, cached, wanted)
         out: Tensor = self.c_proj(y.flatten(-2))
         return out
 
-    def _attend_from(
+    def _attend(
         self,
-        wanted: Wanted,
-        x: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
         cached: CachedStep | None,
+        wanted: Wanted | None,
     ) -> Tensor:
-        """Keys and values of all columns, queries of the wanted ones."""
-        q = self.c_q(wanted.of(x)).unflatten(-1, (-1, self.head_dim))
-        k = self.c_k(x).unflatten(-1, (-1, self.head_dim))
-        v = self.c_v(x).unflatten(-1, (-1, self.head_dim))
-        q, k = rotate_and_norm(q, wanted.rotary), rotate_and_norm(k, rotary)
-        if cached is None:
-            y = cached_attention(q, k.transpose(1, 2), v.transpose(1, 2), wanted.columns)
-        else:
-            y = cached.cache.attend(self.layer, q, k, v, cached.positions, wanted.positions)
-        out: Tensor = self.c_proj(y.flatten(-2))
-        return out
+        if cached is not None:
+            asked = None if wanted is None else wanted.positions
+            return cached.cache.attend(self.layer, q, k, v, cached.positions, asked, self.window)
+        if wanted is not None:
+            k, v = k.transpose(1, 2), v.transpose(1, 2)
+            return cached_attention(q, k, v, wanted.columns, self.window)
+        return causal_attention(q, k, v, self.window)
 
 
 class MLP(nn.Module):
@@ -120,12 +136,26 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         """C -> 4C -> C, no biases."""
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=False)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=False)
+        self.c_fc = nn.Linear(config.n_embd, config.mlp_width, bias=False)
+        self.c_proj = nn.Linear(config.mlp_width, config.n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, C), normed. Returns (B, T, C)."""
         out: Tensor = self.c_proj(relu_squared(self.c_fc(x)))
+        return out
+
+
+class GatedMLP(MLP):
+    """Three matrices: one of two halves is the gate of the other (arXiv:2002.05202, section 2)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        """C -> two of about 8C / 3 -> C, no biases."""
+        super().__init__(config)
+        self.c_gate = nn.Linear(config.n_embd, config.mlp_width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, T, C), normed. Returns (B, T, C)."""
+        out: Tensor = self.c_proj(F.silu(self.c_gate(x)) * self.c_fc(x))
         return out
 
 
@@ -136,7 +166,7 @@ class Block(nn.Module):
         """Build block number `layer`, counted from 0."""
         super().__init__()
         self.attn = CausalSelfAttention(config, layer)
-        self.mlp = MLP(config)
+        self.mlp = GatedMLP(config) if config.mlp == "swiglu" else MLP(config)
 
     def forward(
         self,
@@ -144,9 +174,10 @@ class Block(nn.Module):
         rotary: tuple[Tensor, Tensor],
         cached: CachedStep | None,
         wanted: Wanted | None = None,
+        token_values: Tensor | None = None,
     ) -> Tensor:
         """x: (B, T, C). Returns (B, T, C), or (B, Q, C) for the Q wanted columns."""
-        attended = self.attn(rms_norm(x), rotary, cached, wanted)
+        attended = self.attn(rms_norm(x), rotary, cached, wanted, token_values)
         x = attended + (x if wanted is None else wanted.of(x))
         out: Tensor = x + self.mlp(rms_norm(x))
         return out

@@ -97,13 +97,14 @@ class Branches:
         v: Tensor,
         positions: Tensor,
         asked: Tensor | None = None,
+        window: int | None = None,
     ) -> Tensor:
         """Causal within a beginning; a continuation sees its beginning and itself."""
         if self._reads_prefixes:
             self._stored[layer] = (k, v)
             if asked is None:
-                return causal_attention(q, k, v)
-            return cached_attention(q, k.transpose(1, 2), v.transpose(1, 2), asked)
+                return causal_attention(q, k, v, window)
+            return cached_attention(q, k.transpose(1, 2), v.transpose(1, 2), asked, window)
         if asked is not None:
             raise ValueError("continuations are read whole")
         keys, values = self._stored.pop(layer)
@@ -112,10 +113,20 @@ class Branches:
             q.transpose(1, 2),
             keys.transpose(1, 2),
             values.transpose(1, 2),
-            attn_mask=self._visible,
+            attn_mask=self._visible_within(window),
             enable_gqa=q.size(2) != k.size(2),
         )
         return out.transpose(1, 2)
+
+    def _visible_within(self, window: int | None) -> Tensor:
+        """Which keys a continuation's tokens see: (B, 1, T, S)."""
+        if window is None:
+            return self._visible
+        size, device = self.prefix_ids.shape, self.prefix_ids.device
+        begun = torch.arange(size[1], device=device).expand(size)
+        keys = torch.cat((begun, self._positions), dim=1)
+        near = keys[:, None, :] >= self._positions[:, :, None] - window
+        return self._visible & near[:, None]
 
     def advance(self, num_new: int) -> None:
         """The beginnings are read; what follows are the continuations."""

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from nanochat.branches import Branches
 from nanochat.common import UserError
 from nanochat.core_bundle import CoreTask, Item
-from nanochat.gpt import GPT, softcap
+from nanochat.gpt import GPT
 
 # Padded tokens of one forward pass. On a CPU the states must stay in its cache: 1 or 2 sequences
 # of 574 tokens take 56 ms each at depth 4, 8 of them 74 ms (2026-11-21).
@@ -139,7 +139,7 @@ class GptModel:
 
     def _head(self, states: Tensor) -> Iterator[Tensor]:
         for part in torch.split(states, HEAD_ROWS):
-            yield softcap(self.model.lm_head(part))
+            yield self.model.logits(part)
 
 
 def decide(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nanochat.attention import KVCache
-from nanochat.gpt import GPT, softcap
+from nanochat.gpt import GPT
 
 CAPACITY_STEP = 64  # row capacities are rounded up to it, so that memory is seldom moved
 
@@ -137,7 +137,7 @@ class PlainDecoder:
         wanted = [logits[chunk.row] for chunk in chunks if chunk.wants_logits]
         if not wanted:
             return torch.empty(0, self.vocab_size)
-        return softcap(self._model.lm_head(torch.stack(wanted)))
+        return self._model.logits(torch.stack(wanted))
 
     def _last_states(self, chunks: Sequence[Chunk]) -> Tensor:
         """Final states (chunks, C) after each chunk."""

@@ -43,11 +43,32 @@ def relu_squared(x: Tensor) -> Tensor:
     return out
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal softmax attention; q, k, v and the result are (B, H, T, D) with equal head counts."""
+def scaled_sum(x: Tensor, first: Tensor, keep: Tensor, back: Tensor) -> Tensor:
+    """A mix `keep * x + back * first` of x and first (B, T, C) by two learned scalars."""
+    out: Tensor = _ScaledSum.apply(x, first, keep, back)  # type: ignore[no-untyped-call]
+    return out
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+    """Causal softmax attention; q, k, v and the result are (B, H, T, D) with equal head counts.
+
+    window: positions before its own that each attends to, None = all.
+    """
     flat = [part.flatten(0, 1) for part in (q, k, v)]
-    out: Tensor = _CausalAttention.apply(*flat)  # type: ignore[no-untyped-call]
+    out: Tensor = _CausalAttention.apply(*flat, window)  # type: ignore[no-untyped-call]
     return out.view(q.shape)
+
+
+def first_key(start: int, window: int | None) -> int:
+    """The earliest key that a block of queries from `start` on can see."""
+    return 0 if window is None else max(0, start - window)
+
+
+def too_old(start: int, stop: int, window: int, device: torch.device) -> Tensor:
+    """Which of the block's first keys each of its queries can no longer see: (queries, keys)."""
+    low = first_key(start, window)
+    keys = torch.arange(low, max(low, stop - 1 - window), device=device)
+    return keys < torch.arange(start, stop, device=device)[:, None] - window
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
@@ -116,22 +137,43 @@ class _ReluSquared(torch.autograd.Function):
         return gradients[0].mul(positive).mul_(2.0)
 
 
+class _ScaledSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, first: Tensor, keep: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(x, first, keep, back)
+        return torch.add(x * keep, first, alpha=float(back))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, first, keep, back = ctx.saved_tensors
+        (gradient,) = gradients
+        along = [
+            torch.linalg.vecdot(gradient, part).sum(dtype=torch.float32) for part in (x, first)
+        ]
+        return gradient * keep, gradient * back, along[0], along[1]
+
+
 class _CausalAttention(torch.autograd.Function):
     """Matmuls over blocks of queries, each with the keys up to its own end: q, k, v (N, T, D)."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         q = q * q.size(-1) ** -0.5
         out, weights = torch.empty_like(q), []
         future = torch.ones(QUERY_BLOCK, QUERY_BLOCK, dtype=torch.bool, device=q.device).triu(1)
         for start in range(0, q.size(1), QUERY_BLOCK):
             stop = min(start + QUERY_BLOCK, q.size(1))
-            scores = torch.bmm(q[:, start:stop], k[:, :stop].transpose(1, 2))
+            low = first_key(start, window)
+            scores = torch.bmm(q[:, start:stop], k[:, low:stop].transpose(1, 2))
             diagonal = future[: stop - start, : stop - start]
-            scores[..., start:stop].masked_fill_(diagonal, float("-inf"))
+            scores[..., start - low : stop - low].masked_fill_(diagonal, float("-inf"))
+            if window is not None:
+                old = too_old(start, stop, window, q.device)
+                scores[..., : old.size(1)].masked_fill_(old, float("-inf"))
             weights.append(torch.softmax(scores, dim=-1))  # sums in fp32 whatever the dtype
-            out[:, start:stop] = torch.bmm(weights[-1], v[:, :stop])
+            out[:, start:stop] = torch.bmm(weights[-1], v[:, low:stop])
         ctx.save_for_backward(q, k, v, *weights)
+        ctx.window = window
         return out
 
     @staticmethod
@@ -140,10 +182,11 @@ class _CausalAttention(torch.autograd.Function):
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for index, block in enumerate(weights):
             start, stop = index * QUERY_BLOCK, min((index + 1) * QUERY_BLOCK, q.size(1))
+            low = first_key(start, ctx.window)
             gradient = gradients[0][:, start:stop]
-            dv[:, :stop] += torch.bmm(block.transpose(1, 2), gradient)
-            dweights = torch.bmm(gradient, v[:, :stop].transpose(1, 2))
+            dv[:, low:stop] += torch.bmm(block.transpose(1, 2), gradient)
+            dweights = torch.bmm(gradient, v[:, low:stop].transpose(1, 2))
             dscores = torch._softmax_backward_data(dweights, block, -1, block.dtype)
-            dq[:, start:stop] = torch.bmm(dscores, k[:, :stop])
-            dk[:, :stop] += torch.bmm(dscores.transpose(1, 2), q[:, start:stop])
-        return dq.mul_(q.size(-1) ** -0.5), dk, dv
+            dq[:, start:stop] = torch.bmm(dscores, k[:, low:stop])
+            dk[:, low:stop] += torch.bmm(dscores.transpose(1, 2), q[:, start:stop])
+        return dq.mul_(q.size(-1) ** -0.5), dk, dv, None

@@ -11,6 +11,7 @@ and keys instead), `ln_1`, `ln_2` and `ln_f` are the weightless function `rms_no
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,15 +23,15 @@ from nanochat.blocks import (
     Block,
     CachedStep,
     CausalSelfAttention,
+    GatedMLP,
     Wanted,
     rms_norm,
     rotary_tables,
+    scaled_sum,
 )
-from nanochat.gpt_config import GPTConfig
+from nanochat.gpt_config import SMEAR_CHANNELS, GPTConfig
 
-LOGIT_SOFTCAP = (
-    15.0  # arXiv:2408.00118, section 2: bounds logits smoothly; 15 as in the 2025 nanochat
-)
+LOGIT_SOFTCAP = GPTConfig.logit_softcap
 ROPE_CONTEXTS = 10  # rotary tables reach this many training contexts, so a chat may outgrow one
 
 __all__ = ["GPT", "MLP", "Block", "CausalSelfAttention", "GPTConfig", "TransformerBlock"]
@@ -38,9 +39,9 @@ __all__ = ["GPT", "MLP", "Block", "CausalSelfAttention", "GPTConfig", "Transform
 TransformerBlock = Block
 
 
-def softcap(logits: Tensor) -> Tensor:
-    """Squash logits of any shape into (-15, 15), in fp32."""
-    return LOGIT_SOFTCAP * torch.tanh(logits.float() / LOGIT_SOFTCAP)
+def softcap(logits: Tensor, cap: float = LOGIT_SOFTCAP) -> Tensor:
+    """Squash logits of any shape into (-cap, cap), in fp32; a cap of 0 leaves them alone."""
+    return cap * torch.tanh(logits.float() / cap) if cap else logits.float()
 
 
 class Transformer(nn.Module):
@@ -49,16 +50,15 @@ class Transformer(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         """Embedding (V, C) and L blocks."""
         super().__init__()
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.h = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
 
 
 class GPT(nn.Module):
     """Embedding, norm, blocks, norm, untied head, softcap.
 
-    Matrices may be stored in a lower precision than the embedding: the residual stream runs in the
-    dtype of
-    `lm_head.weight`, while norms, softmax, rotations and losses compute in fp32.
+    Matrices may be stored in a lower precision than the embeddings: the residual stream runs in
+    the dtype of `lm_head.weight`, while norms, softmax, rotations and losses compute in fp32.
     """
 
     cos: Tensor
@@ -69,8 +69,23 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = Transformer(config)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        cos, sin = rotary_tables(config.sequence_len * ROPE_CONTEXTS, config.head_dim, None)
+        rows = config.padded_vocab_size
+        self.lm_head = nn.Linear(config.n_embd, rows, bias=False)
+        if config.value_embeddings:
+            kv_width = config.num_kv_heads * config.head_dim
+            layers = filter(config.has_value_embedding, range(config.n_layer))
+            tables = {str(layer): nn.Embedding(rows, kv_width) for layer in layers}
+            self.value_embeds = nn.ModuleDict(tables)
+        if config.residual_scalars:
+            self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer))
+            self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))
+        if config.smear:
+            self.smear_gate = nn.Linear(SMEAR_CHANNELS, 1, bias=False)
+            self.smear_lambda = nn.Parameter(torch.empty(1))
+        if config.backout:
+            self.backout_lambda = nn.Parameter(torch.empty(1))
+        length = config.sequence_len * ROPE_CONTEXTS
+        cos, sin = rotary_tables(length, config.head_dim, None, base=config.rope_base)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
@@ -93,21 +108,57 @@ class GPT(nn.Module):
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draw initial values.
 
-        The head and every output projection start at zero, so that all blocks start silent.
-        Matrices: normal with std min(1, sqrt(fan_out / fan_in)) / sqrt(fan_in) (arXiv:2310.17813).
-        Embedding: std 1.
+        Every output projection starts at zero, so that all blocks start silent. Classic: the head
+        is zero as well; matrices are normal with std min(1, sqrt(fan_out / fan_in)) / sqrt(fan_in)
+        (arXiv:2310.17813), the embedding normal with std 1. Modern: uniform matrices of std
+        1 / sqrt(C), those into the MLP at 0.4 of it, embedding std 0.8, head std 0.001.
         """
-        self.transformer.wte.weight.normal_(0.0, 1.0, generator=generator)
+        is_modern = self.config.init == "modern"
+        self.transformer.wte.weight.normal_(0.0, 0.8 if is_modern else 1.0, generator=generator)
         for block in self.transformer.h:
             assert isinstance(block, Block)
             attn, mlp = block.attn, block.mlp
-            for linear in (attn.c_q, attn.c_k, attn.c_v, mlp.c_fc):
-                fan_out, fan_in = linear.weight.shape
-                std = min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in)
-                linear.weight.normal_(0.0, std, generator=generator)
+            gates = [mlp.c_gate] if isinstance(mlp, GatedMLP) else []
+            for linear in (attn.c_q, attn.c_k, attn.c_v, mlp.c_fc, *gates):
+                is_inner = linear.out_features == self.config.mlp_width
+                self._draw(linear.weight, generator, scale=0.4 if is_inner else 1.0)
             attn.c_proj.weight.zero_()
             mlp.c_proj.weight.zero_()
-        self.lm_head.weight.zero_()
+        if is_modern:
+            self.lm_head.weight.normal_(0.0, 0.001, generator=generator)
+        else:
+            self.lm_head.weight.zero_()
+        self._init_options(generator)
+
+    def _draw(self, weight: Tensor, generator: torch.Generator | None, scale: float) -> None:
+        """Fill a matrix (fan_out, fan_in); only the modern rule has a scale."""
+        if self.config.init == "modern":
+            bound = scale * math.sqrt(3.0 / self.config.n_embd)
+            weight.uniform_(-bound, bound, generator=generator)
+            return
+        fan_out, fan_in = weight.shape
+        std = min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in)
+        weight.normal_(0.0, std, generator=generator)
+
+    def _init_options(self, generator: torch.Generator | None) -> None:
+        """Value embeddings are drawn like the matrices that make values; gates are nearly even."""
+        config, last = self.config, max(self.config.n_layer - 1, 1)
+        if config.value_embeddings:
+            for layer, table in self.value_embeds.items():
+                assert isinstance(table, nn.Embedding)
+                bound = math.sqrt(3.0 / config.n_embd)
+                table.weight.uniform_(-bound, bound, generator=generator)
+                block: Any = self.transformer.h[int(layer)]
+                block.attn.ve_gate.weight.uniform_(0.0, 0.02, generator=generator)
+        if config.residual_scalars:
+            depth = torch.arange(config.n_layer, device=self.device) / last
+            self.resid_lambdas.copy_(1.15 - 0.10 * depth)
+            self.x0_lambdas.copy_(0.20 - 0.15 * depth)
+        if config.smear:
+            self.smear_gate.weight.uniform_(0.0, 0.02, generator=generator)
+            self.smear_lambda.zero_()
+        if config.backout:
+            self.backout_lambda.fill_(0.2)
 
     def hidden(
         self, idx: Tensor, kv_cache: Past | None = None, columns: Tensor | None = None
@@ -129,14 +180,35 @@ class GPT(nn.Module):
             self._check_length(kv_cache.longest + num_new)
             cached = CachedStep(kv_cache, kv_cache.positions(num_new))
             rotary = self.cos[cached.positions], self.sin[cached.positions]
-        x = self._embed(idx, cached).to(self.compute_dtype)
+        first = x = self._embed(idx, cached).to(self.compute_dtype)
         wanted = None if columns is None else self._wanted(columns, cached)
-        for block in self.transformer.h[:-1]:
-            x = block(x, rotary, cached)
-        x = self.transformer.h[-1](x, rotary, cached, wanted)
+        middle, last = None, self.config.n_layer - 1
+        for layer, block in enumerate(self.transformer.h):
+            if self.config.residual_scalars:
+                x = scaled_sum(x, first, self.resid_lambdas[layer], self.x0_lambdas[layer])
+            asked = wanted if layer == last else None
+            x = block(x, rotary, cached, asked, self._token_values(layer, idx))
+            if self.config.backout and layer == self.config.n_layer // 2:
+                middle = x if wanted is None or layer == last else wanted.of(x)
+        if middle is not None:  # what served the first half only is kept out of the prediction
+            x = x - self.backout_lambda.to(x.dtype) * middle
         if kv_cache is not None:
             kv_cache.advance(num_new)
         return rms_norm(x)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Logits of final states (..., C): (..., V) fp32, squashed and without the padding."""
+        return softcap(
+            self.lm_head(states)[..., : self.config.vocab_size], self.config.logit_softcap
+        )
+
+    def _token_values(self, layer: int, idx: Tensor) -> Tensor | None:
+        """The tokens' value embeddings (B, T, K * D) for a layer that has them."""
+        if not self.config.has_value_embedding(layer):
+            return None
+        table = self.value_embeds[str(layer)]
+        values: Tensor = table(idx).to(self.compute_dtype)
+        return values
 
     def _wanted(self, columns: Tensor, cached: CachedStep | None) -> Wanted:
         positions = columns if cached is None else cached.positions.gather(1, columns)
@@ -147,18 +219,24 @@ class GPT(nn.Module):
 
         The token shift (RWKV, arXiv:2305.13048, section 3) hands every position the token before
         it. Looking up "what followed this word" is then one attention step instead of two layers
-        that must be learned together, which a small model otherwise takes very long to find.
+        that must be learned together, which a small model otherwise takes very long to find. The
+        smear is a learned share instead of a given one, from 0 on.
         """
         x = rms_norm(self.transformer.wte(idx))
-        shift = self.config.token_shift
+        shift, smear = self.config.token_shift, self.config.smear
         if cached is not None:
-            before = cached.cache.append_tokens(idx, cached.positions)
-            if shift:
-                is_later = (cached.positions > 0).unsqueeze(-1)
-                x = x + shift * is_later * rms_norm(self.transformer.wte(before))
-        elif shift:
-            x = x + shift * F.pad(x[:, :-1], (0, 0, 1, 0))
-        return x
+            before_ids = cached.cache.append_tokens(idx, cached.positions)
+        if not (shift or smear):
+            return x
+        if cached is not None:
+            is_later = (cached.positions > 0).unsqueeze(-1)
+            before = is_later * rms_norm(self.transformer.wte(before_ids))
+        else:
+            before = F.pad(x[:, :-1], (0, 0, 1, 0))
+        if not smear:
+            return x + shift * before
+        gate = torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS].to(self.compute_dtype)))
+        return x + self.smear_lambda * gate.float() * before
 
     def _check_length(self, length: int) -> None:
         if length > self.cos.size(0):
@@ -180,7 +258,7 @@ class GPT(nn.Module):
         (B * T,) losses. The plain path: training and evaluation use `nanochat.objectives`,
         which gives the same values without holding all logits.
         """
-        logits = softcap(self.lm_head(self.hidden(idx, kv_cache)))
+        logits = self.logits(self.hidden(idx, kv_cache))
         if targets is None:
             return logits
         return F.cross_entropy(
@@ -203,26 +281,34 @@ class GPT(nn.Module):
         )
 
     def cast_matrices(self, dtype: torch.dtype) -> GPT:
-        """Store every matrix in `dtype`, once; the embedding is only looked up and stays fp32."""
+        """Store every matrix in `dtype`, once; embeddings are only looked up and stay fp32."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 module.to(dtype)
         return self
 
     def count_parameters(self) -> dict[str, int]:
-        """Parameters by group, and their total."""
-        groups = {
-            "wte": self.transformer.wte.weight.numel(),
-            "lm_head": self.lm_head.weight.numel(),
-            "transformer_matrices": sum(p.numel() for p in self.transformer.h.parameters()),
-        }
+        """Parameters by group, where there are any, and their total."""
+        counts = dict.fromkeys(
+            ("wte", "value_embeds", "lm_head", "transformer_matrices", "scalars"), 0
+        )
+        for name, parameter in self.named_parameters():
+            group = "scalars"
+            if name.startswith("transformer."):
+                group = "wte" if name.startswith("transformer.wte.") else "transformer_matrices"
+            elif name.split(".")[0] in counts:
+                group = name.split(".")[0]
+            counts[group] += parameter.numel()
+        groups = {group: count for group, count in counts.items() if count}
         return groups | {"total": sum(groups.values())}
 
     def estimate_flops(self) -> float:
         """Training FLOPs per token (arXiv:2204.02311, appendix B).
 
-        6 per matrix parameter, and 12 L C T for attention.
+        6 per matrix parameter, and for attention 12 C a layer and position attended to.
         """
-        counts, config = self.count_parameters(), self.config
-        attention = 12 * config.n_layer * config.n_embd * config.sequence_len
-        return float(6 * (counts["total"] - counts["wte"]) + attention)
+        config = self.config
+        matrices = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        length = config.sequence_len
+        attended = sum(length if w is None else min(w, length) for w in config.windows)
+        return float(6 * matrices + 12 * config.n_embd * attended)

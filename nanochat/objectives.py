@@ -11,12 +11,13 @@ is 1 for a text to imitate, and the advantage of the answer for a text the model
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanochat.gpt import GPT, LOGIT_SOFTCAP, softcap
+from nanochat.gpt import GPT, LOGIT_SOFTCAP
 
 IGNORED = -1
 CHUNK_ROWS = 512  # rows of logits alive at once: 512 x 8,192 in bf16 is 8 MiB, which stays in cache
@@ -28,14 +29,17 @@ def next_token_loss_sum(
     targets: Tensor,
     *,
     weights: Tensor | None = None,
+    cap: float = LOGIT_SOFTCAP,
+    vocab_size: int | None = None,
     compiled: bool = False,
 ) -> Tensor:
     """Sum of the cross-entropy of softcapped logits in nats, a differentiable fp32 scalar.
 
     hidden: (B, T, C) or (N, C) final states; head_weight: (V, C); targets: (B, T) or (N,) int64,
     -1 = ignored; weights: what each target's loss is multiplied by, of the shape of targets,
-    None = 1. The gradient is made during the forward pass, chunk by chunk, from the logits at
-    hand. Rows whose target is ignored never meet the head.
+    None = 1; cap: the model's softcap, 0 = none; vocab_size: rows of the head behind it are
+    padding, None = there are none. The gradient is made during the forward pass, chunk by chunk,
+    from the logits at hand. Rows whose target is ignored never meet the head.
 
     With the advantages of sampled tokens as weights the gradient is that of the policy gradient
     (REINFORCE, doi:10.1007/BF00992696): minus the mean of advantage x gradient of log probability.
@@ -46,9 +50,12 @@ def next_token_loss_sum(
         kept = (flat != IGNORED).nonzero().squeeze(1)
         rows, flat = rows.index_select(0, kept), flat.index_select(0, kept)
         factors = None if factors is None else factors.index_select(0, kept)
+    if vocab_size == head_weight.size(0):
+        vocab_size = None
     function = _compiled_chunk() if compiled else _chunk_loss_and_gradient
+    chunk = partial(function, cap=cap, vocab_size=vocab_size)
     apply: Callable[..., Tensor] = _HeadLoss.apply
-    return apply(rows, head_weight, flat, factors, function)
+    return apply(rows, head_weight, flat, factors, chunk)
 
 
 def token_losses(model: GPT, idx: Tensor, targets: Tensor) -> Tensor:
@@ -60,7 +67,7 @@ def token_losses(model: GPT, idx: Tensor, targets: Tensor) -> Tensor:
     losses = torch.zeros(flat.shape, dtype=torch.float32, device=flat.device)
     for start in range(0, flat.numel(), CHUNK_ROWS):
         part = slice(start, start + CHUNK_ROWS)
-        logits = softcap(rows[part] @ model.lm_head.weight.t())
+        logits = model.logits(rows[part])
         losses[part] = torch.nn.functional.cross_entropy(
             logits, flat[part], ignore_index=IGNORED, reduction="none"
         )
@@ -68,7 +75,7 @@ def token_losses(model: GPT, idx: Tensor, targets: Tensor) -> Tensor:
 
 
 def _chunk_loss_and_gradient(
-    raw: Tensor, targets: Tensor, factors: Tensor | None
+    raw: Tensor, targets: Tensor, factors: Tensor | None, *, cap: float, vocab_size: int | None
 ) -> tuple[Tensor, Tensor]:
     """Weighted loss sum of one chunk and its gradient with respect to the raw logits.
 
@@ -77,25 +84,32 @@ def _chunk_loss_and_gradient(
     """
     # In place and without subtracting the maximum: softcapped logits are at most 15, and exp(15)
     # times any vocabulary fits fp32. Every line is one pass over memory, which is what this costs.
-    squashed = raw.float().div_(LOGIT_SOFTCAP).tanh_()
-    weights = (squashed * LOGIT_SOFTCAP).exp_()
+    if cap:
+        squashed = raw.float().div_(cap).tanh_()
+        weights = (squashed * cap).exp_()
+    else:
+        squashed = raw.float() - raw.amax(dim=-1, keepdim=True).float()
+        weights = squashed.exp()
+    if vocab_size is not None:
+        weights[:, vocab_size:] = 0.0
     normalizer = weights.sum(dim=-1, keepdim=True)
     index = targets.clamp_min(0).unsqueeze(-1)
     counted = (targets != IGNORED).unsqueeze(-1).float()
     if factors is not None:
         counted = counted * factors.unsqueeze(-1)
-    losses = normalizer.log() - LOGIT_SOFTCAP * squashed.gather(-1, index)
+    losses = normalizer.log() - (cap or 1.0) * squashed.gather(-1, index)
     probabilities = weights.mul_(counted / normalizer)
     probabilities.scatter_add_(-1, index, -counted)
-    gradient = probabilities.mul_(squashed.square_().neg_().add_(1.0))
-    return (losses * counted).sum(), gradient.to(raw.dtype)
+    if cap:
+        probabilities.mul_(squashed.square_().neg_().add_(1.0))
+    return (losses * counted).sum(), probabilities.to(raw.dtype)
 
 
 _Chunk = Callable[[Tensor, Tensor, "Tensor | None"], tuple[Tensor, Tensor]]
-_COMPILED: list[_Chunk] = []
+_COMPILED: list[Callable[..., tuple[Tensor, Tensor]]] = []
 
 
-def _compiled_chunk() -> _Chunk:
+def _compiled_chunk() -> Callable[..., tuple[Tensor, Tensor]]:
     """The chunk function compiled for one fixed shape, made at first use."""
     if not _COMPILED:
         _COMPILED.append(torch.compile(_chunk_loss_and_gradient, dynamic=False))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from nanochat.common import UserError
 from nanochat.gpt import GPTConfig
+from nanochat.presets import MODELS, PresetName
 
 
 def model_config(
@@ -14,13 +17,14 @@ def model_config(
     aspect_ratio: int = 64,
     head_dim: int = 128,
     model_dim: int | None = None,
-    token_shift: float = 0.0,
+    preset: PresetName = "classic",
+    **options: Any,
 ) -> GPTConfig:
     """Sizes of the model at a depth: width depth * aspect_ratio, heads of about head_dim features.
 
     The rule of the 2025 nanochat: depth 20 at vocabulary 65,536 has 560,988,160 parameters.
-    `model_dim` overrides
-    the width. Raises UserError for sizes that no model can have.
+    `model_dim` overrides the width, `options` the preset's fields of `GPTConfig`. Raises UserError
+    for sizes that no model can have.
     """
     if depth < 1:
         raise UserError(f"--depth is {depth}; a model needs at least 1 layer")
@@ -32,7 +36,7 @@ def model_config(
         n_layer=depth,
         n_head=num_heads,
         n_embd=width,
-        token_shift=token_shift,
+        **(MODELS[preset] | options),
     )
 
 

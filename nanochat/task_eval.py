@@ -19,7 +19,7 @@ from nanochat.answers import plain_text
 from nanochat.common import NotScoredError, UserError
 from nanochat.conversation import Conversation
 from nanochat.engine import Engine
-from nanochat.gpt import GPT, softcap
+from nanochat.gpt import GPT
 from nanochat.runtime import World
 from nanochat.scheduler import MAX_ROWS
 from nanochat.task_results import Record, TaskResult
@@ -292,7 +292,7 @@ def _last_logits(model: GPT, prompts: list[list[int]], padding: int) -> Tensor:
     states = model.hidden(torch.tensor(rows, device=model.device))
     ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=model.device)
     last = states[torch.arange(len(prompts), device=model.device), ends]
-    return softcap(model.lm_head(last)).cpu()
+    return model.logits(last).cpu()
 
 
 def _judge(

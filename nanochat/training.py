@@ -229,6 +229,8 @@ class Trainer:
                 self.model.lm_head.weight,
                 targets.to(device, non_blocking=True),
                 weights=None if weights is None else weights.to(device, non_blocking=True),
+                cap=self.model.config.logit_softcap,
+                vocab_size=self.model.config.vocab_size,
                 compiled=self.plan.compile,
             )
             part.backward()  # type: ignore[no-untyped-call]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from nanochat.core_bundle import load_bundle
 from nanochat.core_eval import evaluate_core, evaluate_task
 from nanochat.core_progress import CoreProgress
 from nanochat.core_scoring import GptModel, decide
-from nanochat.gpt import GPT, GPTConfig, softcap
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import Runtime, World
 
 TOKENIZER: Any = ByteTokenizer()
@@ -243,7 +242,7 @@ class AlphabetModel:
     cos = torch.zeros(1000, 1)
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        return softcap(self.lm_head(self.hidden(ids)))
+        return self.logits(self.hidden(ids))
 
     def hidden(
         self, ids: torch.Tensor, past: Any = None, columns: torch.Tensor | None = None
@@ -253,9 +252,8 @@ class AlphabetModel:
         chosen = ids if columns is None else ids.gather(1, columns)
         return torch.nn.functional.one_hot(chosen + 1, TOKENIZER.vocab_size + 1).float()
 
-    def lm_head(self, states: torch.Tensor) -> torch.Tensor:
-        # Undoes the softcap: 15 * tanh(raw / 15) = 9.
-        return states[..., : TOKENIZER.vocab_size] * 15 * math.atanh(9 / 15)
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        return 9.0 * states[..., : TOKENIZER.vocab_size]
 
 
 def test_a_toy_bundle_scores_what_a_person_counts(tmp_path: Path) -> None:
