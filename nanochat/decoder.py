@@ -68,7 +68,10 @@ class Decoder(Protocol):
         ...
 
     def feed(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Append all chunks, each of another row; logits (N, V) fp32 of those that want them."""
+        """Append all chunks, each of another row; logits (N, V) fp32 of those that want them.
+
+        The next call may overwrite the logits.
+        """
         ...
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
-from nanochat import kernels
+from nanochat import kernels, sampling
 from nanochat.common import UserError
 from nanochat.decoder import Decoder, PlainDecoder
 from nanochat.gpt import GPT
+from nanochat.sampling import SamplingSettings
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +21,17 @@ _WEIGHTS: dict[torch.dtype, kernels.Weights] = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
 }
+
+
+Chooser = Callable[
+    [Tensor, Sequence[SamplingSettings], Sequence[float], Mapping[int, Collection[int]]], list[int]
+]
+
+
+def chooser_for(device: torch.device) -> Chooser:
+    """What chooses tokens from logits on a device: compiled on a CPU, else `sampling.choose`."""
+    is_compiled = device.type == "cpu" and kernels.load() is not None
+    return kernels.choose if is_compiled else sampling.choose
 
 
 def make_decoder(model: GPT, *, int8: bool = False) -> Decoder:

@@ -5,6 +5,7 @@ Legend: B = sequences, V = vocabulary, K = candidates left after top-k.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -57,6 +58,12 @@ class SamplingSettings:
             )
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
             raise UserError(f"logprobs is {self.logprobs}; use a number from 0 to {MAX_LOGPROBS}")
+
+    @functools.cached_property
+    def numbers(self) -> tuple[float, float, float, float]:
+        """Temperature, top-k (0 = all), top-p (1 = off), min-p (0 = off)."""
+        top_p = 1.0 if self.top_p is None else self.top_p
+        return self.temperature, float(self.top_k or 0), top_p, self.min_p or 0.0
 
 
 def check_settings(temperature: float, top_k: int | None, top_p: float | None) -> None:
@@ -129,8 +136,7 @@ def choose(
 
     seen: the tokens that occurred, of each row with a penalty.
     """
-    for row, occurred in seen.items():
-        logits[row] = penalized(logits[row], occurred, settings[row].repetition_penalty)
+    apply_penalties(logits, settings, seen)
     groups: dict[tuple[float, int | None, float | None, float | None], list[int]] = {}
     for row, setting in enumerate(settings):
         key = (setting.temperature, setting.top_k, setting.top_p, setting.min_p)
@@ -148,6 +154,14 @@ def choose(
         for row, token in zip(rows, chosen.squeeze(1).tolist(), strict=True):
             tokens[row] = token
     return tokens
+
+
+def apply_penalties(
+    logits: Tensor, settings: Sequence[SamplingSettings], seen: Mapping[int, Collection[int]]
+) -> None:
+    """Lower the logits (B, V), in place, of the tokens that each row with a penalty has seen."""
+    for row, occurred in seen.items():
+        logits[row] = penalized(logits[row], occurred, settings[row].repetition_penalty)
 
 
 def penalized(logits: Tensor, seen: Collection[int], penalty: float) -> Tensor:

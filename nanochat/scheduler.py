@@ -19,10 +19,10 @@ from torch import Tensor
 
 from nanochat.common import UserError
 from nanochat.decoder import Chunk, Decoder
-from nanochat.decoders import make_decoder
+from nanochat.decoders import chooser_for, make_decoder
 from nanochat.gpt import GPT
 from nanochat.request import Request, TokenEvent
-from nanochat.sampling import SamplingSettings, choose, log_probabilities
+from nanochat.sampling import SamplingSettings, log_probabilities
 from nanochat.tokenizer import Tokenizer
 
 MAX_ROWS = 64
@@ -76,6 +76,7 @@ class Scheduler:
             raise UserError(f"max rows is {max_rows}; use a positive number")
         self.tokenizer = tokenizer
         self.decoder: Decoder = decoder or make_decoder(model)
+        self._choose = chooser_for(self.decoder.device)
         self.max_rows, self.max_waiting = max_rows, max_waiting
         self.max_cache_tokens = max_cache_tokens or _affordable_tokens(self.decoder, max_rows)
         self.num_prompt_tokens_read = 0
@@ -293,7 +294,7 @@ class Scheduler:
             if setting.repetition_penalty != 1.0
         }
         with torch.inference_mode():
-            tokens = choose(logits, settings, uniforms, seen)
+            tokens = self._choose(logits, settings, uniforms, seen)
         events = []
         for i, request in enumerate(requests):
             forced = request.forced

@@ -13,12 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat import kernels
+from nanochat import kernels, sampling
 from nanochat.common import UserError
 from nanochat.decoder import Chunk, PlainDecoder
 from nanochat.decoders import make_decoder
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kernels import CompiledDecoder, KernelError
+from nanochat.sampling import SamplingSettings
 
 CRATE = Path(__file__).parents[1] / "nanochat" / "kernels"
 needs_kernels = pytest.mark.skipif(kernels.load() is None, reason="no compiled decoder")
@@ -60,8 +61,9 @@ def test_logits_are_those_of_the_model(config: GPTConfig, weights: Any, instruct
     expected = model(torch.tensor([tokens]))[0, 29:]
     decoder = CompiledDecoder(model, weights=weights, instructions=instructions)
     row = decoder.open(40)
-    steps = [decoder.feed([Chunk(row, 0, tokens[:30])])]
-    steps += [decoder.feed([Chunk(row, 30 + i, [token])]) for i, token in enumerate(tokens[30:])]
+    chunks = [Chunk(row, 0, tokens[:30])]
+    chunks += [Chunk(row, 30 + i, [token]) for i, token in enumerate(tokens[30:])]
+    steps = [decoder.feed([chunk]).clone() for chunk in chunks]
     torch.testing.assert_close(torch.cat(steps), expected, rtol=0, atol=TOLERANCE[weights])
 
 
@@ -84,7 +86,7 @@ def test_a_row_gets_the_same_bits_in_any_company_and_any_chunks(
     alone = []
     for text in texts:
         row = decoder.open(len(text))
-        alone.append(decoder.feed([Chunk(row, 0, text)]))
+        alone.append(decoder.feed([Chunk(row, 0, text)]).clone())
         decoder.close(row)
     rows = [decoder.open(len(text)) for text in texts]
     fed = [0] * len(texts)
@@ -99,7 +101,7 @@ def test_a_row_gets_the_same_bits_in_any_company_and_any_chunks(
                 fed[i] += len(part)
         if chunks:
             for i, logits in zip(members, decoder.feed(chunks), strict=True):
-                last[i] = logits
+                last[i] = logits.clone()
     for i, logits in enumerate(alone):
         assert torch.equal(logits[0], last[i])
 
@@ -111,7 +113,7 @@ def test_a_copied_beginning_is_as_good_as_one_that_was_read(weights: Any) -> Non
     decoder = CompiledDecoder(random_model(config), weights=weights)
     tokens = random_tokens(config, 40)
     first, second, third = (decoder.open(size) for size in (40, 50, 40))
-    whole = decoder.feed([Chunk(first, 0, tokens)])
+    whole = decoder.feed([Chunk(first, 0, tokens)]).clone()
     decoder.copy(first, second, 21)
     # What the source is used for afterwards does not show in the copy.
     decoder.feed([Chunk(first, 5, tokens[::-1][:30])])
@@ -128,7 +130,7 @@ def test_only_wanted_logits_are_returned() -> None:
     decoder = CompiledDecoder(random_model(config))
     rows = [decoder.open(8) for _ in range(3)]
     chunks = [Chunk(row, 0, [1, row], wants_logits=row != rows[1]) for row in rows]
-    logits = decoder.feed(chunks)
+    logits = decoder.feed(chunks).clone()
     assert logits.shape == (2, config.vocab_size)
     everything = decoder.feed([chunk._replace(wants_logits=True) for chunk in chunks])
     assert torch.equal(logits, everything[[0, 2]])
@@ -163,11 +165,74 @@ def test_what_would_leave_its_memory_is_refused(chunks: list[Chunk], reason: str
 def test_a_closed_row_is_given_out_again_and_its_memory_is_clean() -> None:
     decoder = CompiledDecoder(random_model(CONFIGS[0]))
     row = decoder.open(16)
-    expected = decoder.feed([Chunk(row, 0, [5, 6])])
+    expected = decoder.feed([Chunk(row, 0, [5, 6])]).clone()
     decoder.feed([Chunk(row, 2, [9] * 10)])
     decoder.close(row)
     assert decoder.open(16) == row
     assert torch.equal(decoder.feed([Chunk(row, 0, [5, 6])]), expected)
+
+
+# ---- sampling -----------------------------------------------------------------------------------
+
+SAMPLING = (
+    SamplingSettings(temperature=0.0),
+    SamplingSettings(temperature=1.0),
+    SamplingSettings(temperature=0.8, top_k=50),
+    SamplingSettings(temperature=0.01, top_k=3),
+    SamplingSettings(temperature=1.5, top_p=0.7),
+    SamplingSettings(temperature=1.0, top_k=20, top_p=0.9, min_p=0.1),
+    SamplingSettings(temperature=0.7, min_p=0.05),
+    SamplingSettings(temperature=1.0, top_k=8, repetition_penalty=1.3),
+)
+
+
+@needs_kernels
+@pytest.mark.parametrize("vocab_size", [1, 7, 50, 300, 4096, 8192])
+def test_compiled_sampling_chooses_what_the_plain_one_chooses(vocab_size: int) -> None:
+    generator = torch.Generator().manual_seed(vocab_size)
+    settings = [*SAMPLING] * 40
+    logits = torch.randn(len(settings), vocab_size, generator=generator) * 3
+    uniforms = torch.rand(len(settings), generator=generator).tolist()
+    seen = {
+        row: set(range(0, vocab_size, 3))
+        for row, setting in enumerate(settings)
+        if setting.repetition_penalty != 1.0
+    }
+    expected = sampling.choose(logits.clone(), settings, uniforms, seen)
+    found = kernels.choose(logits.clone(), settings, uniforms, seen)
+    # A number on the border between two tokens may fall to either, by the last bit of a sum.
+    assert sum(a != b for a, b in zip(found, expected, strict=True)) <= 1
+    for i in range(0, len(settings), len(SAMPLING)):  # those without a border
+        assert found[i] == expected[i]
+
+
+@needs_kernels
+@pytest.mark.parametrize("setting", SAMPLING[1:7])
+def test_compiled_draws_follow_the_plain_probabilities(setting: SamplingSettings) -> None:
+    logits = torch.tensor([[2.0, 0.0, 1.0, -1.0, 1.5]])
+    steps = [(i + 0.5) / 1000 for i in range(1000)]
+    rows = logits.repeat(len(steps), 1)
+    found = kernels.choose(rows.clone(), [setting] * len(steps), steps, {})
+    expected = sampling.choose(rows, [setting] * len(steps), steps, {})
+    for token in range(5):
+        # Fewer than two of a thousand evenly spread numbers lie on a border by rounding.
+        assert abs(found.count(token) - expected.count(token)) <= 1
+
+
+@needs_kernels
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1.0 - 2**-53])
+@pytest.mark.parametrize("setting", SAMPLING)
+def test_an_impossible_token_is_never_drawn(setting: SamplingSettings, uniform: float) -> None:
+    logits = torch.full((1, 100), -torch.inf)
+    logits[0, 41] = 0.5
+    assert kernels.choose(logits, [setting], [uniform], {}) == [41]
+
+
+@needs_kernels
+@pytest.mark.parametrize("setting", SAMPLING)
+def test_logits_that_are_no_numbers_still_give_a_token(setting: SamplingSettings) -> None:
+    (token,) = kernels.choose(torch.full((1, 100), torch.nan), [setting], [0.5], {})
+    assert 0 <= token < 100
 
 
 # ---- which decoder -------------------------------------------------------------------------------

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Sequence
-from ctypes import POINTER, byref, c_double, c_size_t, c_uint32, c_uint64, c_void_p
+from array import array
+from collections.abc import Collection, Mapping, Sequence
+from ctypes import POINTER, byref, c_double, c_size_t, c_uint64, c_void_p
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -20,9 +21,10 @@ from torch import Tensor
 
 from nanochat.decoder import Chunk
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.sampling import SamplingSettings, apply_penalties
 from rustbpe.libraries import declare, fitting_libraries
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 Weights = Literal["float32", "bfloat16", "int8"]
 Instructions = Literal["best", "no-bf16", "avx2"]
 # What the compiled step computes. A model with another option set is decoded the plain way.
@@ -65,6 +67,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "nck_close": (c_void_p, c_uint64),
     "nck_copy": (c_void_p, c_uint64, c_uint64, c_uint64),
     "nck_feed": (c_void_p, c_uint64, c_void_p, c_void_p, c_void_p, c_uint64),
+    "nck_choose": (c_uint64, c_uint64, c_void_p, c_void_p, c_void_p),
 }
 
 
@@ -152,6 +155,7 @@ class CompiledDecoder:
         self._release = weakref.finalize(self, library.nck_model_free, handle)
         # At the end of the process the system takes everything back, threads included.
         self._release.atexit = False
+        self._logits = torch.empty(0, config.vocab_size)
         self.num_weight_bytes = int(library.nck_model_bytes(handle))
 
     @property
@@ -190,32 +194,68 @@ class CompiledDecoder:
         self._call("nck_copy", self._handle, source, target, length)
 
     def feed(self, chunks: Sequence[Chunk]) -> Tensor:
-        """Append all chunks; logits (N, V) fp32 of those that want them."""
-        table: list[int] = []
-        tokens: list[int] = []
+        """Append all chunks; logits (N, V) fp32 of those that want them, until the next call."""
+        table = array("I")
+        tokens = array("I")
         num_wanted = 0
         for chunk in chunks:
-            table += (chunk.row, chunk.start, len(chunk.tokens), chunk.wants_logits)
-            tokens += chunk.tokens
+            table.extend((chunk.row, chunk.start, len(chunk.tokens), chunk.wants_logits))
+            tokens.extend(chunk.tokens)
             num_wanted += chunk.wants_logits
-        logits = torch.empty(num_wanted, self.vocab_size)
+        if num_wanted > self._logits.size(0):
+            # Kept: fresh memory would cost more than the logits themselves.
+            self._logits = torch.empty(num_wanted, self.vocab_size)
+        logits = self._logits[:num_wanted]
         self._call(
             "nck_feed",
             self._handle,
             len(chunks),
-            (c_uint32 * len(table))(*table),
-            (c_uint32 * len(tokens))(*tokens),
+            table.buffer_info()[0],
+            tokens.buffer_info()[0],
             logits.data_ptr(),
             logits.numel(),
         )
         return logits
 
     def _call(self, name: str, *arguments: Any) -> None:
-        if getattr(self._library, name)(*arguments) == 0:
-            return
-        buffer = ctypes.create_string_buffer(1024)
-        size = self._library.nck_last_error(buffer, len(buffer))
-        raise KernelError(f"{name}: {buffer.raw[:size].decode('utf-8', 'replace')}")
+        _call(self._library, name, *arguments)
+
+
+def _call(library: ctypes.CDLL, name: str, *arguments: Any) -> None:
+    if getattr(library, name)(*arguments) == 0:
+        return
+    buffer = ctypes.create_string_buffer(1024)
+    size = library.nck_last_error(buffer, len(buffer))
+    raise KernelError(f"{name}: {buffer.raw[:size].decode('utf-8', 'replace')}")
+
+
+def choose(
+    logits: Tensor,
+    settings: Sequence[SamplingSettings],
+    uniforms: Sequence[float],
+    seen: Mapping[int, Collection[int]],
+) -> list[int]:
+    """As `sampling.choose`, its oracle, for logits (B, V) on a CPU."""
+    library = load()
+    if library is None:
+        raise KernelError("no compiled library")
+    logits = logits.float().contiguous()
+    apply_penalties(logits, settings, seen)
+    numbers = array("d")
+    for setting, uniform in zip(settings, uniforms, strict=True):
+        numbers.extend(setting.numbers)
+        numbers.append(uniform)
+    tokens = array("I", bytes(4 * len(settings)))
+    _call(
+        library,
+        "nck_choose",
+        len(settings),
+        logits.size(-1),
+        logits.data_ptr(),
+        numbers.buffer_info()[0],
+        tokens.buffer_info()[0],
+    )
+    return tokens.tolist()
 
 
 def _matrices(model: GPT) -> list[Tensor]:

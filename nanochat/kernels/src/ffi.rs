@@ -9,8 +9,9 @@ use crate::attention::Heads;
 use crate::isa::Isa;
 use crate::matmul::{Kind, Matrix};
 use crate::model::{Chunk, Layer, Model, Sizes, Tables};
+use crate::sampling::{choose, Room, Settings};
 
-pub const ABI_VERSION: i32 = 1;
+pub const ABI_VERSION: i32 = 2;
 
 thread_local! {
     static LAST_ERROR: RefCell<String> = const { RefCell::new(String::new()) };
@@ -230,5 +231,34 @@ pub unsafe extern "C" fn nck_feed(
             .collect();
         let logits = std::slice::from_raw_parts_mut(logits, num_logits as usize);
         (*model).feed(&chunks, logits)
+    })
+}
+
+/// The next token of each row of `logits` (rows, vocabulary) fp32. `settings`: for each row
+/// temperature, top-k (0 = all), top-p (1 = off), min-p (0 = off) and a number in [0, 1).
+///
+/// # Safety
+/// The arrays have these lengths.
+#[no_mangle]
+pub unsafe extern "C" fn nck_choose(
+    num_rows: u64,
+    vocabulary: u64,
+    logits: *const f32,
+    settings: *const f64,
+    tokens: *mut u32,
+) -> i32 {
+    guarded(|| {
+        let isa = Isa::detect().ok_or("this processor has no fused multiply-add")?;
+        let vocabulary = vocabulary as usize;
+        let mut room = Room::default();
+        for row in 0..num_rows as usize {
+            let logits = from_raw_parts(logits.add(row * vocabulary), vocabulary);
+            let [temperature, top_k, top_p, min_p, uniform] =
+                *(settings.add(5 * row) as *const [f64; 5]);
+            let temperature = temperature as f32;
+            let settings = Settings { temperature, top_k: top_k as usize, top_p, min_p, uniform };
+            *tokens.add(row) = choose(isa, logits, settings, &mut room);
+        }
+        Ok(())
     })
 }

@@ -5,6 +5,8 @@
 //! depends on what else is in the same step: each is one chain of operations in a fixed order.
 
 mod attention;
+#[cfg(target_arch = "x86_64")]
+mod dot;
 pub mod ffi;
 mod isa;
 mod math;
@@ -12,3 +14,4 @@ mod matmul;
 mod memory;
 mod model;
 mod pool;
+mod sampling;

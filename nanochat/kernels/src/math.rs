@@ -56,8 +56,9 @@ pub fn nearest(x: f32) -> f32 {
 /// e^x to about 1e-7 of its value, for x in [-87, 88].
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
-    let x = x.max(-87.0);
-    let n = x.mul_add(std::f32::consts::LOG2_E, ROUND) - ROUND;
+    let x = larger(x, -87.0);
+    let rounded = x.mul_add(std::f32::consts::LOG2_E, ROUND);
+    let n = rounded - ROUND;
     // ln 2 in two parts, so that the remainder is exact.
     let r = n.mul_add(-0.693_359_4, x);
     let r = n.mul_add(2.121_944_4e-4, r);
@@ -65,7 +66,8 @@ pub fn exp(x: f32) -> f32 {
     for c in [8.333_334e-3, 4.166_666_8e-2, 0.166_666_67, 0.5, 1.0, 1.0] {
         p = f32::mul_add(p, r, c);
     }
-    p * f32::from_bits(((n as i32 + 127) << 23) as u32)
+    // The low bits of `rounded` are the integer itself; a cast would be done number by number.
+    p * f32::from_bits((rounded.to_bits() << 23).wrapping_add(127 << 23))
 }
 
 /// 15 tanh(x / 15).
@@ -87,6 +89,29 @@ pub fn sum(lanes: [f32; LANES]) -> f32 {
     while width > 0 {
         for i in 0..width {
             part[i] += part[i + width];
+        }
+        width /= 2;
+    }
+    part[0]
+}
+
+/// The larger one; without `f32::max`'s care for what is not a number.
+#[inline(always)]
+pub fn larger(a: f32, b: f32) -> f32 {
+    if a > b {
+        a
+    } else {
+        b
+    }
+}
+
+#[inline(always)]
+pub fn largest(lanes: [f32; LANES]) -> f32 {
+    let mut part = lanes;
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            part[i] = larger(part[i], part[i + width]);
         }
         width /= 2;
     }

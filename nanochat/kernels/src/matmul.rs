@@ -152,8 +152,8 @@ pub unsafe fn multiply(
         let mut row = 0;
         while row < rows {
             let tile = (rows - row).min(MAX_TILE);
-            let mut sums = [[0.0f32; PANEL]; MAX_TILE];
-            let s = sums.as_mut_ptr();
+            let mut room = std::mem::MaybeUninit::<[[f32; PANEL]; MAX_TILE]>::uninit();
+            let s = room.as_mut_ptr() as *mut [f32; PANEL];
             match tile {
                 1 => one_tile::<1>(isa, matrix, x, row, weights, s),
                 2 => one_tile::<2>(isa, matrix, x, row, weights, s),
@@ -163,7 +163,8 @@ pub unsafe fn multiply(
                 _ => one_tile::<6>(isa, matrix, x, row, weights, s),
             }
             let width = PANEL.min(matrix.outputs - panel * PANEL);
-            for (i, sums) in sums[..tile].iter_mut().enumerate() {
+            let sums = std::slice::from_raw_parts_mut(s, tile);
+            for (i, sums) in sums.iter_mut().enumerate() {
                 if matrix.kind == Kind::I8 {
                     for (j, sum) in sums.iter_mut().enumerate() {
                         *sum *= *scales.add(j);

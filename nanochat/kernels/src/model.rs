@@ -1,6 +1,6 @@
 //! The model: packed weights, rows of keys and values, and the step that extends rows.
 
-use crate::attention::{self, Heads, Row, Span, MAX_HEAD};
+use crate::attention::{self, Cached, Heads, Row, Span, MAX_HEAD};
 use crate::isa::Isa;
 use crate::math::{rms_norm, Number};
 use crate::matmul::{multiply, wants_bf16, Inputs, Kind, Matrix, Then};
@@ -9,6 +9,7 @@ use crate::pool::Pool;
 
 /// Tasks of a product for each thread: enough to even out threads that are interrupted.
 const TASKS_PER_THREAD: usize = 4;
+const ATTENTION_TASKS_PER_THREAD: usize = 8;
 
 #[derive(Clone, Copy, Debug)]
 pub struct Sizes {
@@ -196,7 +197,7 @@ impl Model {
         result
     }
 
-    fn step<E: Cached>(
+    fn step<E: Attend>(
         &mut self,
         rows: &mut [Option<Row<E>>],
         chunks: &[Chunk],
@@ -240,7 +241,7 @@ impl Model {
     }
 
     /// The residual stream's first values: normed embeddings, and a share of each predecessor's.
-    fn embed<E: Cached>(
+    fn embed<E: Attend>(
         &mut self,
         rows: &mut [Option<Row<E>>],
         chunks: &[Chunk],
@@ -292,7 +293,7 @@ impl Model {
         });
     }
 
-    fn attend<E: Cached>(
+    fn attend<E: Attend>(
         &mut self,
         rows: &mut [Option<Row<E>>],
         chunks: &[Chunk],
@@ -321,15 +322,24 @@ impl Model {
                     }),
                     cos: tables.cos,
                     sin: tables.sin,
+                    next_keys: std::ptr::null(),
                 };
                 spans.push((t * heads.queries * heads.size, span));
             }
             t += chunk.tokens.len();
         }
-        self.pool.run(spans.len(), &|task| {
-            let (offset, span) = &spans[task];
-            // SAFETY: each span has its own row and head, and its own part of `mixed`.
-            unsafe { E::attend(isa, span, mixed, *offset) }
+        for i in 1..spans.len() {
+            spans[i - 1].1.next_keys = spans[i].1.place.first_key();
+        }
+        // Neighbours in one task, so that the keys that were asked for are met by who asked.
+        let num_tasks = spans.len().min(self.pool.num_threads() * ATTENTION_TASKS_PER_THREAD);
+        self.pool.run(num_tasks, &|task| {
+            let first = task * spans.len() / num_tasks;
+            let last = (task + 1) * spans.len() / num_tasks;
+            for (offset, span) in &spans[first..last] {
+                // SAFETY: each span has its own row and head, and its own part of `mixed`.
+                unsafe { E::attend(isa, span, mixed, *offset) }
+            }
         });
     }
 
@@ -359,29 +369,30 @@ impl Model {
     }
 }
 
-/// A precision of keys and values, and attention in it.
-pub trait Cached: Number {
+/// Attention in a precision of keys and values.
+pub trait Attend: Cached {
     /// # Safety
-    /// As `attention::attend_*`.
+    /// As `attention::attend_f32`; `out` from `offset` on.
     unsafe fn attend(isa: Isa, span: &Span<Self>, out: Inputs, offset: usize);
 }
 
-impl Cached for f32 {
+impl Attend for f32 {
     unsafe fn attend(isa: Isa, span: &Span<f32>, out: Inputs, offset: usize) {
         match out {
-            Inputs::F32(out) => attention::attend_f32_f32(isa, span, Shared::new(out.at(offset))),
+            Inputs::F32(out) => attention::attend_f32(isa, span, Shared::new(out.at(offset))),
             Inputs::Bf16(_) => unreachable!("fp32 keys go with fp32 products"),
         }
     }
 }
 
-impl Cached for u16 {
+impl Attend for u16 {
     unsafe fn attend(isa: Isa, span: &Span<u16>, out: Inputs, offset: usize) {
         match out {
-            Inputs::F32(out) => attention::attend_bf16_f32(isa, span, Shared::new(out.at(offset))),
-            Inputs::Bf16(out) => {
-                attention::attend_bf16_bf16(isa, span, Shared::new(out.at(offset)))
-            }
+            Inputs::F32(out) => attention::attend_bf16(isa, span, Shared::new(out.at(offset))),
+            #[cfg(target_arch = "x86_64")]
+            Inputs::Bf16(out) => attention::attend_bf16_to_bf16(span, Shared::new(out.at(offset))),
+            #[cfg(not(target_arch = "x86_64"))]
+            Inputs::Bf16(_) => unreachable!("only AVX-512 multiplies bf16"),
         }
     }
 }
