@@ -19,6 +19,7 @@ import datetime
 import logging
 import math
 import os
+import platform
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -105,16 +106,32 @@ def reset() -> None:
     for path in [*folder.glob("*.json"), folder / REPORT_FILE]:
         path.unlink(missing_ok=True)
     shutil.rmtree(folder / PLOTS_FOLDER, ignore_errors=True)
-    header = {"started": _now().isoformat(), "facts": report_header.describe()}
-    write_json(folder / HEADER_FILE, header)
+    write_json(folder / HEADER_FILE, _new_header())
     logger.info("the report starts anew in %s", folder)
 
 
 def describe_machine() -> None:
-    """Let the header tell of this machine and code; the data may have been fetched elsewhere."""
+    """Let the header tell of this machine and code; the data may have been fetched elsewhere.
+
+    Then the clock starts here, once: neither the time between fetching and training nor the way
+    of a job from node to node sets it again.
+    """
     path = report_dir() / HEADER_FILE
-    if path.exists():
-        write_json(path, read_json(path) | {"facts": report_header.describe()})
+    if not path.exists():
+        return
+    before, now = read_json(path), _new_header()
+    is_first_move = before.get("host", now["host"]) != now["host"] and not before.get("has_moved")
+    if not is_first_move:
+        now |= {key: before[key] for key in ("started", "has_moved") if key in before}
+    write_json(path, now | ({"has_moved": True} if is_first_move else {}))
+
+
+def _new_header() -> dict[str, Any]:
+    return {
+        "started": _now().isoformat(),
+        "host": platform.node(),
+        "facts": report_header.describe(),
+    }
 
 
 def generate() -> Path:

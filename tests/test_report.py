@@ -109,6 +109,28 @@ def test_summary_table_and_wall_clock(tmp_path: Path, clock: list[datetime.datet
     assert "Run started: 2026-01-02 03:00:00 UTC" in text
 
 
+def test_the_clock_starts_with_the_training_where_the_data_came_from_elsewhere(
+    tmp_path: Path, clock: list[datetime.datetime], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A preempted job may go on on a third machine, which changes nothing any more."""
+
+    def at(hours: float, host: str) -> None:
+        clock[0] = STARTED + datetime.timedelta(hours=hours)
+        monkeypatch.setattr(report.platform, "node", lambda: host)
+
+    at(0, "download-node")
+    report.reset()
+    report.append("Tokenizer training", [{"vocab_size": 4096}])
+    for hours, host in ((50, "gpu-1"), (51, "gpu-2"), (52, "gpu-1")):
+        at(hours, host)
+        report.describe_machine()
+    at(53.5, "gpu-1")
+    report.append("Chat SFT", [{"depth": 4}])
+    text = report.generate().read_text()
+    assert "Run started: 2026-01-04 05:00" in text
+    assert "Total wall clock time: 3h30m" in text
+
+
 def test_reinforcement_learning_gets_a_column_but_no_wall_clock(
     tmp_path: Path, clock: list[datetime.datetime]
 ) -> None:
