@@ -20,7 +20,7 @@ from nanochat.dataloader import ConversationLoader, conversation_evaluation_batc
 from nanochat.loss_eval import bits_per_byte
 from nanochat.packing import Task
 from nanochat.runtime import Runtime
-from nanochat.stage import StageConfig, load_parent, origin, train_stage
+from nanochat.stage import StageConfig, load_parent, optimizer_of, origin, train_stage
 from nanochat.tokenizer import Tokenizer
 from nanochat.training import Hook, Trainer
 
@@ -153,6 +153,7 @@ def train_on_conversations(
             "tasks": task_set,
             "parent": origin(parent, source),
         },
+        optimizer=optimizer_of(parent),
         dry_run_trains=stage == "mid",  # what --dry_run has always meant in midtraining
     )
 

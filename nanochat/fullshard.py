@@ -32,7 +32,7 @@ from torch.optim.adamw import adamw
 from nanochat.adamw import AdamWSettings
 from nanochat.common import UserError
 from nanochat.gpt import GPT
-from nanochat.muon import MuonSettings, orthogonalize
+from nanochat.muon import MuonSettings, update_direction, variance_shape, with_cautious_decay
 from nanochat.optimizers import OptimizerConfig, settings_by_name
 from nanochat.runtime import Runtime
 
@@ -70,6 +70,10 @@ class FullShard:
             is_muon = isinstance(self._settings[name], MuonSettings)
             for key in ("momentum",) if is_muon else ("exp_avg", "exp_avg_sq"):
                 self._state[f"{name}.{key}"] = _whole(torch.zeros_like(parameter.data))
+            settings = self._settings[name]
+            if isinstance(settings, MuonSettings) and settings.is_refined:
+                zeros = torch.zeros(variance_shape(parameter.shape), device=runtime.device)
+                self._state[f"{name}.variance"] = DTensor.from_local(zeros, mesh, [Replicate()])
         self._step = 0
 
     # ---- as the loop's weights ----------------------------------------------------------------
@@ -110,6 +114,7 @@ class FullShard:
         grad_scale: float,
         lr_multiplier: float,
         muon_momentum: float,
+        decay_multiplier: float = 1.0,
         grad_clip: float = 0.0,
     ) -> Tensor:
         """As `optimizers.Optimizer.step`."""
@@ -126,7 +131,8 @@ class FullShard:
             settings = self._settings[name]
             gradient.mul_(scale)
             if isinstance(settings, MuonSettings):
-                self._muon(name, gradient, settings, lr_multiplier, muon_momentum)
+                decay = settings.weight_decay * decay_multiplier
+                self._muon(name, gradient, settings, lr_multiplier, muon_momentum, decay)
             else:
                 self._adamw(name, gradient, settings, lr_multiplier)
         return norm
@@ -159,6 +165,7 @@ class FullShard:
         settings: MuonSettings,
         lr_multiplier: float,
         momentum: float,
+        decay: float,
     ) -> None:
         state, parameter = self._state[f"{name}.momentum"], self._named[name].detach()
         buffer = _local(state)
@@ -171,18 +178,20 @@ class FullShard:
             stride=state.stride(),
         ).full_tensor()
         # Every rank orthogonalises every matrix and keeps its rows: time for memory.
-        direction = orthogonalize(
-            nesterov[None], coefficients=settings.coefficients, dtype=settings.dtype
-        )[0].to(parameter.dtype)
+        variance = self._state.get(f"{name}.variance")
+        direction = update_direction(
+            nesterov[None], settings, None if variance is None else _local(variance)[None]
+        )[0]
         own = DTensor.from_local(direction, state.device_mesh, [Replicate()], run_check=False)
         rows, columns = parameter.shape
         learning_rate = settings.learning_rate * lr_multiplier
         weights = _local(parameter)
-        weights.mul_(1.0 - learning_rate * settings.weight_decay)
-        weights.sub_(
-            _local(own.redistribute(state.device_mesh, state.placements)),
-            alpha=learning_rate * max(1.0, rows / columns) ** 0.5,
-        )
+        update = _local(own.redistribute(state.device_mesh, state.placements))
+        if settings.is_refined:
+            update = with_cautious_decay(update, weights, decay)
+        else:
+            weights.mul_(1.0 - learning_rate * decay)
+        weights.sub_(update, alpha=learning_rate * max(1.0, rows / columns) ** 0.5)
 
     def zero_grad(self) -> None:
         """Drop the gradients."""

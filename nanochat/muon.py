@@ -21,16 +21,34 @@ from nanochat.runtime import Pending, World
 # singular values end anywhere in about 0.7 .. 1.2 (coefficients of the post above).
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
 _NORM_EPSILON = 1e-7  # a zero gradient stays zero
+# Polar Express (arXiv:2505.16932): for each iteration the coefficients that bring the worst
+# singular value nearest to 1, made for 5 of them with a safety margin of 2 %.
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+_POLAR_MARGIN, _POLAR_EPSILON = 1.01, 1e-6  # rounding must not lift a singular value above 1
+_LEAST_NORM, _LEAST_VARIANCE = 1e-6, 1e-10
 
 
 @dataclass(frozen=True)
 class MuonSettings:
-    """What all matrices are updated with. `coefficients`: one (a, b, c) per iteration."""
+    """What all matrices are updated with. `coefficients`: one (a, b, c) per iteration.
+
+    is_refined: equal rows before, Polar Express, and equal norm and variance after the
+    orthogonalisation (`refined_direction`); weights decay only where the update shrinks them.
+    """
 
     learning_rate: float = 0.02
     weight_decay: float = 0.0
     coefficients: tuple[tuple[float, float, float], ...] = NEWTON_SCHULZ
     dtype: torch.dtype = torch.bfloat16
+    is_refined: bool = False
+    beta2: float = 0.9
+    """Share of the running variance that is kept at each step, if refined."""
 
 
 @dataclass
@@ -43,6 +61,7 @@ class _Stack:
     stop: int
     matrices_per_rank: int  # k
     momentum: Tensor  # (stop - start, M, N)
+    variance: Tensor | None  # (stop - start, M, 1) or (stop - start, 1, N), if refined
     transfer: Pending | None = None  # between the phases of a step
     gradient: Tensor | None = None  # (stop - start, M, N)
 
@@ -77,7 +96,10 @@ class Muon:
         start = min(self._world.rank * share, len(parameters))
         stop = min(start + share, len(parameters))
         momentum = parameters[0].new_zeros((stop - start, *parameters[0].shape))
-        return _Stack(names, parameters, start, stop, share, momentum.detach())
+        momentum, variance = momentum.detach(), None
+        if self.settings.is_refined:
+            variance = momentum.new_zeros(variance_shape(momentum.shape))
+        return _Stack(names, parameters, start, stop, share, momentum, variance)
 
     def reduce(self) -> None:
         """Start to sum the gradients over ranks; each rank receives its own matrices."""
@@ -95,10 +117,18 @@ class Muon:
             gradients.append(stack.gradient)
         return torch.stack(torch._foreach_norm(gradients)).square().sum()
 
-    def update(self, *, scale: Tensor, lr_multiplier: float, momentum: float) -> None:
+    def update(
+        self,
+        *,
+        scale: Tensor,
+        lr_multiplier: float,
+        momentum: float,
+        decay_multiplier: float = 1.0,
+    ) -> None:
         """Update this rank's matrices with gradient * scale and start to gather the others.
 
         scale: 0-d float32. momentum: share of the running average that is kept, 0 .. 1.
+        decay_multiplier: of the weight decay.
         """
         for stack in self._stacks:
             gradient, stack.gradient = stack.gradient, None
@@ -107,24 +137,27 @@ class Muon:
                 gradient.mul_(scale)
                 stack.momentum.lerp_(gradient, 1.0 - momentum)
                 direction = gradient.lerp_(stack.momentum, momentum)  # Nesterov
-                self._apply(stack.own, direction, lr_multiplier)
+                direction = update_direction(direction, self.settings, stack.variance)
+                decay = self.settings.weight_decay * decay_multiplier
+                self._apply(stack.own, direction, lr_multiplier, decay)
             if self._world.size > 1:
                 padded = _stack_matrices(stack.own, stack.matrices_per_rank, like=stack.momentum)
                 stack.transfer = self._world.start_all_gather(padded)
 
-    def _apply(self, matrices: list[Tensor], direction: Tensor, lr_multiplier: float) -> None:
-        """Move `matrices` against direction (len(matrices), M, N)."""
-        rows, columns = direction.shape[-2:]
+    def _apply(
+        self, matrices: list[Tensor], update: Tensor, lr_multiplier: float, decay: float
+    ) -> None:
+        """Move `matrices` against update (len(matrices), M, N)."""
+        rows, columns = update.shape[-2:]
         learning_rate = self.settings.learning_rate * lr_multiplier
-        update = orthogonalize(
-            direction, coefficients=self.settings.coefficients, dtype=self.settings.dtype
-        )
-        if self.settings.weight_decay:
-            torch._foreach_mul_(matrices, 1.0 - learning_rate * self.settings.weight_decay)
         # The entries of an orthogonal tall matrix have rms 1 / sqrt(M), of any other 1 / sqrt(N);
         # the factor makes both change a layer's output alike.
         change = learning_rate * max(1.0, rows / columns) ** 0.5
-        torch._foreach_add_(matrices, list(update.to(direction.dtype).unbind()), alpha=-change)
+        if self.settings.is_refined:
+            update = with_cautious_decay(update, torch.stack(matrices), decay)
+        elif decay:
+            torch._foreach_mul_(matrices, 1.0 - learning_rate * decay)
+        torch._foreach_add_(matrices, list(update.unbind()), alpha=-change)
 
     def finish(self) -> None:
         """Put every rank's matrices in place."""
@@ -138,13 +171,22 @@ class Muon:
 
     def state(self) -> dict[str, tuple[Tensor, int]]:
         """What this rank keeps: name -> (matrix, 0: the first row is that of the whole tensor)."""
-        return {
-            f"{name}.momentum": (matrix, 0)
-            for stack in self._stacks
-            for name, matrix in zip(
-                stack.names[stack.start : stack.stop], stack.momentum.unbind(), strict=True
-            )
-        }
+        kept: dict[str, tuple[Tensor, int]] = {}
+        for stack in self._stacks:
+            for key, tensor in (("momentum", stack.momentum), ("variance", stack.variance)):
+                own = [] if tensor is None else tensor.unbind()
+                for name, matrix in zip(stack.names[stack.start : stack.stop], own, strict=False):
+                    kept[f"{name}.{key}"] = (matrix, 0)
+        return kept
+
+
+def update_direction(nesterov: Tensor, settings: MuonSettings, variance: Tensor | None) -> Tensor:
+    """What matrices (K, M, N) are moved against, in their dtype. Advances `variance` if refined."""
+    if settings.is_refined:
+        assert variance is not None
+        return refined_direction(nesterov, variance, beta2=settings.beta2, dtype=settings.dtype)
+    orthogonal = orthogonalize(nesterov, coefficients=settings.coefficients, dtype=settings.dtype)
+    return orthogonal.to(nesterov.dtype)
 
 
 def orthogonalize(
@@ -152,14 +194,17 @@ def orthogonalize(
     *,
     coefficients: Sequence[tuple[float, float, float]] = NEWTON_SCHULZ,
     dtype: torch.dtype = torch.bfloat16,
+    margin: float = 1.0,
+    epsilon: float = _NORM_EPSILON,
 ) -> Tensor:
     """Replace the singular values of each matrix by values near 1, keeping its singular vectors.
 
     matrices: (K, M, N). Returns (K, M, N) in `dtype`, in which the iteration runs. The odd
-    polynomial a X + b (X X^T) X + c (X X^T)^2 X acts on singular values alone.
+    polynomial a X + b (X X^T) X + c (X X^T)^2 X acts on singular values alone, from the norm times
+    1 / margin on.
     """
     norm = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)
-    x: Tensor = (matrices / (norm + _NORM_EPSILON)).to(dtype)
+    x: Tensor = (matrices / (norm * margin + epsilon)).to(dtype)
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     if is_tall:  # the smaller of the two Gram matrices is cheaper
         x = x.mT
@@ -168,6 +213,63 @@ def orthogonalize(
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
     return x.mT if is_tall else x
+
+
+def refined_direction(
+    matrices: Tensor, variance: Tensor, *, beta2: float, dtype: torch.dtype
+) -> Tensor:
+    """Orthogonalised matrices (K, M, N) whose rows, norms and entries are evened out.
+
+    variance: (K, M, 1) or (K, 1, N), see `variance_shape`; updated in place.
+    """
+    orthogonal = orthogonalize(
+        equal_rows(matrices),
+        coefficients=POLAR_EXPRESS,
+        dtype=dtype,
+        margin=_POLAR_MARGIN,
+        epsilon=_POLAR_EPSILON,
+    ).to(matrices.dtype)
+    return equal_variance(renormalized(orthogonal), variance, beta2=beta2)
+
+
+def equal_rows(matrices: Tensor) -> Tensor:
+    """Each row brought to the root mean square of all rows' norms (arXiv:2603.28254)."""
+    norms = torch.linalg.vector_norm(matrices, dim=-1, keepdim=True)
+    common = norms.square().mean(dim=-2, keepdim=True).sqrt()
+    even: Tensor = matrices * (common / norms.clamp_min(_LEAST_NORM))
+    return even
+
+
+def renormalized(matrices: Tensor) -> Tensor:
+    """Scaled to the norm of an orthogonal matrix, sqrt(min(M, N)) (arXiv:2602.21545)."""
+    norms = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)
+    scaled: Tensor = matrices * (min(matrices.shape[-2:]) ** 0.5 / norms.clamp_min(_LEAST_NORM))
+    return scaled
+
+
+def variance_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """Of the variances of matrices (..., M, N): one for each line along the longer side."""
+    *batch, rows, columns = shape
+    return (*batch, rows, 1) if rows >= columns else (*batch, 1, columns)
+
+
+def equal_variance(matrices: Tensor, variance: Tensor, *, beta2: float) -> Tensor:
+    """Divide each line by its running root mean square; the norm stays (arXiv:2510.05491).
+
+    variance: of `variance_shape`, updated in place.
+    """
+    along = -1 if variance.size(-1) == 1 else -2
+    variance.lerp_(matrices.square().mean(dim=along, keepdim=True), 1.0 - beta2)
+    scaled = matrices * variance.clamp_min(_LEAST_VARIANCE).rsqrt()
+    before = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)
+    after = torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True)
+    even: Tensor = scaled * (before / after.clamp_min(_LEAST_VARIANCE))
+    return even
+
+
+def with_cautious_decay(update: Tensor, weights: Tensor, decay: float) -> Tensor:
+    """The update plus the decay of those weights that it shrinks (arXiv:2510.12402)."""
+    return update + decay * weights * (update * weights >= 0)
 
 
 def _stack_matrices(matrices: list[Tensor], count: int, like: Tensor | None = None) -> Tensor:

@@ -15,6 +15,7 @@ from nanochat.muon import Muon, MuonSettings
 from nanochat.runtime import World, has_fast_bf16
 
 _REFERENCE_DIM = 768  # the width at which the AdamW learning rates were tuned
+_GATE_LR = 0.2  # of smear and backout, whatever the batch
 _STEP = "step"  # 0-d entry of the state: equal on every rank, all else is sharded
 
 
@@ -28,14 +29,18 @@ class OptimizerConfig:
     """AdamW learning rate of the output head, at width 768 (scaled by width^-0.5)."""
     matrix_lr: float = 0.02
     """Muon learning rate of every matrix in the blocks."""
+    scalar_lr: float = 0.5
+    """AdamW learning rate of the weights of the embedding in each layer; others derive from it."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of the embedding and the head."""
+    """Decoupled weight decay of the embedding and the head, if not refined."""
     matrix_weight_decay: float = 0.0
     """Decoupled weight decay of the matrices."""
     adam_beta1: float = 0.8
     """AdamW: share of the running mean that is kept at each step."""
     adam_beta2: float = 0.95
-    """AdamW: share of the running mean square that is kept at each step."""
+    """AdamW: share of the running mean square that is kept at each step, if not refined."""
+    is_refined: bool = False
+    """Muon's refinements, and AdamW with moments and decay of each group's own."""
 
 
 class Optimizer:
@@ -62,13 +67,15 @@ class Optimizer:
         grad_scale: float,
         lr_multiplier: float,
         muon_momentum: float,
+        decay_multiplier: float = 1.0,
         grad_clip: float = 0.0,
     ) -> Tensor:
         """Update all parameters from their `.grad`, this rank's sum over targets; uses it up.
 
-        grad_scale: 1 / number of targets over all ranks. grad_clip: bound on the norm of the
-        scaled gradient over all parameters and ranks, 0 for none. Returns that norm before
-        clipping, 0-d on the device: reading it is the caller's choice.
+        grad_scale: 1 / number of targets over all ranks. decay_multiplier: of the decay of
+        matrices. grad_clip: bound on the norm of the scaled gradient over all parameters and
+        ranks, 0 for none. Returns that norm before clipping, 0-d on the device: reading it is the
+        caller's choice.
         """
         for name, parameter in self._named_parameters:
             if parameter.grad is None:
@@ -83,7 +90,12 @@ class Optimizer:
             scale = scale * (grad_clip / norm).clamp(max=1.0)
         self._step += 1
         for muon in self._muon:
-            muon.update(scale=scale, lr_multiplier=lr_multiplier, momentum=muon_momentum)
+            muon.update(
+                scale=scale,
+                lr_multiplier=lr_multiplier,
+                momentum=muon_momentum,
+                decay_multiplier=decay_multiplier,
+            )
         for adamw in self._adamw:
             adamw.update(scale=scale, lr_multiplier=lr_multiplier, step=self._step)
         for part in parts:
@@ -138,7 +150,7 @@ def build_optimizer(
     model_dim: int,
     world: World,
 ) -> Optimizer:
-    """Deal parameters to groups by name: embedding and head to AdamW, block matrices to Muon.
+    """Deal parameters to groups by name: block matrices to Muon, all others to AdamW.
 
     Parameters are fp32 masters, equal on every rank. Raises ValueError for a parameter that
     no group takes or that comes twice.
@@ -189,21 +201,32 @@ def _groups(
     """Pattern of parameter names -> settings. Patterns exclude one another."""
     width_scale = (model_dim / _REFERENCE_DIM) ** -0.5
 
-    def adamw(learning_rate: float) -> AdamWSettings:
+    def table(learning_rate: float, beta2: float, decay: float) -> AdamWSettings:
+        """Of an embedding or the head; beta2 and decay are those of the refined optimizer."""
+        refined = config.is_refined
         return AdamWSettings(
-            learning_rate=learning_rate * width_scale,
+            learning_rate=learning_rate,
             beta1=config.adam_beta1,
-            beta2=config.adam_beta2,
-            weight_decay=config.weight_decay,
+            beta2=beta2 if refined else config.adam_beta2,
+            weight_decay=decay if refined else config.weight_decay,
         )
 
+    def scalars(learning_rate: float, decay: float = 0.0, beta1: float = 0.8) -> AdamWSettings:
+        return AdamWSettings(learning_rate, beta1=beta1, beta2=0.95, weight_decay=decay)
+
+    embedding_lr = config.embedding_lr * width_scale
     matrices = MuonSettings(
         learning_rate=config.matrix_lr,
         weight_decay=config.matrix_weight_decay,
         dtype=torch.bfloat16 if has_fast_bf16(device) else torch.float32,
+        is_refined=config.is_refined,
     )
     return [
-        (r"lm_head\.weight", adamw(config.unembedding_lr)),
-        (r"transformer\.wte\.weight", adamw(config.embedding_lr)),
+        (r"lm_head\.weight", table(config.unembedding_lr * width_scale, 0.96, 0.01)),
+        (r"transformer\.wte\.weight", table(embedding_lr, 0.995, 0.001)),
+        (r"value_embeds\.\d+\.weight", table(0.5 * embedding_lr, 0.995, 0.01)),
+        (r"resid_lambdas", scalars(0.01 * config.scalar_lr, decay=0.05)),
+        (r"x0_lambdas", scalars(config.scalar_lr, beta1=0.96)),
+        (r"smear_gate\.weight|smear_lambda|backout_lambda", scalars(_GATE_LR)),
         (r"transformer\.h\.\d+\..*\.weight", matrices),
     ]

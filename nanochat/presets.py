@@ -47,6 +47,7 @@ TRAINING: dict[OptimizerName, dict[str, float]] = {
         "warmup_steps": 0,
         "warmdown_ratio": 0.2,
         "final_lr_frac": 0.0,
+        "grad_clip": 0.0,
     },
     "modern": {
         "embedding_lr": 0.3,
@@ -57,18 +58,21 @@ TRAINING: dict[OptimizerName, dict[str, float]] = {
         "warmup_steps": 0,
         "warmdown_ratio": 0.2,
         "final_lr_frac": 0.0,
+        "grad_clip": 0.0,
     },
 }
 
 # And of pretraining, where they differ from those.
 PRETRAINING: dict[OptimizerName, dict[str, float]] = {
-    "classic": {"grad_clip": 1.0, "target_param_data_ratio": 20.0},
+    "classic": {"grad_clip": 1.0},
     "modern": {
         "weight_decay": 0.28,
         "warmup_steps": 40,
         "warmdown_ratio": 0.65,
         "final_lr_frac": 0.05,
         "grad_clip": 0.0,
-        "target_param_data_ratio": 12.0,
     },
 }
+
+# Of a training horizon; modern counts the parameters of blocks and head alone.
+TOKENS_PER_PARAMETER: dict[OptimizerName, float] = {"classic": 20.0, "modern": 12.0}

@@ -45,6 +45,7 @@ _CHANGEABLE = frozenset(
         "embedding_lr",
         "unembedding_lr",
         "matrix_lr",
+        "scalar_lr",
         "weight_decay",
         "init_lr_frac",
         "warmup_steps",

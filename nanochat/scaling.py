@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from nanochat.common import UserError
 from nanochat.gpt import GPTConfig
 from nanochat.presets import MODELS, PresetName
+
+REFERENCE_DEPTH = 12  # where the modern settings were tuned
+REFERENCE_BATCH = 2**19
+BATCH_EXPONENT = 0.383
 
 
 def model_config(
@@ -60,6 +67,44 @@ def gradient_accumulation(
     return total_batch_size // per_pass
 
 
+@dataclass(frozen=True)
+class Automatic:
+    """What the modern preset derives from sizes."""
+
+    total_batch_size: int
+    """Tokens of a step."""
+    learning_rates: float
+    """Factor of all learning rates."""
+    weight_decay: float
+    """Factor of the weight decay."""
+
+
+def scaling_parameters(counts: Mapping[str, int]) -> int:
+    """Parameters that a training horizon is measured in: blocks and head.
+
+    Tables that are only looked up cost next to nothing to train, and scaling laws come out cleaner
+    without them. counts: of `GPT.count_parameters`.
+    """
+    return counts["transformer_matrices"] + counts["lm_head"]
+
+
+def automatic(
+    num_parameters: int, reference_parameters: int, total_batch_size: int | None = None
+) -> Automatic:
+    """Batch, learning rates and weight decay, from those tuned at depth 12 with 2^19 tokens a step.
+
+    num_parameters, reference_parameters: `scaling_parameters` of the model and of one of depth
+    12; their ratio is that of the training tokens, at equal tokens per parameter. total_batch_size:
+    given outright, None = the best one, which grows with the tokens to the power of 0.383
+    (arXiv:2505.13738), to the nearest power of two. Learning rates grow with the square root of
+    the batch; the decay keeps its time scale in tokens (arXiv:2405.13698).
+    """
+    tokens = num_parameters / reference_parameters
+    batch = total_batch_size or 2 ** round(math.log2(REFERENCE_BATCH * tokens**BATCH_EXPONENT))
+    rates = math.sqrt(batch / REFERENCE_BATCH)
+    return Automatic(batch, learning_rates=rates, weight_decay=rates / tokens)
+
+
 def training_horizon(
     *,
     num_iterations: int,
@@ -72,9 +117,8 @@ def training_horizon(
     """Optimizer steps: given outright, else from a FLOP budget, else from tokens per parameter.
 
     The first positive setting wins, in that order. 20 tokens per parameter is the compute-optimal
-    ratio of
-    arXiv:2203.15556. Raises UserError when no setting is positive or the result is less than one
-    step.
+    ratio of arXiv:2203.15556. Raises UserError when no setting is positive or the result is less
+    than one step.
     """
     if num_iterations > 0:
         return num_iterations

@@ -11,23 +11,26 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from nanochat import checkpoint_manager, report
 from nanochat.common import UserError, checkpoints_dir
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.memory import estimate_memory, format_bytes
 from nanochat.optimizers import OptimizerConfig
-from nanochat.plan import Plan, StepLoader
+from nanochat.plan import Plan, StepLoader, wants_compile
+from nanochat.presets import TRAINING, OptimizerName
 from nanochat.resuming import previous_run
 from nanochat.runtime import Runtime
 from nanochat.schedule import Schedule
 from nanochat.stopping import EXIT_STOPPED, StoppedError, StopRequest, catch_signals
 from nanochat.tokenizer import Tokenizer
 from nanochat.tracking import MetricWriter, open_mirrors
-from nanochat.training import Hook, Trainer, wants_compile
+from nanochat.training import Hook, Trainer
 
 logger = logging.getLogger(__name__)
+
+AnyConfig = TypeVar("AnyConfig", bound="StageConfig")
 
 
 @dataclass(frozen=True)
@@ -50,26 +53,30 @@ class StageConfig:
     """Optimizer steps; -1 = derived."""
     device_batch_size: int = 32
     """Rows of one forward pass on each device."""
-    embedding_lr: float = 0.2
-    """Learning rate of the token embedding (AdamW)."""
-    unembedding_lr: float = 0.004
-    """Learning rate of the output head (AdamW)."""
-    matrix_lr: float = 0.02
-    """Learning rate of the transformer's matrices (Muon)."""
-    weight_decay: float = 0.0
-    """Weight decay of embedding and head."""
+    optimizer: OptimizerName | None = None
+    """classic or modern (refined Muon, more schedules); default: the model's preset's."""
+    embedding_lr: float | None = None
+    """Learning rate of the token embedding (AdamW); default: the optimizer's."""
+    unembedding_lr: float | None = None
+    """Learning rate of the output head (AdamW); default: the optimizer's."""
+    matrix_lr: float | None = None
+    """Learning rate of the transformer's matrices (Muon); default: the optimizer's."""
+    scalar_lr: float | None = None
+    """Learning rate of the modern model's scalars (AdamW); default: the optimizer's."""
+    weight_decay: float | None = None
+    """Of embedding and head (classic) or of matrices (modern); default: the optimizer's."""
     init_lr_frac: float = 1.0
     """Multiplies all learning rates."""
-    warmup_steps: int = 0
-    """Steps of linear warmup."""
+    warmup_steps: int | None = None
+    """Steps of linear warmup; default: the optimizer's."""
     warmup_ratio: float = 0.0
-    """Warmup as a share of the run, if --warmup-steps is 0."""
-    warmdown_ratio: float = 0.2
-    """Share of the run over which learning rates fall at its end."""
-    final_lr_frac: float = 0.0
-    """Learning rates at the very end, as a share."""
-    grad_clip: float = 0.0
-    """Largest global gradient norm; 0 = off."""
+    """Warmup as a share of the run, if there are no warmup steps."""
+    warmdown_ratio: float | None = None
+    """Share of the run over which learning rates fall at its end; default: the optimizer's."""
+    final_lr_frac: float | None = None
+    """Learning rates at the very end, as a share; default: the optimizer's."""
+    grad_clip: float | None = None
+    """Largest global gradient norm, 0 = off; default: the optimizer's."""
     eval_every: int = 150
     """Steps between validations; -1 = only at the end."""
     eval_tokens: int = 20 * 524_288
@@ -99,24 +106,46 @@ class StageConfig:
     seed: int = 42
     """Seed of everything random."""
 
-    def optimizer(self) -> OptimizerConfig:
-        """The optimizer part of the flags."""
+    def settled(self: AnyConfig, optimizer: OptimizerName, **defaults: float) -> AnyConfig:
+        """With a value for every flag that was left to the optimizer.
+
+        optimizer: of the model, if no flag names one. defaults: those of the stage, which come
+        before those of the optimizer.
+        """
+        chosen = self.optimizer or optimizer
+        values: dict[str, Any] = TRAINING[chosen] | defaults
+        missing = {name: value for name, value in values.items() if getattr(self, name) is None}
+        return dataclasses.replace(self, optimizer=chosen, **missing)
+
+    def optimizer_config(self) -> OptimizerConfig:
+        """The optimizer part of settled flags."""
+        is_refined, decay = self.optimizer == "modern", setting(self.weight_decay)
         return OptimizerConfig(
-            embedding_lr=self.embedding_lr,
-            unembedding_lr=self.unembedding_lr,
-            matrix_lr=self.matrix_lr,
-            weight_decay=self.weight_decay,
+            embedding_lr=setting(self.embedding_lr),
+            unembedding_lr=setting(self.unembedding_lr),
+            matrix_lr=setting(self.matrix_lr),
+            scalar_lr=setting(self.scalar_lr),
+            weight_decay=0.0 if is_refined else decay,
+            matrix_weight_decay=decay if is_refined else 0.0,
+            is_refined=is_refined,
         )
 
     def schedule(self, num_iterations: int) -> Schedule:
-        """The schedule part of the flags."""
+        """The schedule part of settled flags."""
         return Schedule(
             num_iterations=num_iterations,
             warmup_steps=self.warmup_steps or round(self.warmup_ratio * num_iterations),
-            warmdown_ratio=self.warmdown_ratio,
+            warmdown_ratio=setting(self.warmdown_ratio),
             peak=self.init_lr_frac,
-            final_fraction=self.final_lr_frac,
+            final_fraction=setting(self.final_lr_frac),
+            is_refined=self.optimizer == "modern",
         )
+
+
+def setting(value: float | None) -> float:
+    """A flag that `StageConfig.settled` has filled."""
+    assert value is not None
+    return value
 
 
 def train_stage(
@@ -133,15 +162,18 @@ def train_stage(
     num_iterations: int,
     hooks: Sequence[Hook],
     facts: dict[str, Any],
+    optimizer: OptimizerName = "classic",
     dry_run_trains: bool = False,
 ) -> int:
     """Run one stage to its end; returns the exit code, 0 or 85 when it was asked to stop.
 
     title: heading of the report section. facts: stage-specific entries of state.json; the
-    settings, the model's sizes and the tokenizer's hash are added here. dry_run_trains: a dry
+    settings, the model's sizes and the tokenizer's hash are added here. optimizer: the model's,
+    which a flag may overrule. dry_run_trains: a dry
     run of this stage trains and writes nothing, instead of telling its sizes and ending.
     """
     stop = StopRequest(config.max_minutes)
+    config = config.settled(optimizer)
     check_positive(config, "keep_last", "log_every")
     if config.shard == "full" and config.compile == "on":
         raise UserError("--compile=on and --shard=full do not go together; leave one of them out")
@@ -151,7 +183,7 @@ def train_stage(
     plan = Plan(
         schedule=config.schedule(num_iterations),
         micro_batch_rows=config.device_batch_size,
-        grad_clip=config.grad_clip,
+        grad_clip=setting(config.grad_clip),
         spike_limit=config.spike_limit,
         save_every=max(config.save_every, 0),
         keep_last=config.keep_last,
@@ -169,6 +201,7 @@ def train_stage(
     )
     facts = facts | {
         "stage": stage,
+        "optimizer": config.optimizer,
         "model_config": model.config.to_json(),
         "config": dataclasses.asdict(config),
         "num_iterations": num_iterations,
@@ -185,7 +218,7 @@ def train_stage(
         model,
         loader,
         plan=plan,
-        optimizer=config.optimizer(),
+        optimizer=config.optimizer_config(),
         runtime=runtime,
         run_dir=run_dir,
         tokenizer_dir=tokenizer_dir,
@@ -290,6 +323,11 @@ def _report(title: str, trainer: Trainer, facts: dict[str, Any]) -> None:
     results |= {f"Final {name.replace('_', ' ')}": v for name, v in state.evaluations.items()}
     results |= {f"Minimum {name.replace('_', ' ')}": v for name, v in state.best.items()}
     report.append(title, [facts["config"], results, {"run_dir": str(trainer.saver.run_dir)}])
+
+
+def optimizer_of(parent: checkpoint_manager.Checkpoint) -> OptimizerName:
+    """What the parent was trained with; of a checkpoint that does not say, classic."""
+    return "modern" if parent.state.get("optimizer") == "modern" else "classic"
 
 
 def load_parent(parent: checkpoint_manager.Checkpoint, sequence_len: int | None = None) -> GPT:

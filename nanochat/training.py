@@ -11,7 +11,6 @@ weights, bit for bit, as one that was left alone.
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -33,7 +32,6 @@ from nanochat.precision import MasterWeights
 from nanochat.progress import Progress
 from nanochat.runtime import Runtime
 from nanochat.saving import CheckpointSaver, not_finite
-from nanochat.schedule import muon_momentum
 from nanochat.stopping import StoppedError, StopRequest
 from nanochat.tracking import MetricWriter
 from nanochat.train_state import TrainState
@@ -42,10 +40,6 @@ if TYPE_CHECKING:
     from nanochat.fullshard import FullShard
 
 logger = logging.getLogger(__name__)
-
-# On a CPU compiling the whole step costs about a minute and saves a fifth of the time, so it
-# pays only for runs of more than about ten minutes at 250 GFLOP/s.
-CPU_COMPILE_FLOPS = 1.5e14
 
 
 @dataclass(frozen=True)
@@ -272,7 +266,8 @@ class Trainer:
             grad_norm = self.optimizer.step(
                 grad_scale=1.0 / batch.num_targets,
                 lr_multiplier=multiplier,
-                muon_momentum=muon_momentum(self.state.step),
+                muon_momentum=self.plan.schedule.momentum(self.state.step),
+                decay_multiplier=self.plan.schedule.decay(self.state.step),
                 grad_clip=self.plan.grad_clip,
             )
             self.weights.publish()
@@ -385,22 +380,6 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.truncate(self.state.step)
         logger.info("resumed from step %d (%s)", self.state.step, checkpoint.path)
-
-
-def wants_compile(mode: str, *, device: torch.device, training_flops: float) -> bool:
-    """Resolve --compile: "on", "off", or "auto" = where compiling saves more than it costs."""
-    if mode not in ("auto", "on", "off"):
-        raise UserError(f"--compile is {mode!r}; use auto, on or off")
-    if mode != "auto":
-        return mode == "on"
-    if device.type == "cuda":
-        return True
-    if device.type != "cpu" or training_flops < CPU_COMPILE_FLOPS:
-        return False
-    if shutil.which("g++") is None and shutil.which("clang++") is None:
-        logger.warning("no C++ compiler found: training runs uncompiled, about a fifth slower")
-        return False
-    return True
 
 
 def _micro_batches(batch: Batch, rows: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:

@@ -6,6 +6,7 @@ torchrun --standalone --nproc_per_node=8 -m scripts.base_train -- --depth=20
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from dataclasses import dataclass
 from typing import Literal
@@ -13,15 +14,22 @@ from typing import Literal
 import torch
 
 from nanochat import configurator, core_eval, runtime, scaling
-from nanochat.common import tokenizer_dir
+from nanochat.common import UserError, tokenizer_dir
 from nanochat.core_scoring import GptModel
 from nanochat.dataloader import DocumentLoader, evaluation_batches
 from nanochat.dataset import open_source
 from nanochat.engine import sample_prompts
-from nanochat.gpt import GPT
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import bits_per_byte
+from nanochat.presets import (
+    OPTIMIZERS,
+    PRETRAINING,
+    TOKENS_PER_PARAMETER,
+    TRAINING,
+    PresetName,
+)
 from nanochat.resuming import DATA_FINGERPRINT
-from nanochat.stage import StageConfig, check_positive, train_stage
+from nanochat.stage import StageConfig, check_positive, setting, train_stage
 from nanochat.tokenizer import get_tokenizer
 from nanochat.training import Hook, Trainer
 from tasks import mixtures
@@ -29,6 +37,8 @@ from tasks import mixtures
 logger = logging.getLogger(__name__)
 
 DEFAULT_DATA = "fineweb-edu"
+DEFAULT_BATCH = 524_288
+AUTOMATIC = -1  # --total-batch-size
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,8 @@ class Config(StageConfig):
 
     depth: int = 20
     """Transformer layers; width and heads follow from it."""
+    preset: PresetName = "classic"
+    """Options of the model, and the optimizer with its settings: classic, modern or portable."""
     aspect_ratio: int = 64
     """Width per layer."""
     head_dim: int = 128
@@ -45,18 +57,18 @@ class Config(StageConfig):
     """Width, instead of depth x aspect ratio."""
     token_shift: float = 0.0
     """Share of the previous token's embedding added to each one; 0 = the classic model."""
+    window_pattern: str | None = None
+    """Layers that see a quarter context (S) or all (L), repeated; default: the preset's."""
     max_seq_len: int = 2048
     """Context in tokens."""
-    total_batch_size: int = 524_288
-    """Tokens of one optimizer step."""
+    total_batch_size: int | None = None
+    """Tokens of one optimizer step, -1 = by depth; default: 524,288 (modern: by depth)."""
     target_flops: float = -1.0
     """Horizon by training FLOPs, if --num-iterations is -1."""
-    target_param_data_ratio: float = 20.0
-    """Horizon by tokens per parameter, if neither of the others is given."""
+    target_param_data_ratio: float | None = None
+    """Horizon by tokens per parameter, if no other is given; default: 20 (modern: see docs)."""
     packing: Literal["stream", "best-fit"] = "stream"
     """How documents fill rows."""
-    grad_clip: float = 1.0
-    """Largest global gradient norm; 0 = off."""
     eval_every: int = 250
     """Steps between validations; -1 = only at the end."""
     core_metric_every: int = 2000
@@ -69,34 +81,29 @@ class Config(StageConfig):
 
 def main(config: Config) -> int:
     """Train from nothing to a base checkpoint."""
-    check_positive(config, "max_seq_len", "device_batch_size", "total_batch_size")
+    check_positive(config, "max_seq_len", "device_batch_size")
     with runtime.start(config.device_type, dtype=config.dtype, seed=config.seed) as rt:
         tokenizer = get_tokenizer()
         data = config.data or tokenizer.trained_on or DEFAULT_DATA
         source = open_source(data)
-        model_config = scaling.model_config(
-            config.depth,
-            vocab_size=tokenizer.vocab_size,
-            sequence_len=config.max_seq_len,
-            aspect_ratio=config.aspect_ratio,
-            head_dim=config.head_dim,
-            model_dim=config.model_dim,
-            token_shift=config.token_shift,
-        )
+        model = GPT(sizes_at(config, config.depth, tokenizer.vocab_size))
+        config = settle(config, model)
+        total_batch_size = int(setting(config.total_batch_size))
         scaling.gradient_accumulation(
-            config.total_batch_size, config.device_batch_size, config.max_seq_len, rt.world.size
+            total_batch_size, config.device_batch_size, config.max_seq_len, rt.world.size
         )
-        rows_per_step = config.total_batch_size // config.max_seq_len
-        model = GPT(model_config)
+        rows_per_step = total_batch_size // config.max_seq_len
         model.init_weights(torch.Generator().manual_seed(config.seed))
         model.to(rt.device)
+        counts = model.count_parameters()
+        is_modern = config.optimizer == "modern"
         num_iterations = scaling.training_horizon(
             num_iterations=config.num_iterations,
             target_flops=config.target_flops,
-            target_param_data_ratio=config.target_param_data_ratio,
-            num_parameters=model.count_parameters()["total"],
+            target_param_data_ratio=setting(config.target_param_data_ratio),
+            num_parameters=scaling.scaling_parameters(counts) if is_modern else counts["total"],
             flops_per_token=model.estimate_flops(),
-            total_batch_size=config.total_batch_size,
+            total_batch_size=total_batch_size,
         )
         token_bytes = torch.from_numpy(tokenizer.token_bytes).to(rt.device)
 
@@ -158,6 +165,59 @@ def main(config: Config) -> int:
             hooks=hooks,
             facts={"data": data, "parent": None, DATA_FINGERPRINT: source.fingerprint()},
         )
+
+
+def sizes_at(config: Config, depth: int, vocab_size: int) -> GPTConfig:
+    """The preset's model at a depth."""
+    options = {} if config.window_pattern is None else {"window_pattern": config.window_pattern}
+    return scaling.model_config(
+        depth,
+        vocab_size=vocab_size,
+        sequence_len=config.max_seq_len,
+        aspect_ratio=config.aspect_ratio,
+        head_dim=config.head_dim,
+        model_dim=config.model_dim if depth == config.depth else None,
+        preset=config.preset,
+        token_shift=config.token_shift,
+        **options,
+    )
+
+
+def settle(config: Config, model: GPT) -> Config:
+    """Fill in what was left to the preset: batch, horizon, learning rates, decay, schedule.
+
+    A value given as a flag is taken as it is; only the preset's own are scaled.
+    """
+    optimizer = config.optimizer or OPTIMIZERS[config.preset]
+    is_modern, batch = optimizer == "modern", config.total_batch_size
+    if batch is not None and batch != AUTOMATIC and batch < 1:
+        raise UserError(f"--total-batch-size is {batch}; use at least 1, or -1 = by depth")
+    defaults = dict(PRETRAINING[optimizer])
+    if is_modern or batch == AUTOMATIC:
+        with torch.device("meta"):
+            reference = GPT(sizes_at(config, scaling.REFERENCE_DEPTH, model.config.vocab_size))
+        chosen = scaling.automatic(
+            scaling.scaling_parameters(model.count_parameters()),
+            scaling.scaling_parameters(reference.count_parameters()),
+            batch if batch != AUTOMATIC else None,
+        )
+        batch = chosen.total_batch_size
+        if is_modern:
+            for name in ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr"):
+                defaults[name] = TRAINING[optimizer][name] * chosen.learning_rates
+            defaults["weight_decay"] *= chosen.weight_decay
+            logger.info(
+                "batch of %s tokens: the preset's learning rates x%.3f, its weight decay x%.3f",
+                f"{batch:,}",
+                chosen.learning_rates,
+                chosen.weight_decay,
+            )
+    ratio = config.target_param_data_ratio
+    return dataclasses.replace(
+        config.settled(optimizer, **defaults),
+        total_batch_size=batch or DEFAULT_BATCH,
+        target_param_data_ratio=TOKENS_PER_PARAMETER[optimizer] if ratio is None else ratio,
+    )
 
 
 if __name__ == "__main__":

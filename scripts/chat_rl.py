@@ -19,7 +19,14 @@ from nanochat import checkpoint_manager, configurator, runtime, task_eval
 from nanochat.common import UserError
 from nanochat.rollouts import RolloutLoader, RolloutSettings, check_task, pass_at_k
 from nanochat.runtime import Runtime
-from nanochat.stage import StageConfig, check_positive, load_parent, origin, train_stage
+from nanochat.stage import (
+    StageConfig,
+    check_positive,
+    load_parent,
+    optimizer_of,
+    origin,
+    train_stage,
+)
 from nanochat.tokenizer import Tokenizer
 from nanochat.training import Hook, Trainer
 from tasks import mixtures
@@ -59,7 +66,7 @@ class Config(StageConfig):
     """Rows of one forward pass on each device."""
     init_lr_frac: float = 0.05
     """Multiplies all learning rates."""
-    warmdown_ratio: float = 1.0
+    warmdown_ratio: float | None = 1.0
     """Share of the run over which learning rates fall at its end."""
     eval_every: int = 60
     """Steps between evaluations; -1 = only at the end."""
@@ -144,6 +151,7 @@ def main(config: Config) -> int:
                 "task": practice.name,
                 "parent": origin(parent, config.source),
             },
+            optimizer=optimizer_of(parent),
         )
 
 

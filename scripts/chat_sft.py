@@ -32,7 +32,7 @@ class Config(ConversationStageConfig):
     """Rows of one forward pass on each device."""
     init_lr_frac: float = 0.02
     """Multiplies all learning rates."""
-    warmdown_ratio: float = 1.0
+    warmdown_ratio: float | None = 1.0
     """Share of the run over which learning rates fall at its end."""
     eval_every: int = 100
     """Steps between validations; -1 = only at the end."""
