@@ -8,24 +8,29 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from nanochat import checkpoint_manager, task_eval
+from nanochat.answers import plain_text
 from nanochat.common import NotScoredError, UserError
-from nanochat.dataloader import ConversationLoader, conversation_evaluation_batches
-from nanochat.loss_eval import bits_per_byte
+from nanochat.conversation import Conversation
+from nanochat.dataloader import Batch, ConversationLoader, conversation_evaluation_batches
+from nanochat.engine import Engine
+from nanochat.gpt import GPT
 from nanochat.packing import Task
 from nanochat.runtime import Runtime
 from nanochat.stage import StageConfig, load_parent, optimizer_of, origin, train_stage
 from nanochat.tokenizer import Tokenizer
 from nanochat.training import Hook, Trainer
+from nanochat.validation import Validation
 
 logger = logging.getLogger(__name__)
 
+NUM_SAMPLES, SAMPLE_TOKENS = 2, 48  # answers shown when the stage ends
 LENGTH_SAMPLE = 1000  # conversations rendered to estimate the mean length; 1 % error is plenty
 
 
@@ -91,8 +96,8 @@ def train_on_conversations(
         steps = _steps_per_epoch(config, train_task, tokenizer, rows_per_step, sequence_len)
         num_iterations = config.num_epochs * steps
 
-    def validate(trainer: Trainer) -> dict[str, float]:
-        batches = conversation_evaluation_batches(
+    def validation_batches() -> Iterator[Batch]:
+        return conversation_evaluation_batches(
             validation_task,
             tokenizer,
             num_tokens=eval_tokens,
@@ -102,9 +107,6 @@ def train_on_conversations(
             masked=config.masked,
             packing="stream",
         )
-        bpb = bits_per_byte(trainer.model, batches, token_bytes, runtime.world)
-        logger.info("step %d  validation bpb %.4f", trainer.state.step, bpb)
-        return {"val_bpb": bpb}
 
     def measure_tasks(trainer: Trainer) -> dict[str, float]:
         values = {}
@@ -121,7 +123,20 @@ def train_on_conversations(
             logger.info("step %d  %s %.1f %%", trainer.state.step, task.name, 100 * result.accuracy)
         return values
 
-    hooks = [Hook("validation", config.eval_every, validate)]
+    def sample(trainer: Trainer) -> dict[str, float]:
+        if runtime.world.is_main:
+            for question, answer in sample_answers(trainer.model, tokenizer, validation_task):
+                logger.info("sample: %s -> %s", question, answer)
+        return {}
+
+    hooks = [
+        Hook(
+            "validation",
+            config.eval_every,
+            Validation(validation_batches, token_bytes, runtime.world, config.bpb_limit),
+        ),
+        Hook("samples", 0, sample),
+    ]
     if config.eval_metrics_every > 0:
         metric_tasks = _measurable(
             metric_tasks, tokenizer, sequence_len, config.eval_metrics_max_problems
@@ -156,6 +171,25 @@ def train_on_conversations(
         optimizer=optimizer_of(parent),
         dry_run_trains=stage == "mid",  # what --dry_run has always meant in midtraining
     )
+
+
+def sample_answers(model: GPT, tokenizer: Tokenizer, task: Task) -> list[tuple[str, str]]:
+    """The first questions of a task with the model's greedy answers, each on one line."""
+    asked: list[tuple[str, list[int]]] = []
+    for index in range(min(NUM_SAMPLES, len(task))):
+        messages = task[index].messages
+        end = next(i for i, m in enumerate(messages) if m.role == "assistant") + 1
+        prompt = tokenizer.render_for_completion(Conversation(messages[:end]))
+        if len(prompt) + SAMPLE_TOKENS <= model.config.sequence_len:
+            asked.append((messages[end - 2].text, prompt))
+    if not asked:
+        return []
+    prompts = [prompt for _, prompt in asked]
+    answers = Engine(model, tokenizer).complete(prompts, max_tokens=SAMPLE_TOKENS, temperature=0.0)
+    return [
+        (" ".join(question.split()), " ".join(plain_text(tokenizer, answer).split()))
+        for (question, _), answer in zip(asked, answers, strict=True)
+    ]
 
 
 def _measurable(

@@ -47,6 +47,12 @@ class LossTotals:
             return math.inf
         return self.nats / (math.log(2) * self.num_bytes)
 
+    def bits_per_byte_of_guessing(self, vocab_size: int) -> float:
+        """What a model would have for which all tokens are alike; infinite without any byte."""
+        if self.num_bytes == 0:
+            return math.inf
+        return math.log2(vocab_size) * self.num_tokens / self.num_bytes
+
     @property
     def perplexity(self) -> float:
         """Of one token: depends on the tokenizer, unlike bits per byte."""
@@ -85,13 +91,6 @@ def sum_losses(
         num_bytes=int(world.sum(num_bytes)),
         num_tokens=int(world.sum(num_tokens)),
     )
-
-
-def bits_per_byte(
-    model: GPT, batches: Iterable[TargetBatch], token_bytes: Tensor, world: World
-) -> float:
-    """`sum_losses` as bits per byte."""
-    return sum_losses(model, batches, token_bytes, world).bits_per_byte
 
 
 def evaluate_split(

@@ -93,6 +93,8 @@ class StageConfig:
     """Save and stop, with exit code 85, before the command has run this long; 0 = no limit."""
     spike_limit: float = 2.0
     """Stop when the smoothed loss rises this many nats above its lowest; 0 = never."""
+    bpb_limit: float = 0.0
+    """Fail when the last validation is above this; 0 = when one shows that training has failed."""
     log_every: int = 10
     """Steps between console lines."""
     resume: bool = False

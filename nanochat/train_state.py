@@ -29,6 +29,8 @@ class TrainState:
     evaluations: dict[str, float] = field(default_factory=dict)
     measured_step: int = -1
     """Step that `evaluations` belong to."""
+    first: dict[str, float] = field(default_factory=dict)
+    """What each measure was when it was taken first."""
     best: dict[str, float] = field(default_factory=dict)
     best_step: int = -1
     """The saved step with the best evaluation; -1 if there is none."""
@@ -73,6 +75,7 @@ class TrainState:
     def note_evaluation(self, values: dict[str, float]) -> None:
         """Take what was measured at this step; smaller is better for names in bpb or loss."""
         self.evaluations |= values
+        self.first = values | self.first
         self.measured_step = self.step
         for name, value in values.items():
             if _is_smaller_better(name):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,11 +17,10 @@ import torch
 from nanochat import configurator, core_eval, runtime, scaling
 from nanochat.common import UserError, tokenizer_dir
 from nanochat.core_scoring import GptModel
-from nanochat.dataloader import DocumentLoader, evaluation_batches
+from nanochat.dataloader import Batch, DocumentLoader, evaluation_batches
 from nanochat.dataset import open_source
 from nanochat.engine import sample_prompts
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.loss_eval import bits_per_byte
 from nanochat.presets import (
     OPTIMIZERS,
     PRETRAINING,
@@ -32,6 +32,7 @@ from nanochat.resuming import DATA_FINGERPRINT
 from nanochat.stage import StageConfig, check_positive, setting, train_stage
 from nanochat.tokenizer import get_tokenizer
 from nanochat.training import Hook, Trainer
+from nanochat.validation import Validation
 from tasks import mixtures
 
 logger = logging.getLogger(__name__)
@@ -107,8 +108,8 @@ def main(config: Config) -> int:
         )
         token_bytes = torch.from_numpy(tokenizer.token_bytes).to(rt.device)
 
-        def validate(trainer: Trainer) -> dict[str, float]:
-            batches = evaluation_batches(
+        def validation_batches() -> Iterator[Batch]:
+            return evaluation_batches(
                 source,
                 tokenizer,
                 num_tokens=config.eval_tokens,
@@ -116,9 +117,6 @@ def main(config: Config) -> int:
                 sequence_len=config.max_seq_len,
                 world=rt.world,
             )
-            bpb = bits_per_byte(trainer.model, batches, token_bytes, rt.world)
-            logger.info("step %d  validation bpb %.4f", trainer.state.step, bpb)
-            return {"val_bpb": bpb}
 
         def measure_core(trainer: Trainer) -> dict[str, float]:
             result = core_eval.evaluate_core(
@@ -138,7 +136,11 @@ def main(config: Config) -> int:
             return {}
 
         hooks = [
-            Hook("validation", config.eval_every, validate),
+            Hook(
+                "validation",
+                config.eval_every,
+                Validation(validation_batches, token_bytes, rt.world, config.bpb_limit),
+            ),
             Hook("samples", config.sample_every, sample, at_start=False),
         ]
         if config.core_metric_every > 0:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.loss_eval import LossTotals, bits_per_byte, sum_losses
+from nanochat.loss_eval import LossTotals, sum_losses
 from nanochat.runtime import World
 
 VOCAB = 12
@@ -64,7 +64,9 @@ def test_a_model_that_knows_nothing_needs_log2_of_the_vocabulary() -> None:
     model = GPT(GPTConfig(sequence_len=8, vocab_size=VOCAB, n_layer=1, n_head=2, n_embd=16))
     model.init_weights(torch.Generator().manual_seed(0))
     one_byte_targets = torch.zeros(2, 8, dtype=torch.int64)
-    value = bits_per_byte(model, [Batch(one_byte_targets, one_byte_targets)], TOKEN_BYTES, World())
+    value = sum_losses(
+        model, [Batch(one_byte_targets, one_byte_targets)], TOKEN_BYTES, World()
+    ).bits_per_byte
     assert value == pytest.approx(math.log2(VOCAB), rel=1e-6)
 
 
@@ -87,5 +89,5 @@ def test_nothing_to_predict_is_infinite(model: GPT, target: int) -> None:
 
 def test_leaves_the_model_in_its_mode(model: GPT) -> None:
     model.train()
-    bits_per_byte(model, [random_batch(4)], TOKEN_BYTES, World())
+    sum_losses(model, [random_batch(4)], TOKEN_BYTES, World())
     assert model.training

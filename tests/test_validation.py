@@ -1,0 +1,82 @@
+"""The gate at the end of a training stage: which results pass, and what a failure leaves."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from nanochat import checkpoint_manager
+from nanochat.common import UserError
+from nanochat.loss_eval import LossTotals
+from nanochat.runtime import Runtime, World
+from nanochat.train_state import TrainState
+from nanochat.training import Hook
+from nanochat.validation import Validation, unsound
+from tests.tiny_run import SIZES, make_trainer
+
+
+def totals(bpb: float) -> LossTotals:
+    """Of tokens of two bytes."""
+    return LossTotals(nats=bpb * math.log(2) * 200, num_bytes=200, num_tokens=100)
+
+
+def judged(bpb: float, **changes: Any) -> str:
+    """With 16 tokens, of which guessing needs 4 bits: 2 bits per byte."""
+    known = {"vocab_size": 16, "began": None, "limit": 0.0, "step": 20, "is_last": False}
+    return unsound(totals(bpb), **known | changes)
+
+
+def test_a_model_that_has_learned_something_passes() -> None:
+    assert totals(1.0).bits_per_byte_of_guessing(16) == 2.0
+    assert judged(1.9) == ""
+    assert judged(1.9, began=1.8, is_last=True) == ""
+
+
+@pytest.mark.parametrize("bpb", [2.0, 2.5, math.inf, math.nan])
+def test_guessing_does_not(bpb: float) -> None:
+    assert "no better than guessing, which has 2.000" in judged(bpb)
+
+
+def test_nor_does_what_became_worse_than_it_was() -> None:
+    assert "worse than the 1.000 that it began with" in judged(1.2, began=1.0)
+
+
+def test_a_limit_of_the_users_replaces_the_bounds_and_counts_at_the_end() -> None:
+    assert judged(9.0, limit=1.5, began=1.0) == ""
+    assert "above --bpb-limit=1.5" in judged(1.6, limit=1.5, is_last=True)
+    assert judged(1.5, limit=1.5, is_last=True) == ""
+    assert judged(9.0, limit=10.0, is_last=True) == ""
+    assert judged(math.nan, limit=10.0, is_last=True)
+
+
+def test_the_first_steps_and_text_without_bytes_say_nothing() -> None:
+    assert judged(9.0, step=19, is_last=True) == ""
+    assert unsound(LossTotals(0.0, 0, 0), vocab_size=16, began=1.0, limit=0.0, step=99,
+                   is_last=True) == ""  # fmt: skip
+
+
+def test_what_was_measured_first_is_remembered() -> None:
+    state = TrainState()
+    for value in (3.0, 2.0, 2.5):
+        state.note_evaluation({"val_bpb": value})
+    assert (state.first, state.best) == ({"val_bpb": 3.0}, {"val_bpb": 2.0})
+    before = {key: value for key, value in vars(state).items() if key != "first"}
+    assert TrainState(**before).first == {}  # of a checkpoint from before
+
+
+def test_a_stage_that_has_failed_ends_without_its_last_checkpoint(tmp_path: Path) -> None:
+    """Random rows cannot be learned; of the others, those before it stay."""
+    runtime = Runtime(torch.device("cpu"), torch.float32, World(), 42)
+    rows = torch.randint(0, SIZES.vocab_size, (2, SIZES.sequence_len + 1))
+    batch = SimpleNamespace(inputs=rows[:, :-1], targets=rows[:, 1:])
+    action = Validation(lambda: [batch], torch.ones(SIZES.vocab_size), runtime.world, limit=0.01)
+    hooks = [Hook("validation", 2, action)]
+    trainer = make_trainer(tmp_path, runtime, hooks=hooks, steps=4, save_every=2)
+    with pytest.raises(UserError, match=r"bits per byte .* at step 4, above --bpb-limit=0\.01"):
+        trainer.run()
+    assert checkpoint_manager.saved_steps(tmp_path / "run") == [2]
