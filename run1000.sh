@@ -22,6 +22,7 @@ d32_sizes() {
     DEVICES=gpu                    # one process for each GPU
     DATA=fineweb-edu               # embedded, fineweb-edu, climbmix, or a folder of parquet shards
     TASKS=public                   # conversations and questions: embedded, public, or auto = public if here
+    FIRST_SHARDS=16                # training shards for the tokenizer: 4e9 characters; the rest comes meanwhile
     NUM_SHARDS=800                 # 740 would do: 37.6e9 tokens x 4.8 characters / 250e6 a shard
     MAX_CHARS=4000000000           # text the tokenizer is trained on
     VOCAB_SIZE=65536
@@ -36,6 +37,7 @@ d32_sizes() {
     SAVE_EVERY=250                 # steps between checkpoints: what a crash costs at most
     EVAL_EVERY=250
     EVAL_TOKENS=10485760
+    BPB_LIMIT=1.5                  # bits per byte that the base model may end with; 0 = fewer than by guessing
     CORE_EVERY=2000                # steps between CORE scores while training; -1 = none
     SAMPLE_EVERY=2000
     CORE_MAX_PER_TASK=-1           # items of each CORE task; -1 = all
@@ -52,4 +54,6 @@ d32_sizes() {
     MAX_NEW_TOKENS=512             # longest answer in them
 }
 
+# At the end the page to talk to the model, if somebody is at the terminal and did not say --yes.
+CHAT_AFTERWARDS=1
 main_job d32_sizes "$@"

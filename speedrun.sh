@@ -22,6 +22,7 @@ d20_sizes() {
     DEVICES=gpu                    # one process for each GPU
     DATA=fineweb-edu               # embedded, fineweb-edu, climbmix, or a folder of parquet shards
     TASKS=public                   # conversations and questions: embedded, public, or auto = public if here
+    FIRST_SHARDS=8                 # training shards for the tokenizer: 2e9 characters; the rest comes meanwhile
     NUM_SHARDS=240                 # 216 would do: 11.2e9 tokens x 4.8 characters / 250e6 a shard
     MAX_CHARS=2000000000           # text the tokenizer is trained on
     VOCAB_SIZE=65536
@@ -36,6 +37,7 @@ d20_sizes() {
     SAVE_EVERY=250                 # steps between checkpoints: what a crash costs at most
     EVAL_EVERY=250
     EVAL_TOKENS=10485760
+    BPB_LIMIT=1.5                  # bits per byte that the base model may end with; 0 = fewer than by guessing
     CORE_EVERY=2000                # steps between CORE scores while training; -1 = none
     SAMPLE_EVERY=2000
     CORE_MAX_PER_TASK=-1           # items of each CORE task; -1 = all

@@ -230,11 +230,20 @@ def _list(by_stage: dict[str, list[Asset]], config: Config) -> int:
         manifest = read_manifest(asset)
         line.count += 1
         line.present += problem is None
-        line.num_bytes += manifest.num_bytes if manifest else asset.approximate_bytes
+        num_bytes = manifest.num_bytes if manifest else asset.approximate_bytes
+        line.num_bytes += num_bytes
+        line.bytes_here += num_bytes if problem is None else 0
         line.rows += (manifest.rows or 0) if manifest else 0
         line.problem = line.problem or problem
     for group, line in lines.items():
         print(line.text(group, ",".join(stages[group])))
+    here, whole = (
+        sum(getattr(line, name) for line in lines.values()) / 1e9
+        for name in ("bytes_here", "num_bytes")
+    )
+    present = sum(line.present for line in lines.values())
+    sizes = f"{here:,.2f} of about {whole:,.2f} GB"
+    print(f"{present} of {len(assets)} assets, {sizes}, are in {base_dir()}")
     return 0
 
 
@@ -246,6 +255,7 @@ class _Line:
     count: int = 0
     present: int = 0
     num_bytes: int = 0
+    bytes_here: int = 0
     rows: int = 0
     problem: str | None = None
 

@@ -5,6 +5,7 @@
 #   settle_on_scratch        the base folder and all caches below the scratch root, exported
 #   load_modules             the site's modules, those that exist
 #   enter_environment        .venv, without installing anything
+#   settle_in                all of these, in that order
 #
 # .env.local (copy .env.local.example) has lines `key=value`: keys in any case, values plain or quoted, with
 # or without `export`. It is read, not executed. No setting is required.
@@ -119,7 +120,8 @@ settle_on_scratch() {
     export TORCHINDUCTOR_CACHE_DIR="$cache/inductor" TRITON_HOME="$cache" TRITON_CACHE_DIR="$cache/triton"
     export CUDA_CACHE_PATH="$cache/cuda" MPLCONFIGDIR="$cache/matplotlib"
     export PIP_CACHE_DIR="$cache/pip" UV_CACHE_DIR="$cache/uv" UV_PYTHON_INSTALL_DIR="$cache/uv-python"
-    export UV_PROJECT_ENVIRONMENT="$NANOCHAT_VENV"
+    # With it `uv run` takes the environment as it is, instead of installing another torch into it.
+    export UV_PROJECT_ENVIRONMENT="$NANOCHAT_VENV" UV_NO_SYNC=1
     export CARGO_HOME="$root/.cargo" RUSTUP_HOME="$root/.rustup"
     export TIKTOKEN_CACHE_DIR="$NANOCHAT_BASE_DIR/tiktoken"
     export WANDB_DIR="$NANOCHAT_BASE_DIR/wandb" WANDB_CACHE_DIR="$cache/wandb"
@@ -128,6 +130,13 @@ settle_on_scratch() {
     WANDB_ENTITY="$(setting wandb_entity "${WANDB_ENTITY:-}")"
     export WANDB_PROJECT WANDB_ENTITY
     mkdir -p "$NANOCHAT_BASE_DIR" "$TMPDIR" "$HF_HOME" "$TORCH_HOME" "$WANDB_DIR"
+}
+
+settle_in() {
+    read_settings
+    load_modules
+    settle_on_scratch
+    enter_environment
 }
 
 # What a node without a network must not even try.

@@ -10,14 +10,11 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/cluster.sh
 source scripts/cluster.sh
-read_settings
-load_modules
-settle_on_scratch
-enter_environment
+settle_in
 mkdir -p logs
 
 # The stages of the job that can be done here; it will find them done. No GPU is needed for these.
 export NPROC_PER_NODE="${NPROC_PER_NODE:-8}"
-bash speedrun.sh --yes --until tok_train "$@"
+bash speedrun.sh --yes --until shards "$@"
 bash speedrun.sh --check "$@"
 echo "everything is in $NANOCHAT_BASE_DIR; next: bash scripts/submit.sh"

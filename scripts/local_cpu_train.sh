@@ -20,6 +20,7 @@ quick_sizes() {
     DEVICES=cpu                    # one process
     DATA=embedded                  # embedded, fineweb-edu, climbmix, or a folder of parquet shards
     TASKS=auto                     # conversations and questions: embedded, public, or auto = public if here
+    FIRST_SHARDS=8                 # training shards for the tokenizer; the rest comes meanwhile
     NUM_SHARDS=8                   # training shards to generate or fetch
     MAX_CHARS=10000000             # text the tokenizer is trained on
     VOCAB_SIZE=4096
@@ -34,6 +35,7 @@ quick_sizes() {
     SAVE_EVERY=100                 # steps between checkpoints: what an interruption costs at most
     EVAL_EVERY=130
     EVAL_TOKENS=65536
+    BPB_LIMIT=0                    # bits per byte that the base model may end with; 0 = fewer than by guessing
     CORE_EVERY=-1                  # steps between CORE scores while training; -1 = none
     SAMPLE_EVERY=-1
     CORE_MAX_PER_TASK=100          # items of each CORE task
@@ -54,6 +56,7 @@ full_sizes() {
     DEVICES=cpu
     DATA=fineweb-edu
     TASKS=auto
+    FIRST_SHARDS=4
     NUM_SHARDS=4
     MAX_CHARS=1000000000
     VOCAB_SIZE=65536
@@ -70,6 +73,7 @@ full_sizes() {
     SAVE_EVERY=50
     EVAL_EVERY=250
     EVAL_TOKENS=262144
+    BPB_LIMIT=0
     CORE_EVERY=-1
     SAMPLE_EVERY=-1
     CORE_MAX_PER_TASK=100

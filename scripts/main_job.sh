@@ -16,8 +16,8 @@ source scripts/stages.sh
 source scripts/ranks.sh
 
 # What a flag may set; --max-seq-len and --max_seq_len both set MAX_SEQ_LEN.
-SIZES=(DATA TASKS NUM_SHARDS MAX_CHARS VOCAB_SIZE DEPTH TOKEN_SHIFT MAX_SEQ_LEN DEVICE_BATCH_SIZE TOTAL_BATCH_SIZE
-    NUM_ITERATIONS FINAL_LR SAVE_EVERY EVAL_EVERY EVAL_TOKENS CORE_EVERY SAMPLE_EVERY CORE_MAX_PER_TASK
+SIZES=(DATA TASKS FIRST_SHARDS NUM_SHARDS MAX_CHARS VOCAB_SIZE DEPTH TOKEN_SHIFT MAX_SEQ_LEN DEVICE_BATCH_SIZE TOTAL_BATCH_SIZE
+    NUM_ITERATIONS FINAL_LR SAVE_EVERY EVAL_EVERY EVAL_TOKENS BPB_LIMIT CORE_EVERY SAMPLE_EVERY CORE_MAX_PER_TASK
     MID_ITERATIONS MID_FINAL_LR SFT_ITERATIONS SFT_DEVICE_BATCH_SIZE SFT_EXAMPLES_PER_STEP SFT_PACKING
     SFT_LR_FRACTION SPIKE_LIMIT RL_ITERATIONS MAX_PROBLEMS MAX_NEW_TOKENS)
 SPIKE_LIMIT=2   # nats that the smoothed loss may rise before a training run ends; 0 = any rise may pass
@@ -26,23 +26,32 @@ RL_ITERATIONS=0 # steps of reinforcement learning, which is left out unless a fl
 # ---- the stages: name, what it leaves behind in the base folder, command ------------------------------
 
 pipeline() {
-    local tag="d$DEPTH"
+    local tag="d$DEPTH" first="$NUM_SHARDS" limit=()
+    local shards=(python -m nanochat.dataset --data="$DATA" -n "$NUM_SHARDS")
     stage report_reset "" \
         python -m nanochat.report reset
 
-    # [1/5] data and tokenizer
+    # [1/5] data and tokenizer: a few shards for the tokenizer, and the rest while it is trained
+    if comes_from_network "$DATA" && [ "$FIRST_SHARDS" -lt "${NUM_SHARDS/#-1/9999}" ]; then
+        # The same text for the tokenizer, however far the rest has come.
+        first="$FIRST_SHARDS" limit=(--num_files="$FIRST_SHARDS")
+    fi
     if [ "$TASKS" = public ]; then
         # Shards, and all conversations and questions that later stages read.
         stage dataset "" \
-            python -m scripts.assets prefetch --all --data="$DATA" -n "$NUM_SHARDS"
+            python -m scripts.assets prefetch --all --data="$DATA" -n "$first"
     else
         stage dataset "" \
-            python -m nanochat.dataset --data="$DATA" -n "$NUM_SHARDS"
+            python -m nanochat.dataset --data="$DATA" -n "$first"
     fi
+    [ "$first" = "$NUM_SHARDS" ] || ahead shards "${shards[@]}"
     stage tok_train "tokenizer/tokenizer.json" \
-        python -m scripts.tok_train --data="$DATA" --max_chars="$MAX_CHARS" --vocab_size="$VOCAB_SIZE"
+        python -m scripts.tok_train --data="$DATA" --max_chars="$MAX_CHARS" --vocab_size="$VOCAB_SIZE" \
+        ${limit[@]+"${limit[@]}"}
     evaluation tok_eval "report/tokenizer-evaluation.json" \
         python -m scripts.tok_eval
+    stage shards "" \
+        "${shards[@]}"
 
     # [2/5] base model
     training base_train "base_checkpoints/$tag/step_*/manifest.json" \
@@ -51,7 +60,7 @@ pipeline() {
         --device_batch_size="$DEVICE_BATCH_SIZE" --total_batch_size="$TOTAL_BATCH_SIZE" \
         --num_iterations="$NUM_ITERATIONS" --eval_every="$EVAL_EVERY" --eval_tokens="$EVAL_TOKENS" \
         --core_metric_every="$CORE_EVERY" --sample_every="$SAMPLE_EVERY" --save_every="$SAVE_EVERY" \
-        --spike_limit="$SPIKE_LIMIT" --run="$WANDB_RUN"
+        --spike_limit="$SPIKE_LIMIT" --bpb_limit="$BPB_LIMIT" --run="$WANDB_RUN"
     evaluation base_loss "report/base-model-loss.json" \
         ranks scripts.base_loss --model_tag="$tag" \
         --device_batch_size="$DEVICE_BATCH_SIZE" --split_tokens="$EVAL_TOKENS"
@@ -115,7 +124,7 @@ main_job() {
     fi
     if [ "$CHECK" = 1 ]; then
         ensure_venv "$DEVICES"
-        check_assets
+        check_files
         return
     fi
     require_devices "$DEVICES"
@@ -124,7 +133,7 @@ main_job() {
     SECONDS=0
     ensure_venv "$DEVICES"
     if [ "${NANOCHAT_OFFLINE:-0}" = 1 ]; then
-        check_assets || exit 1
+        check_files || exit 1
     fi
     run_pipeline pipeline
     echo
@@ -133,7 +142,16 @@ main_job() {
     if [ -z "$ONLY$UNTIL" ]; then
         echo "  the report:  report.md"
         echo "  to chat:     source .venv/bin/activate && python -m scripts.chat_cli"
+        echo "  as a page:   source .venv/bin/activate && python -m scripts.chat_web"
+        open_chat
     fi
+}
+
+# Serve the page where a script has CHAT_AFTERWARDS=1 and somebody is there to talk.
+open_chat() {
+    [ "${CHAT_AFTERWARDS:-0}" = 1 ] && [ -t 0 ] && [ "$YES" = 0 ] || return 0
+    exec 9>&- # the next run need not wait for the end of the conversation
+    exec python -m scripts.chat_web
 }
 
 # ---- what the command line says -----------------------------------------------------------------------
@@ -154,7 +172,7 @@ show_help() {
   --only STAGE    run this stage only              --dry-run       print every command, run none
   --from STAGE    run this stage and all after it  --until STAGE   run nothing after this stage
   --skip-done     with --only and --from: a stage that is done is not run again
-  --check         say whether all files are here that the stages need and that come from a network
+  --check         say whether all files are here that come from a network or, with --from, from a stage before
 
 END
     echo "Sizes: ${SIZES[*]}" | tr '[:upper:]' '[:lower:]' | fold -s -w 100
@@ -222,7 +240,7 @@ read_arguments() {
     for override in ${overrides[@]+"${overrides[@]}"}; do
         printf -v "${override%%=*}" '%s' "${override#*=}"
     done
-    for name in MAX_SEQ_LEN DEVICE_BATCH_SIZE TOTAL_BATCH_SIZE DEPTH SFT_DEVICE_BATCH_SIZE \
+    for name in FIRST_SHARDS MAX_SEQ_LEN DEVICE_BATCH_SIZE TOTAL_BATCH_SIZE DEPTH SFT_DEVICE_BATCH_SIZE \
         SFT_EXAMPLES_PER_STEP; do
         [ "${!name}" -ge 1 ] || usage_error "$name is ${!name}; it must be at least 1"
     done
@@ -239,7 +257,7 @@ check_size() {
     DATA) ;;
     TASKS) check_choice "$2" "$3" embedded public auto ;;
     SFT_PACKING) check_choice "$2" "$3" stream rows best-fit ;;
-    TOKEN_SHIFT | SPIKE_LIMIT | *_LR | *_FRACTION)
+    TOKEN_SHIFT | *_LIMIT | *_LR | *_FRACTION)
         [[ "$3" =~ ^[0-9]*\.?[0-9]+$ ]] || usage_error "$2 needs a number, got '$3'" ;;
     *) [[ "$3" =~ ^-?[0-9]+$ ]] || usage_error "$2 needs a whole number, got '$3'" ;;
     esac
@@ -278,10 +296,8 @@ settle_places() {
     WANDB_RUN="${WANDB_RUN:-dummy}"
     NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
     export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR/#\~/$HOME}"
-    # A folder was named from where the user stands.
-    if [ -d "$CALLER_DIR/$DATA" ]; then
-        DATA="$(cd "$CALLER_DIR/$DATA" && pwd)"
-    fi
+    # A folder or file was named from where the user stands.
+    [[ "$DATA" = /* ]] || [ ! -e "$CALLER_DIR/$DATA" ] || DATA="$CALLER_DIR/$DATA"
     # The embedded world brings its own conversations and questions, and its own CORE tasks.
     [ "$DATA" != embedded ] || TASKS=embedded
     BASE_EVAL=core,sample # base_loss measures bits per byte
@@ -294,7 +310,13 @@ settle_places() {
     fi
 }
 
+comes_from_network() { [ "$1" != embedded ] && [ ! -e "$1" ]; }
+
 # Fail in seconds, before any GPU time, when something that the stages will read is not here.
+check_files() {
+    check_pipeline pipeline && check_assets
+}
+
 check_assets() {
     python -m scripts.assets check --offline --all --data="$DATA" --tasks="$TASKS" -n "$NUM_SHARDS" \
         ${OPTIONAL_ASSETS[@]+"${OPTIONAL_ASSETS[@]}"} || {

@@ -27,9 +27,9 @@ MANIFEST = "manifest.json"
 class Config:
     """Ask or record the state of a pipeline's stages."""
 
-    action: tyro.conf.Positional[Literal["begin", "end", "verify", "list"]]
-    """begin prints done, and records nothing, or begun or new; end records how it ended; verify
-    fails unless all are done; list shows all."""
+    action: tyro.conf.Positional[Literal["status", "begin", "end", "verify", "list"]]
+    """status prints done, begun or new; begin does, too, and records a beginning unless it is done;
+    end records how it ended; verify fails unless all are done; list shows all."""
     name: tyro.conf.Positional[str] = ""
     """The stage; for verify several, separated by commas."""
     command: str = ""
@@ -58,7 +58,9 @@ def main(config: Config) -> int:
     if config.action == "verify":
         _verify(stages, config.name.split(","))
         return 0
-    if config.action == "begin":
+    if config.action == "status":
+        print(status(stages.get(config.name), config.command))
+    elif config.action == "begin":
         _begin(stages, config)
     else:
         _end(stages, config)

@@ -13,6 +13,9 @@ run_job() {
     case " $* " in
     *" --dry-run "* | *" --dry_run "* | *" --list "* | *" --help "* | *" -h "*)
         LAUNCHER=srun exec bash "$@" ;;
+    *" --check "*)
+        settle_in
+        LAUNCHER=srun exec bash "$@" ;;
     esac
     if [ -z "${SLURM_JOB_ID:-}" ]; then
         echo "error: this is a SLURM job; submit it: bash scripts/submit.sh, or without SLURM run: bash $1" >&2
@@ -31,10 +34,7 @@ prepare_job() {
     mkdir -p logs
     echo "== job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, restart ${SLURM_RESTART_COUNT:-0}," \
         "$(date '+%F %T'), commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown)"
-    read_settings
-    load_modules
-    settle_on_scratch
-    enter_environment
+    settle_in
     stay_offline
     export LAUNCHER=srun STOP_SIGNAL=USR1 LOCK_SECONDS="${LOCK_SECONDS:-600}" PYTHONUNBUFFERED=1
     export WANDB_RUN="${WANDB_RUN:-slurm-$SLURM_JOB_ID}"

@@ -6,6 +6,9 @@
 #   training NAME ARTIFACT COMMAND...    the same, but gets --resume when it was interrupted
 #   evaluation NAME ARTIFACT COMMAND...  a step that only the report builds on
 #   report NAME ARTIFACT COMMAND...      the last step
+#   ahead NAME COMMAND...                begin the command of a later stage already, beside those between;
+#                                        the stage waits for it and then runs the command itself, which
+#                                        finds the work done, goes on with it, or fails for all to see
 # ARTIFACT is a file pattern relative to the base folder that the command leaves behind ("" for none).
 # A COMMAND that begins with the word `ranks` is a Python module that runs on all devices: the word is
 # replaced by the array LAUNCH (default: python -m). `run_pipeline FUNCTION` runs the pipeline twice: once
@@ -31,11 +34,14 @@ PIPELINE_STARTED=0    # 1 once FROM was reached
 PIPELINE_ENDED=0      # 1 once UNTIL was passed
 PIPELINE_STOP=0       # the exit code, once a signal has asked for a stop
 PIPELINE_CHILD=""     # process id of the running command
+PIPELINE_AHEAD=""     # process id of the one that `ahead` began
+PIPELINE_AHEAD_NAME=""
+PIPELINE_LACKING=0    # 1 once a file was found missing that a stage builds on
 LAUNCH=(python -m)
 # Flags of how a command is carried out, not of what it computes: not part of what makes it another one.
 # --compile is none of them: other kernels round differently.
 PIPELINE_FREE_FLAGS="--run --device_batch_size --save_every --keep_last --max_minutes --background_save
-    --log_every --spike_limit"
+    --log_every --spike_limit --bpb_limit"
 
 stage() { pipeline_step stage "$@"; }
 training() { pipeline_step training "$@"; }
@@ -63,6 +69,7 @@ run_pipeline() {
     trap 'pipeline_stop 130' INT
     trap 'pipeline_stop 143' TERM HUP
     trap 'pipeline_stop 85' USR1
+    trap pipeline_end_ahead EXIT
     "$1"
     trap - INT TERM HUP USR1
 }
@@ -70,6 +77,61 @@ run_pipeline() {
 # Say what this run has left, from the records and the files; fails when a stage is not done after all.
 finish_pipeline() {
     python -m scripts.run_state verify "$(IFS=,; echo "${PIPELINE_SELECTED[*]}")"
+}
+
+# Fail when a file is not there that a stage before FROM leaves for those behind it.
+check_pipeline() {
+    [ -n "${FROM:-}" ] || return 0
+    PIPELINE_MODE=check PIPELINE_STARTED=0 PIPELINE_LACKING=0
+    "$1"
+    PIPELINE_STARTED=0
+    return "$PIPELINE_LACKING"
+}
+
+ahead() {
+    local name="$1" log
+    shift
+    [ "$PIPELINE_MODE" = run ] && [ "${DRY_RUN:-0}" = 0 ] && pipeline_comes "$name" || return 0
+    [ "$(python -m scripts.run_state status "$name" --command="$(pipeline_record "$@")")" != "done" ] || return 0
+    log="$(pipeline_ahead_log "$name")"
+    mkdir -p "$(dirname "$log")"
+    echo "== $name, beside what follows: $* >$log"
+    "$@" >"$log" 2>&1 </dev/null &
+    PIPELINE_AHEAD=$! PIPELINE_AHEAD_NAME="$name"
+}
+
+pipeline_ahead_log() { echo "${STAGE_LOGS:-$NANOCHAT_BASE_DIR/logs}/$1-ahead.log"; }
+
+# Wait for what was begun ahead of a stage. Whether it has succeeded is the stage's to find out.
+pipeline_finish_ahead() {
+    local code=0 log
+    [ "$PIPELINE_AHEAD_NAME" = "$1" ] || return 0
+    log="$(pipeline_ahead_log "$1")"
+    ! kill -0 "$PIPELINE_AHEAD" 2>/dev/null || echo "== $1: waiting for what was begun before; see $log"
+    pipeline_wait "$PIPELINE_AHEAD" || code=$?
+    PIPELINE_AHEAD="" PIPELINE_AHEAD_NAME=""
+    if [ "$code" != 0 ] && [ "$PIPELINE_STOP" = 0 ]; then
+        echo "== $1: what was begun before has failed (exit code $code, see $log); once more:"
+        tail -n 5 "$log"
+    fi
+}
+
+pipeline_end_ahead() {
+    [ -n "$PIPELINE_AHEAD" ] || return 0
+    kill "$PIPELINE_AHEAD" 2>/dev/null || true
+    wait "$PIPELINE_AHEAD" 2>/dev/null || true
+    PIPELINE_AHEAD=""
+}
+
+# Whether a stage that comes later is one of those that ONLY, FROM and UNTIL let run.
+pipeline_comes() {
+    local name seen=0
+    [ -z "${ONLY:-}" ] && [ "${FROM:-}" != "$1" ] || return 1
+    for name in "${PIPELINE_NAMES[@]}"; do
+        [ "$name" != "$1" ] || seen=1
+        [ "$name" != "${FROM:-}" ] || [ "$seen" = 0 ] || return 1
+        [ "$name" != "${UNTIL:-}" ] || [ "$seen" = 1 ] || return 1
+    done
 }
 
 pipeline_require_name() {
@@ -101,6 +163,10 @@ pipeline_step() {
         PIPELINE_KINDS+=("$kind")
         return
     fi
+    if [ "$PIPELINE_MODE" = check ]; then
+        pipeline_require_artifact "$kind" "$name" "$artifact"
+        return
+    fi
     pipeline_selected "$name" || return 0
     local command=("$@")
     if [ "$1" = ranks ]; then
@@ -112,6 +178,7 @@ pipeline_step() {
     fi
 
     PIPELINE_SELECTED+=("$name")
+    pipeline_finish_ahead "$name"
     local forced status
     forced="$(pipeline_forced "$name")"
     status="$(python -m scripts.run_state begin "$name" --command="$(pipeline_record "$@")" \
@@ -138,6 +205,17 @@ pipeline_step() {
             "what is finished is skipped, what was interrupted goes on" >&2 ;;
     esac
     exit "$code"
+}
+
+pipeline_require_artifact() {
+    [ "$2" != "$FROM" ] || PIPELINE_STARTED=1
+    [ "$PIPELINE_STARTED" = 0 ] && [ -n "$3" ] || return 0
+    case "$1" in evaluation | report) return 0 ;; esac
+    compgen -G "$NANOCHAT_BASE_DIR/$3" >/dev/null || {
+        echo "error: stage $2, which comes before $FROM, has left no $NANOCHAT_BASE_DIR/$3;" \
+            "begin there: --from $2" >&2
+        PIPELINE_LACKING=1
+    }
 }
 
 # Whether ONLY, FROM and UNTIL let a stage run.

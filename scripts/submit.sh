@@ -6,7 +6,10 @@
 #   bash scripts/submit.sh --time=2:00:00 --nodes=2                 SLURM's options stand before the job ...
 #   bash scripts/submit.sh scripts/speedrun.slurm --from mid_train  ... and those of speedrun.sh behind it
 #   bash scripts/submit.sh --dry-run                                print the sbatch line, submit nothing
+#   bash scripts/submit.sh --no-check                               submit even if files are missing here
 #
+# Nothing is submitted that cannot run: first it is looked, in seconds, whether all files are here that the
+# job will read. What is missing is named, with the command that fetches it.
 # A setting replaces the job's own line, an option here replaces both. SLURM writes to the address in
 # .env.local when the job begins, ends or fails, and to nobody when there is none.
 set -euo pipefail
@@ -15,7 +18,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/cluster.sh
 
 JOB=scripts/speedrun.slurm
-DRY_RUN=0
+DRY_RUN=0 CHECK=1
 OPTIONS=()
 while [ $# -gt 0 ]; do
     case "$1" in
@@ -25,6 +28,7 @@ while [ $# -gt 0 ]; do
         break
         ;;
     --dry-run | --dry_run) DRY_RUN=1 ;;
+    --no-check | --no_check) CHECK=0 ;;
     -h | --help)
         sed -n '2,/^set -/{/^#/s/^# \{0,1\}//p}' scripts/submit.sh
         exit 0
@@ -65,6 +69,12 @@ command -v sbatch >/dev/null || {
     echo "error: there is no sbatch here; on a machine without SLURM run: bash speedrun.sh" >&2
     exit 1
 }
+if [ "$CHECK" = 1 ] && grep -q '^run_job ' "$JOB"; then
+    bash "$JOB" --check "$@" || {
+        echo "error: not submitted; when that is mended, submit again (or now, with --no-check)" >&2
+        exit 1
+    }
+fi
 # SLURM does not make the folder of its logs, and a job without it ends without a trace.
 mkdir -p logs
 ANSWER="$("${COMMAND[@]}")"

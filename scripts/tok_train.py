@@ -14,6 +14,7 @@ from nanochat import configurator, report
 from nanochat.common import UserError, refresh_aliases, tokenizer_dir
 from nanochat.dataset import open_source
 from nanochat.sources import DocumentSource
+from nanochat.sources.parquet import ParquetSource
 from nanochat.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ class Config:
     """Stop once more than this many characters were read."""
     doc_cap: int = 10_000
     """Characters taken of one document at most."""
+    num_files: int = -1
+    """Only that many training shards, the first ones; -1 = all that are here."""
     vocab_size: int = 65_536
     """Tokens, the nine special ones included."""
     num_threads: int = 0
@@ -58,6 +61,9 @@ def main(config: Config) -> None:
         if getattr(config, name) < 1:
             raise UserError(f"--{name} is {getattr(config, name)}; it must be at least 1")
     source = open_source(config.data)
+    if config.num_files > 0:
+        first = source.shards("train")[: config.num_files]
+        source = ParquetSource(source.name, first, source.shards("val")[0])
     begin = time.perf_counter()
     tokenizer = Tokenizer.train_from_iterator(
         documents(source, max_chars=config.max_chars, doc_cap=config.doc_cap),

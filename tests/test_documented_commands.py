@@ -60,7 +60,7 @@ LINES: list[tuple[str, int | None]] = [
     ("uv run -m scripts.chat_web", 1),
     ("cp .env.local.example .env.local", 0),
     ("bash scripts/setup_environment.sh && pip install uv && uv sync --extra gpu", 0),
-    ("bash scripts/download_data.sh", 4),
+    ("bash scripts/download_data.sh", 7),
     ("mkdir -p logs && sbatch scripts/speedrun.slurm", None),
     ("squeue -u $USER", 0),
     ("srun --account=class-cse8990 --partition=gpu-a100 --gres=gpu:1 --mem=32G --time=1:00:00 "
@@ -142,7 +142,7 @@ def _module_at(words: list[str]) -> int:
 def test_line_does_what_it_says(line: str, count: int | None, clone: Path, tmp_path: Path) -> None:
     result, modules = run(line, clone, tmp_path)
     assert result.returncode == 0, result.stderr
-    assert len(modules) == (13 if count is None else count), result.stdout
+    assert len(modules) == (14 if count is None else count), result.stdout
     for module, *flags in modules:
         # torchrun takes the bare -- away; this stand-in, like uv's, leaves it where it is.
         assert configurator.parse(importlib.import_module(module).Config, flags) is not None

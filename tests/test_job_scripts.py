@@ -1,6 +1,7 @@
 """The scripts around the stages: settings, places, what each prints, no failure hidden."""
 
 import os
+import pty
 import re
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ STAGES = {
     "dataset": "prefetch",
     "tok_train": "tok_train",
     "tok_eval": "tok_eval",
+    "shards": "nanochat.dataset",
     "base_train": "base_train",
     "base_loss": "base_loss",
     "base_eval": "base_eval",
@@ -196,11 +198,11 @@ def test_a_failure_in_any_stage_is_the_exit_code(place: Place, stage: str) -> No
 def test_a_whole_run_ends_with_what_it_left(place: Place) -> None:
     result = place.run("bash speedrun.sh --yes")
     assert result.returncode == 0, result.stderr
-    assert "all 13 stages are done; in" in result.stdout
+    assert "all 14 stages are done; in" in result.stdout
     assert "chat_sft: chatsft_checkpoints/d20/step_000001/manifest.json" in result.stdout
 
     again = place.run("bash speedrun.sh --yes", WANDB_RUN="12", NPROC_PER_NODE="4")
-    assert again.stdout.count("done before, skipped") == 13  # neither name nor number matters
+    assert again.stdout.count("done before, skipped") == 14  # neither name nor number matters
 
     (place.home / ".cache/nanochat/base_checkpoints/d20/step_000001/manifest.json").unlink()
     only = place.run("bash speedrun.sh --yes --only chat_eval_sft")
@@ -209,6 +211,32 @@ def test_a_whole_run_ends_with_what_it_left(place: Place) -> None:
     assert place.run("bash speedrun.sh --yes --until base_train").returncode == 0
     last = place.log.read_text(encoding="utf-8").splitlines()[-1]
     assert " scripts.base_train " in last
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("line", "is_served"), [("run1000.sh", True), ("speedrun.sh", False)])
+def test_the_large_run_ends_with_the_page_where_somebody_is_there(
+    place: Place, line: str, is_served: bool
+) -> None:
+    """At a terminal, which presses Enter; without one only the command is printed."""
+    depth = "--depth=20"  # the stand-ins' checkpoints are called so
+    ours, theirs = pty.openpty()
+    os.write(ours, b"\n")
+    process = subprocess.run(
+        ["bash", line, depth],
+        cwd=place.root,
+        env=place.variables,
+        stdin=theirs,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert process.returncode == 0, process.stderr
+    assert "python -m scripts.chat_web" in process.stdout
+    assert ("scripts.chat_web" in place.log.read_text()) == is_served
+    place.log.write_text("")
+    assert place.run(f"bash {line} {depth}").returncode == 0
+    assert "scripts.chat_web" not in place.log.read_text()
 
 
 # ---- settings -----------------------------------------------------------------------------------
@@ -313,6 +341,31 @@ def test_submit_makes_the_folder_of_the_logs(place: Place) -> None:
     assert "tail -F logs/nanochat_speedrun_42.out" in result.stdout
 
 
+def test_nothing_is_submitted_that_cannot_run(place: Place) -> None:
+    sbatch = place.scratch / "bin" / "sbatch"
+    sbatch.write_text("#!/bin/sh\necho 42 | tee -a submitted\n")
+    sbatch.chmod(0o755)
+    missing = place.run("bash scripts/submit.sh", STUB_REAL="scripts.assets")
+    assert missing.returncode == 1
+    assert "on a machine with internet run: python -m scripts.assets prefetch" in missing.stderr
+    assert "not submitted" in missing.stderr
+    job = "bash scripts/submit.sh scripts/resume_mid_sft.slurm"
+    without_base = place.run(job)
+    assert without_base.returncode == 1
+    assert "stage tok_train, which comes before mid_train, has left no" in without_base.stderr
+    assert not (place.root / "submitted").exists()
+    for name in ("tokenizer/tokenizer.json", "base_checkpoints/d20/step_000001/manifest.json"):
+        (place.base / name).parent.mkdir(parents=True)
+        (place.base / name).write_text("{}")
+    assert place.run(job).returncode == 0
+    assert place.run(f"{job} --depth=12").returncode == 1  # there is no such base model
+    assert (
+        place.run("bash scripts/submit.sh --no-check", STUB_REAL="scripts.assets").returncode == 0
+    )
+    assert place.run("bash scripts/submit.sh scripts/chat.slurm").returncode == 0
+    assert (place.root / "submitted").read_text().split() == ["42"] * 3
+
+
 # ---- places -------------------------------------------------------------------------------------
 
 
@@ -390,15 +443,55 @@ def test_download_leaves_a_job_nothing_to_fetch(place: Place) -> None:
     result = place.run("bash scripts/download_data.sh")
     assert result.returncode == 0, result.stderr
     ran = [line.partition(" ")[2] for line in place.log.read_text().splitlines()]
-    assert ran == [
+    shards = "nanochat.dataset --data=fineweb-edu -n 240"
+    assert ran.count(shards) == 2  # once beside the tokenizer's training, once to be sure
+    assert [line for line in ran[:-2] if line != shards] == [
         "nanochat.report reset",
-        "scripts.assets prefetch --all --data=fineweb-edu -n 240",
-        "scripts.tok_train --data=fineweb-edu --max_chars=2000000000 --vocab_size=65536",
-        "scripts.assets check --offline --all --data=fineweb-edu --tasks=public -n 240",
+        "scripts.assets prefetch --all --data=fineweb-edu -n 8",
+        "scripts.tok_train --data=fineweb-edu --max_chars=2000000000 --vocab_size=65536 "
+        "--num_files=8",
+        "scripts.tok_eval",
     ]
+    check = "scripts.assets check --offline --all --data=fineweb-edu --tasks=public -n 240"
+    assert ran[-2:] == [shards, check]
     failed = place.run("bash scripts/download_data.sh", STUB_FAIL="assets check")
     assert failed.returncode == 1
     assert "next:" not in failed.stdout
+
+
+def test_shards_beyond_those_of_the_tokenizer_come_beside_its_training(place: Place) -> None:
+    """Named data sets only: what is made here is made at once."""
+    (place.root / "texts").mkdir()
+    shards = list(STAGES).index("shards")
+
+    def planned(line: str) -> tuple[str, str, str]:
+        lines = place.run(f"bash {line} --dry-run").stdout.splitlines()
+        dataset, tok_train = lines[1], lines[2]
+        limit = re.findall(r"--num_files=(\d+)", tok_train)
+        return dataset.split()[-1], "".join(limit), lines[shards].split()[-1]
+
+    assert planned("speedrun.sh") == ("8", "8", "240")
+    assert planned("speedrun.sh --num-shards=-1") == ("8", "8", "-1")
+    assert planned("run1000.sh") == ("16", "16", "800")
+    assert planned("speedrun.sh --num-shards=3") == ("3", "", "3")
+    assert planned("speedrun.sh --data=texts") == ("240", "", "240")
+    assert planned("speedrun.sh --data=embedded") == ("240", "", "240")
+
+
+def test_training_waits_for_the_shards_and_fails_without_them(place: Place) -> None:
+    shards = "nanochat.dataset --data=fineweb-edu -n 240"
+    failed = place.run("bash speedrun.sh --yes --until base_train", STUB_FAIL=shards)
+    assert failed.returncode == 7
+    assert "shards: what was begun before has failed (exit code 7" in failed.stdout
+    assert "line 40 of the error" in failed.stdout
+    assert "stage shards ended with exit code 7" in failed.stderr
+    assert "scripts.base_train" not in place.log.read_text()
+    mended = place.run("bash speedrun.sh --yes --until base_train")
+    assert mended.returncode == 0, mended.stderr
+    # What was done before the failure is not done again.
+    ran = [line.split()[1] for line in place.log.read_text().splitlines()]
+    assert ran.count("scripts.tok_train") == 1
+    assert ran[-2:] == ["nanochat.dataset", "scripts.base_train"]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from nanochat import configurator
 REPOSITORY = Path(__file__).parents[1]
 SCRIPT = REPOSITORY / "scripts" / "local_cpu_train.sh"
 STAGES = (
-    "report_reset dataset tok_train tok_eval base_train base_loss base_eval chat_eval_base "
+    "report_reset dataset tok_train tok_eval shards base_train base_loss base_eval chat_eval_base "
     "mid_train chat_eval_mid chat_sft chat_eval_sft report"
 ).split()
 

@@ -19,7 +19,7 @@ import pytest
 
 from nanochat import prefetch
 from nanochat.assets import Asset, HubSplit, Url, ZipUrl, hub_split, problem_with, read_manifest
-from nanochat.common import UserError
+from nanochat.common import UserError, base_dir
 from nanochat.hub import select_split
 from nanochat.prefetch import Outcome
 from nanochat.sources.hub_rows import HubRows
@@ -439,6 +439,8 @@ def test_the_list_names_size_rows_state_source_and_license(
     command.main(Config("list", stage="rl,base", num_files=2))
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert "0 of 3 present" in lines["fineweb-edu"]
+    total = f"2 of 6 assets, 0.00 of about 0.46 GB, are in {base_dir()}"
+    assert " ".join(lines["2"].split()) == total
     for part in ("present", "9 rows", "rl", "Hugging Face hub", "(MIT)"):
         assert part in lines["openai/gsm8k:main:train"]
 

@@ -26,7 +26,7 @@ TINY = [
     *("--num_iterations=60", "--mid_iterations=60", "--sft_iterations=60", "--save_every=20"),
     *("--sft_device_batch_size=2", "--sft_examples_per_step=4", "--eval_every=1000"),
     *("--eval_tokens=768", "--core_max_per_task=8", "--max_problems=2", "--max_new_tokens=4"),
-    *("--core_every=-1", "--sample_every=-1"),
+    *("--core_every=-1", "--sample_every=-1", "--bpb_limit=0"),
 ]
 TRAINING = {
     "base_train": "base_checkpoints",
@@ -157,7 +157,7 @@ def test_disturbed_in_every_way_a_job_ends_with_the_same_weights(
     started = time.monotonic()
     first = alone.submit("--nodes=2", flags=TINY)
     assert alone.finish(first) == "0", alone.output(first)[-3000:] + alone.output(first, "err")
-    assert "all 13 stages are done" in alone.output(first)
+    assert "all 14 stages are done" in alone.output(first)
     assert (alone.base / "report" / "report.md").is_file()
     print(f"undisturbed: {time.monotonic() - started:.0f} s, offline: {cluster.is_isolated}")
 
@@ -194,7 +194,7 @@ def test_disturbed_in_every_way_a_job_ends_with_the_same_weights(
     assert other.output(job).count("resumed from step") >= 3
     # After USR1, and after the preemption with grace: what SLURM would not have done.
     assert other.output(job).count("goes back to the queue") == 2
-    assert "all 13 stages are done" in other.output(job)
+    assert "all 14 stages are done" in other.output(job)
     assert other.final_weights() == alone.final_weights()
     assert list(other.home.rglob("*")) == []
     print(f"both: {time.monotonic() - started:.0f} s")
@@ -210,7 +210,7 @@ def test_a_job_with_eight_gpus_and_an_address(stubbed: Clone) -> None:
     job = told.partition("submitted as job ")[2].split()[0]
     assert stubbed.finish(job) == "0", stubbed.output(job, "err")
     output = stubbed.output(job)
-    assert "all 13 stages are done" in output
+    assert "all 14 stages are done" in output
     assert stubbed.output(job, "err") == ""
     base_train = next(
         line for line in stubbed.stages_run() if line.startswith("scripts.base_train")
@@ -233,7 +233,7 @@ def test_a_run_name_changes_nothing_but_the_name(stubbed: Clone, name: str) -> N
     stubbed.variables["WANDB_RUN"] = name
     job = stubbed.submit()
     assert stubbed.finish(job) == "0", stubbed.output(job, "err")
-    assert "all 13 stages are done" in stubbed.output(job)
+    assert "all 14 stages are done" in stubbed.output(job)
     base_train = next(
         line for line in stubbed.stages_run() if line.startswith("scripts.base_train")
     )
@@ -279,7 +279,7 @@ def test_near_its_time_limit_a_job_saves_and_goes_on(stubbed: Clone) -> None:
     """SLURM sends USR1 between 60 and 97 seconds before the end: it looks every half minute."""
     stubbed.variables["STUB_STEPS"] = "700"
     limit = ("--time=2", "--signal=B:USR1@60")
-    job = stubbed.submit(*limit, flags=["--from", "base_train", "--until", "base_train"])
+    job = stubbed.submit(*limit, flags=["--until", "base_train"])
     assert stubbed.finish(job) == "0", stubbed.output(job, "err")
     output = stubbed.output(job)
     assert output.count("USR1: the time limit is near") >= 1

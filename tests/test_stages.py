@@ -26,6 +26,7 @@ source {stages}
 mark() {{ echo "$*" >>"$LOG"; }}
 pipeline() {{
     stage data data.txt bash "$STUB" data
+    [ -z "${{AHEAD:-}}" ] || ahead tune bash "$STUB" tune
     training train train.txt bash "$STUB" train "${{SIZE:-1}}" ${{FREE:-}}
     evaluation eval eval.txt bash "$STUB" eval "${{LIMIT:-10}}"
     training tune tune.txt bash "$STUB" tune
@@ -37,7 +38,9 @@ run_pipeline pipeline
 STUB = """
 echo "$*" >>"$LOG"
 [ "$1" != "${FAIL:-}" ] || exit 7
-[ "$1" != "${HANG:-}" ] || { echo started >"$NANOCHAT_BASE_DIR/hanging"; exec sleep 600; }
+[ "$1" != "${FAIL_ONCE:-}" ] || ! mkdir "$NANOCHAT_BASE_DIR/failed" 2>/dev/null || exit 9
+[ "$1" != "${AHEAD:-}" ] || until grep -q "^${UNTIL_RAN:-data}" "$LOG"; do sleep 0.02; done
+[ "$1" != "${HANG:-}" ] || { echo $$ >"$NANOCHAT_BASE_DIR/hanging"; exec sleep 600; }
 [ "$1" = "${FORGET:-}" ] || touch "$NANOCHAT_BASE_DIR/$1.txt"
 """
 
@@ -213,6 +216,73 @@ def test_killed_run_continues(pipeline: Pipeline, number: int, code: int) -> Non
     assert state["train"]["exit_code"] in (None, 143)
     assert pipeline.run().returncode == 0
     assert pipeline.log.read_text().splitlines()[0] == "train 1 --resume"
+
+
+# ---- a stage that is begun before its turn ------------------------------------------------------
+
+
+def test_a_stage_begun_ahead_runs_beside_the_others_and_once_more_in_its_turn(
+    pipeline: Pipeline,
+) -> None:
+    """The early one ends only when the evaluation, which comes between, has run."""
+    result = pipeline.run(AHEAD="tune", UNTIL_RAN="eval")
+    assert result.returncode == 0, result.stderr
+    assert sorted(pipeline.ran) == sorted(["data", "train", "eval", "tune", "tune", "report"])
+    assert pipeline.ran[-2:] == ["tune", "report"]
+    assert pipeline.ran.index("tune") < pipeline.ran.index("eval")
+    again = pipeline.run(AHEAD="tune")
+    assert pipeline.ran == []
+    assert again.stdout.count("skipped") == 5
+
+
+def test_what_failed_ahead_is_tried_again_and_decides_then(pipeline: Pipeline) -> None:
+    once = pipeline.run(AHEAD="tune", FAIL_ONCE="tune")
+    assert once.returncode == 0, once.stderr
+    assert "tune: what was begun before has failed (exit code 9" in once.stdout
+    always = pipeline.run(AHEAD="tune", FAIL="tune", SIZE="2")
+    assert always.returncode == 7
+    assert "stage tune ended with exit code 7" in always.stderr
+    assert "all stages done" not in always.stdout
+
+
+def is_alive(pipeline: Pipeline) -> bool:
+    pid = int((pipeline.base / "hanging").read_text())
+    return (
+        Path(f"/proc/{pid}/cmdline").exists()
+        and b"sleep" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    )
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+def test_nothing_that_was_begun_ahead_outlives_the_run(pipeline: Pipeline) -> None:
+    failed = pipeline.run(AHEAD="tune", HANG="tune", FAIL="report", FROM="eval", UNTIL="train")
+    assert failed.returncode == 2  # FROM comes after UNTIL: nothing was begun
+    process = pipeline.start(AHEAD="tune", HANG="tune")
+    wait_for(pipeline.base / "hanging")
+    assert is_alive(pipeline)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=SECONDS)
+    assert process.returncode == 143
+    assert not is_alive(pipeline)
+
+
+@pytest.mark.parametrize(
+    ("settings", "times"),
+    [({"UNTIL": "train"}, 0), ({"ONLY": "tune"}, 1), ({"FROM": "tune"}, 1), ({"FROM": "eval"}, 2)],
+)
+def test_a_stage_is_begun_ahead_only_when_it_will_run(
+    pipeline: Pipeline, settings: dict[str, str], times: int
+) -> None:
+    result = pipeline.run(AHEAD="tune", UNTIL_RAN="tune", **settings)
+    assert result.returncode == 0, result.stderr
+    assert pipeline.ran.count("tune") == times
 
 
 def test_damaged_record_is_named(pipeline: Pipeline) -> None:
