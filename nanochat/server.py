@@ -25,6 +25,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from nanochat import __version__
+from nanochat.common import UserError
 from nanochat.serving import openai_api
 from nanochat.serving.guard import MAX_HEAD_BYTES, Access, App, Guard, error_body, kind_of
 from nanochat.serving.pieces import Pieces
@@ -107,12 +108,23 @@ def create_app(service: Service, access: Access | None = None) -> App:
     return Guard(app, access)
 
 
-def serve(app: App, listener: socket.socket) -> None:
-    """Answer until SIGTERM or Ctrl-C; then finish the answers in the making, and return."""
+def serve(service: Service, access: Access, listener: socket.socket) -> None:
+    """Answer until SIGTERM or Ctrl-C; then finish the answers in the making, and return.
+
+    UserError when no engine could be kept alive.
+    """
     # uvicorn raises the signal again when it has drained; that is the end, not an accident.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    uvicorn.Server(settings_of(app)).run(sockets=[listener])
+    running = uvicorn.Server(settings_of(create_app(service, access)))
+
+    def end() -> None:
+        running.should_exit = True
+
+    service.pool.hopeless = end
+    running.run(sockets=[listener])
+    if service.pool.is_hopeless:
+        raise UserError("no engine could be kept alive; the log says how they died")
 
 
 def settings_of(app: App) -> uvicorn.Config:
@@ -237,6 +249,7 @@ def _add_status(app: FastAPI, service: Service, access: Access) -> None:
                 gpu_id=worker.gpu_id,
                 device=worker.device,
                 alive=worker.is_alive,
+                deaths=worker.num_deaths,
                 open_requests=worker.num_open,
                 answered=worker.num_answered,
                 tokens=worker.num_tokens,

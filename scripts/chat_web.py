@@ -116,7 +116,7 @@ def main(config: Config) -> None:
                 "from your own machine: ssh -L %d:localhost:%d %s, then open http://localhost:%d",
                 *(port, port, login, port),
             )
-        server.serve(server.create_app(service, access), listener)
+        server.serve(service, access, listener)
     logger.info("the last answer is finished; goodbye")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import asyncio
 import re
 import shutil
 import signal
@@ -11,10 +11,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import torch
 from scripted_model import byte_tokenizer, save, scripted_model, tokens_of
@@ -29,9 +31,10 @@ from web_server import (
     text_of,
 )
 
-from nanochat import kernels
 from nanochat.common import UserError
 from nanochat.configurator import parse
+from nanochat.gpt import GPT
+from nanochat.serving import worker
 from nanochat.serving.assembly import Recipe, load_service
 from nanochat.serving.links import ProcessLink
 from nanochat.serving.pool import Pool
@@ -206,29 +209,148 @@ def test_two_processes_answer_behind_one_port_and_one_may_die(base_dir: Path) ->
         # No "broken pipe" reaches the clients of the other one.
         link = service.pool.workers[0]._link
         assert isinstance(link, ProcessLink)
-        assert link._process.pid is not None
-        os.kill(link._process.pid, signal.SIGKILL)
-        link._process.join(30)
+        kill(link._process.pid)
         for _ in range(50):
             client.post(CHAT, json=GREEDY)
-            if client.get("/stats").json()["workers"][0]["alive"] is False:
+            if client.get("/stats").json()["workers"][0]["deaths"] == 1:
                 break
+        assert client.get("/stats").json()["workers"][0]["deaths"] == 1
         assert text_of(client.post(CHAT, json=GREEDY)) == "Hey \U0001f642!"
-        health = client.get("/health").json()
-        assert (health["ready"], health["available_workers"]) == (True, 1)
+        assert client.get("/health").json()["ready"] is True
+
+
+def kill(pid: int | None) -> None:
+    """End a process as the system does when memory runs out, and wait until it is gone."""
+    assert pid is not None
+    process = psutil.Process(pid)
+    process.kill()
+    psutil.wait_procs([process], timeout=30)
+
+
+def engine_of(server_pid: int) -> int:
+    """The engine's process below a server's."""
+    (engine,) = [
+        child
+        for child in psutil.Process(server_pid).children()
+        if "spawn_main" in " ".join(child.cmdline())
+    ]
+    return engine.pid
+
+
+def log_until(lines: Iterator[str], words: str) -> str:
+    """The log's next line with these words."""
+    return next(line for line in lines if words in line)
+
+
+def test_an_engine_that_is_killed_is_started_again_and_503_is_said_meanwhile(
+    base_dir: Path, process: Any
+) -> None:
+    save("sft", scripted_model(GREETING))
+    child, address = process()
+    kill(engine_of(child.pid))
+    assert "died (by SIGKILL); it is started again" in log_until(child.stderr, "died")
+    refused = httpx.post(address + CHAT, json=GREEDY)
+    assert refused.status_code == 503
+    assert "started again" in refused.json()["error"]["message"]
+    assert int(refused.headers["retry-after"]) > 0
+    assert httpx.get(f"{address}/health").json()["ready"] is False
+    assert "is back after" in log_until(child.stderr, "is back")
+    assert text_of(httpx.post(address + CHAT, json=GREEDY)) == "Hey \U0001f642!"
+
+
+@pytest.mark.slow
+def test_an_engine_that_is_killed_again_and_again_ends_the_server(
+    base_dir: Path, process: Any
+) -> None:
+    save("sft", scripted_model(GREETING))
+    child, _ = process()
+    for _ in range(worker.MAX_DEATHS - 1):
+        kill(engine_of(child.pid))
+        log_until(child.stderr, "is back")
+    kill(engine_of(child.pid))
+    rest = list(child.stderr)
+    assert any("is not started again" in line for line in rest)
+    assert "no engine could be kept alive" in rest[-1]
+    assert child.wait(timeout=30) == 1
+
+
+class MortalLink:
+    """An engine that dies when it is told to, and starts as often as `starts` says."""
+
+    def __init__(self, starts: int) -> None:
+        self.starts = starts
+
+    def start(self, deliver: Any, lost: Any) -> None:
+        if self.starts == 0:
+            raise UserError("no sft model")
+        self.starts -= 1
+        self.lost = lost
+
+    def send(self, command: Any) -> None:
+        self.command = command
+
+    def stop(self) -> None:
+        self.lost("told to")
+
+
+def dying(worker_: Worker, *, times: int) -> list[bool]:
+    """Let an engine die several times; whether it was alive after each."""
+
+    async def run() -> list[bool]:
+        worker_.start()
+        seen = []
+        for _ in range(times):
+            worker_._link.lost("by SIGKILL")  # type: ignore[attr-defined]
+            while worker_._revival is None and not worker_.is_given_up:
+                await asyncio.sleep(0)
+            while worker_._revival is not None and not worker_.is_given_up:
+                revival, worker_._revival = worker_._revival, None
+                await revival
+            seen.append(worker_.is_alive)
+        return seen
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("starts", "alive"),
+    [
+        (100, [True] * (worker.MAX_DEATHS - 1) + [False]),
+        (1, [False]),  # it never comes back, and every try counts
+    ],
+)
+def test_an_engine_that_dies_too_often_is_given_up(
+    starts: int, alive: list[bool], caplog: pytest.LogCaptureFixture
+) -> None:
+    link = MortalLink(starts)
+    one = Worker(link, gpu_id=0, device="cpu", max_rows=1, max_waiting=1)
+    pool = Pool([one])
+    ended: list[bool] = []
+    pool.hopeless = lambda: ended.append(True)
+    assert dying(one, times=len(alive)) == alive
+    assert one.is_given_up
+    assert ended == [True]
+    assert one.num_deaths == worker.MAX_DEATHS
+    assert "it is not started again" in caplog.text
+
+
+def test_an_engine_that_dies_now_and_then_is_started_again_each_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(worker, "DEATHS_SECONDS", 0.0)
+    one = Worker(MortalLink(100), gpu_id=0, device="cpu", max_rows=1, max_waiting=1)
+    assert dying(one, times=9) == [True] * 9
 
 
 def test_an_engine_process_that_cannot_load_its_model_is_an_error(base_dir: Path) -> None:
     link = ProcessLink(Recipe("sft", "d1", 7, "cpu", torch.float32, 4))
-    with pytest.raises(UserError, match="did not start"):
-        link.start(lambda delivery: None, lambda: None)
+    with pytest.raises(UserError, match="no sft checkpoint"):
+        link.wait()
 
 
-def test_int8_weights_that_are_not_possible_are_refused_before_serving(
-    base_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save("sft", scripted_model(GREETING))
-    monkeypatch.setattr(kernels, "can_decode", lambda *_: False)
+def test_int8_weights_that_are_not_possible_are_refused_before_serving(base_dir: Path) -> None:
+    config = replace(scripted_model(GREETING).config, mlp="swiglu")
+    save("sft", GPT(config))
     with pytest.raises(UserError, match="int8 weights need the compiled decoder"):
         main("--dtype=int8")
 

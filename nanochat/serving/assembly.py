@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,12 +15,16 @@ from nanochat.common import UserError
 from nanochat.decoders import make_decoder
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.scheduler import MAX_ROWS, Scheduler
-from nanochat.serving.links import Link, ProcessLink, ThreadLink
+from nanochat.serving.links import ProcessLink
 from nanochat.serving.pool import Pool
 from nanochat.serving.responses import ModelInfo, ServerDefaults
 from nanochat.serving.service import Service
 from nanochat.serving.worker import Worker
 from nanochat.tokenizer import Tokenizer
+
+# A step is hundreds of times as long as the event loop's turn, so the loop, which has to tell that
+# the server is well, goes first; alone, the engine has the whole processor all the same.
+ENGINE_NICENESS = 5
 
 
 @dataclass(frozen=True)
@@ -44,13 +49,14 @@ def load_service(
     capacity: Capacity | None = None,
     log_conversations: bool = False,
 ) -> Service:
-    """Load a model for serving: in this process for one device, else a process for each GPU."""
+    """Load a model for serving, in a process for each device. UserError when it cannot be."""
     capacity = capacity or Capacity()
     checkpoint = checkpoint_manager.find_checkpoint(stage, tag, step, weights_only=True)
     is_int8 = dtype == "int8"
     with runtime.start(device_type, dtype="float32" if is_int8 else dtype) as chosen:
         device, compute_dtype = chosen.device, chosen.compute_dtype
     devices = _devices(device, num_gpus)
+    links: list[ProcessLink] = []
     workers = []
     for gpu_id, name in enumerate(devices):
         # By tag and step, so that all have the same, whatever training writes meanwhile.
@@ -63,16 +69,18 @@ def load_service(
             capacity.max_rows,
             is_int8=is_int8,
         )
-        link: Link = ProcessLink(recipe) if len(devices) > 1 else ThreadLink(recipe.load())
+        links.append(ProcessLink(recipe))
         workers.append(
             Worker(
-                link,
+                links[-1],
                 gpu_id=gpu_id,
                 device=name,
                 max_rows=capacity.max_rows,
                 max_waiting=capacity.max_waiting,
             )
         )
+    for link in links:  # all load at once; what is not possible is said before anything is served
+        link.wait()
     return Service(
         Tokenizer.from_directory(checkpoint.path),
         Pool(workers),
@@ -85,7 +93,7 @@ def load_service(
 
 @dataclass(frozen=True)
 class Recipe:
-    """What an engine's thread or process needs to know to load its model."""
+    """What an engine's process needs to know to load its model."""
 
     stage: str
     tag: str
@@ -112,6 +120,11 @@ class Recipe:
             return Scheduler(model, tokenizer, max_rows=self.max_rows, decoder=decoder)
 
         return make_scheduler
+
+    def settle(self) -> None:
+        """Let the event loop go first where both want the same processor."""
+        if self.device == "cpu" and hasattr(os, "nice"):
+            os.nice(ENGINE_NICENESS)
 
 
 def _devices(device: torch.device, num_gpus: int) -> list[str]:

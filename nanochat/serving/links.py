@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 SPAWN = multiprocessing.get_context("spawn")
 # A process that has not loaded its model by then (a cold network file system) never will.
 START_SECONDS = 600.0
+# The first word of an engine's process.
+_READY, _REFUSED = "ready", "refused: "
 
 
 class Token(NamedTuple):
@@ -62,6 +64,7 @@ class Failure(NamedTuple):
 
 
 Command = tuple[Literal["submit", "cancel", "stop"], int, Sequence[int], SamplingSettings | None]
+_STOP: Command = ("stop", 0, (), None)
 Delivery = list[tuple[int, Token | Failure]]
 
 
@@ -120,11 +123,15 @@ def run_engine(
 class Link(Protocol):
     """A way to an engine: a thread of this process, or a process of its own."""
 
-    def start(self, deliver: Callable[[Delivery], None], lost: Callable[[], None]) -> None:
-        """Begin. `deliver` and `lost` (the engine has died) may be called from any thread."""
+    def start(self, deliver: Callable[[Delivery], None], lost: Callable[[str], None]) -> None:
+        """Begin, or begin again after a loss; blocks until the model is there.
+
+        `deliver` and `lost` (the engine has died; how) may be called from any thread. UserError
+        when the engine cannot start.
+        """
 
     def send(self, command: Command) -> None:
-        """Hand over a command; never blocks."""
+        """Hand over a command; never blocks. One that a dead engine does not get is dropped."""
 
     def stop(self) -> None:
         """End the engine, whatever it is doing, and wait for it."""
@@ -136,24 +143,28 @@ class Recipe(Protocol):
     def load(self) -> Callable[[], Scheduler]:
         """Load it; the result makes schedulers that share it. UserError when it cannot be."""
 
+    def settle(self) -> None:
+        """Find the process its place beside the server's, once the model is loaded."""
+
 
 class ThreadLink:
-    """The engine in a thread of this process."""
+    """The engine in a thread of this process, for a scheduler that is made elsewhere."""
 
     def __init__(self, make_scheduler: Callable[[], Scheduler]) -> None:
         self._make_scheduler = make_scheduler
         self._commands: queue.Queue[Command] = queue.Queue()
         self._thread: threading.Thread | None = None
 
-    def start(self, deliver: Callable[[Delivery], None], lost: Callable[[], None]) -> None:
+    def start(self, deliver: Callable[[Delivery], None], lost: Callable[[str], None]) -> None:
         """Start the thread."""
+        commands = self._commands = queue.Queue()
 
         def work() -> None:
             try:
-                run_engine(self._make_scheduler, self._commands, deliver)
-            except BaseException:
+                run_engine(self._make_scheduler, commands, deliver)
+            except BaseException as error:
                 logger.exception("the engine ended")
-                lost()
+                lost(type(error).__name__)
 
         self._thread = threading.Thread(target=work, name="engine", daemon=True)
         self._thread.start()
@@ -164,48 +175,75 @@ class ThreadLink:
 
     def stop(self) -> None:
         """End the thread after its step."""
-        self.send(("stop", 0, (), None))
+        self.send(_STOP)
         if self._thread is not None:
             self._thread.join()
 
 
 class ProcessLink:
-    """The engine in a process of its own, for a GPU of its own.
+    """The engine in a process of its own.
 
-    recipe: picklable; its `load` is called in the process.
+    A step of the model never holds up the event loop then, and the server outlives an engine that
+    is killed, by the system for its memory, say. The process begins to load at once; `wait`, or
+    `start`, waits until it has its model. recipe: picklable; its `load` is called in the process.
     """
 
     def __init__(self, recipe: Recipe) -> None:
-        self._ours, theirs = SPAWN.Pipe()
+        self._recipe = recipe
         self._outgoing: queue.Queue[Command] = queue.Queue()
+        self._is_ready = False
+        self._spawn()
+
+    def _spawn(self) -> None:
+        self._ours, theirs = SPAWN.Pipe()
         self._process = SPAWN.Process(
-            target=_engine_process, args=(recipe, theirs), name="engine", daemon=True
+            target=_engine_process, args=(self._recipe, theirs), name="engine", daemon=True
         )
         self._process.start()
         theirs.close()  # so that the end of the process is the end of the pipe
 
-    def start(self, deliver: Callable[[Delivery], None], lost: Callable[[], None]) -> None:
-        """Wait until the process has its model, then listen. UserError when it never gets it."""
+    def wait(self) -> None:
+        """Wait until the process has its model. UserError when it never gets it."""
+        if self._is_ready:
+            return
         try:
-            word = self._ours.recv_bytes() if self._ours.poll(START_SECONDS) else b"late"
-        except EOFError:
-            word = b"ended"
-        if word != b"ready":
+            is_there = self._ours.poll(START_SECONDS)
+            word = self._ours.recv_bytes().decode() if is_there else "it is too late"
+        except (EOFError, OSError):
+            self._process.join()
+            word = f"it ended {_ending(self._process.exitcode)}"
+        if word != _READY:
             self._process.kill()
-            raise UserError(f"an engine process did not start ({word.decode()}); see the log above")
+            self._process.join()
+            if word.startswith(_REFUSED):
+                raise UserError(word.removeprefix(_REFUSED))
+            raise UserError(f"an engine process did not start: {word}; see the log above")
+        self._is_ready = True
+
+    def start(self, deliver: Callable[[Delivery], None], lost: Callable[[str], None]) -> None:
+        """Wait until the process has its model, then listen. Starts another if it has ended."""
+        if self._process.exitcode is not None:
+            self._is_ready = False
+            self._spawn()
+        self.wait()
+        process, pipe = self._process, self._ours
+        outgoing = self._outgoing = queue.Queue()
 
         def listen() -> None:
             try:
                 while True:
-                    deliver(_unpacked(self._ours.recv_bytes()))
+                    deliver(_unpacked(pipe.recv_bytes()))
             except (EOFError, OSError):
-                lost()
+                outgoing.put(_STOP)
+                process.join()
+                self._is_ready = False
+                lost(_ending(process.exitcode))
 
         def talk() -> None:
             while True:
-                command = self._outgoing.get()
+                command = outgoing.get()
                 try:
-                    self._ours.send_bytes(_packed_command(command))
+                    pipe.send_bytes(_packed_command(command))
                 except OSError:  # its end was noticed by `listen`
                     return
                 if command[0] == "stop":
@@ -220,12 +258,19 @@ class ProcessLink:
 
     def stop(self) -> None:
         """Ask the process to end; kill it when it does not."""
-        self.send(("stop", 0, (), None))
-        self._process.join(5.0)
+        self.send(_STOP)
+        self._process.join(5.0 if self._is_ready else 0.0)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
         self._ours.close()
+
+
+def _ending(exitcode: int | None) -> str:
+    """How a process has ended, in words."""
+    if exitcode is not None and exitcode < 0:
+        return f"by {signal.Signals(-exitcode).name}"
+    return f"with exit code {exitcode}"
 
 
 def _engine_process(recipe: Recipe, pipe: Connection) -> None:
@@ -237,7 +282,7 @@ def _engine_process(recipe: Recipe, pipe: Connection) -> None:
     try:
         make_scheduler = recipe.load()
     except UserError as error:
-        logger.error("%s", error)
+        pipe.send_bytes(f"{_REFUSED}{error}".encode())
         return
 
     def listen() -> None:
@@ -245,10 +290,11 @@ def _engine_process(recipe: Recipe, pipe: Connection) -> None:
             while True:
                 commands.put(_unpacked_command(pipe.recv_bytes()))
         except (EOFError, OSError):
-            commands.put(("stop", 0, (), None))
+            commands.put(_STOP)
 
+    recipe.settle()
     threading.Thread(target=listen, daemon=True).start()
-    pipe.send_bytes(b"ready")
+    pipe.send_bytes(_READY.encode())
     try:
         run_engine(make_scheduler, commands, lambda items: pipe.send_bytes(_packed(items)))
     except OSError:

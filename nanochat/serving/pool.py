@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from nanochat.sampling import SamplingSettings
 from nanochat.serving.links import Failure
@@ -14,6 +14,10 @@ class Pool:
 
     def __init__(self, workers: Sequence[Worker]) -> None:
         self.workers = tuple(workers)
+        self.hopeless: Callable[[], None] = lambda: None
+        """Called when no engine is left that could answer, now or later."""
+        for worker in self.workers:
+            worker.given_up = self._given_up
 
     def start(self) -> None:
         """Start all engines. Must run on the event loop."""
@@ -24,6 +28,15 @@ class Pool:
         """End all engines."""
         for worker in self.workers:
             worker.stop()
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether every engine has died too often."""
+        return all(worker.is_given_up for worker in self.workers)
+
+    def _given_up(self) -> None:
+        if self.is_hopeless:
+            self.hopeless()
 
     @property
     def num_alive(self) -> int:
@@ -42,7 +55,9 @@ class Pool:
         """
         alive = [worker for worker in self.workers if worker.is_alive]
         if not alive:
-            raise AnswerError(Failure("broken", "no engine is running; restart the server"))
+            raise AnswerError(
+                Failure("broken", "the engine is being started again; try again soon")
+            )
         worker = min(alive, key=lambda worker: worker.num_open)
         answers: list[Answer] = []
         try:

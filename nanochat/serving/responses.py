@@ -64,6 +64,7 @@ class WorkerStats(BaseModel):
     gpu_id: int
     device: str
     alive: bool
+    deaths: int
     open_requests: int
     answered: int
     tokens: int

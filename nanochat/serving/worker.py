@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
 
+from nanochat.common import UserError
 from nanochat.sampling import SamplingSettings
 from nanochat.scheduler import QueueFullError
 from nanochat.serving.links import Delivery, Failure, Link, Token
@@ -16,6 +19,8 @@ logger = logging.getLogger(__name__)
 # Each event costs the server and its client about as much as a row of a step: with many streams,
 # tokens travel together, so that all streams of an engine have 500 events a second between them.
 SECONDS_PER_STREAM = 0.002
+# An engine that has died so often within so long would only die again.
+MAX_DEATHS, DEATHS_SECONDS = 3, 300
 
 
 class AnswerError(Exception):
@@ -80,35 +85,50 @@ class Answer:
 
 
 class Worker:
-    """An engine as the event loop sees it. All methods belong to the loop's thread."""
+    """An engine as the event loop sees it. All methods belong to the loop's thread.
+
+    An engine that dies is started again, unless it dies too often: `is_given_up` then.
+    """
 
     def __init__(self, link: Link, *, gpu_id: int, device: str, max_rows: int, max_waiting: int):
         self.gpu_id, self.device = gpu_id, device
         self.max_rows, self.max_waiting = max_rows, max_waiting
         self.is_alive = False
+        self.is_given_up = False
+        self.given_up: Callable[[], None] = lambda: None
+        """Called when the engine is not started again."""
         self.num_answered = 0
         self.num_tokens = 0
+        self.num_deaths = 0
         self._link = link
+        self._is_stopped = False
+        self._deaths: deque[float] = deque(maxlen=MAX_DEATHS)
+        self._revival: asyncio.Future[None] | None = None
         self._numbers = itertools.count()
         self._answers: dict[int, Answer] = {}
 
     def start(self) -> None:
-        """Start the engine. Must run on the event loop; blocks until a process has its model."""
+        """Start the engine. Must run on the event loop; blocks until it has its model."""
+        self._link.start(*self._callbacks())
+        self.is_alive = True
+
+    def _callbacks(self) -> tuple[Callable[[Delivery], None], Callable[[str], None]]:
+        """What the engine's threads call; both only leave a note for the event loop."""
         loop = asyncio.get_running_loop()
 
         def deliver(delivery: Delivery) -> None:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(self._deliver, delivery)
 
-        def lost() -> None:
+        def lost(how: str) -> None:
             if not loop.is_closed():
-                loop.call_soon_threadsafe(self._lost)
+                loop.call_soon_threadsafe(self._lost, how)
 
-        self._link.start(deliver, lost)
-        self.is_alive = True
+        return deliver, lost
 
     def stop(self) -> None:
         """End the engine; what is open is cut off."""
+        self._is_stopped = True
         self.is_alive = False
         self._link.stop()
 
@@ -151,12 +171,40 @@ class Worker:
                 self.num_answered += 1
                 del self._answers[number]
 
-    def _lost(self) -> None:
-        if not self.is_alive:  # it was told to end
+    def _lost(self, how: str) -> None:
+        """End what was open, and start the engine again if that has a point."""
+        if self._is_stopped:
             return
-        logger.error("the engine on %s has died", self.device)
         self.is_alive = False
-        failure = Failure("broken", "the engine has died; the server needs a restart")
+        self.num_deaths += 1
+        failure = Failure("broken", "the engine has died while it answered; try again")
         for answer in self._answers.values():
             answer.take(failure)
         self._answers.clear()
+        now = time.monotonic()
+        self._deaths.append(now)
+        if len(self._deaths) == MAX_DEATHS and now - self._deaths[0] < DEATHS_SECONDS:
+            logger.error(
+                "the engine on %s has died (%s) for the %dth time within %d seconds; it is not "
+                "started again",
+                *(self.device, how, MAX_DEATHS, DEATHS_SECONDS),
+            )
+            self.is_given_up = True
+            self.given_up()
+            return
+        logger.error("the engine on %s has died (%s); it is started again", self.device, how)
+        self._revival = asyncio.ensure_future(self._revive())
+
+    async def _revive(self) -> None:
+        began = time.monotonic()
+        deliver, lost = self._callbacks()
+        try:
+            # In a thread, as it takes seconds; requests are refused with 503 meanwhile.
+            await asyncio.to_thread(self._link.start, deliver, lost)
+        except UserError as error:
+            self._lost(str(error))
+            return
+        if not self._is_stopped:
+            self.is_alive = True
+            seconds = time.monotonic() - began
+            logger.warning("the engine on %s is back after %.1f seconds", self.device, seconds)
