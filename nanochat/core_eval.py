@@ -3,7 +3,8 @@
 The definition is that of DCLM (arXiv:2406.11794, section 3.5): centered accuracy is 0 at chance
 and 1 at perfection, CORE is its plain mean over tasks. A slow implementation that scores one
 sequence at a time is in tests/reference; every decision must equal the one there.
-`core_bundle` makes the prompts, `core_scoring` decides, `core_progress` remembers.
+`core_bundle` makes the prompts, `core_tokens` their tokens, `core_scoring` decides,
+`core_progress` remembers.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from pathlib import Path
 from nanochat.common import UserError
 from nanochat.core_bundle import CoreTask, Item, load_bundle
 from nanochat.core_progress import CoreProgress
-from nanochat.core_scoring import LanguageModel, Tokenizer, decide
+from nanochat.core_scoring import LanguageModel, decide
+from nanochat.core_tokens import Tokenizer
 from nanochat.runtime import Runtime
 
 logger = logging.getLogger(__name__)

@@ -1,8 +1,9 @@
 """How CORE decides items: token sequences in, losses of their answers out, in batches.
 
-Two things make it fast: sequences of similar length share a batch, and what the options of an
-item have in common is read once. Neither may change a decision: where two options are nearly
-equal, or a token is nearly not the likeliest, the item is scored again, one sequence at a time.
+Three things make it fast: sequences of similar length share a batch, what the options of an item
+have in common is read once, and where the hardware is fast at a lower precision, that decides what
+is clear. None may change a decision: whatever is nearly undecided is scored again in float32, and
+what is then still nearly equal one sequence at a time.
 
 Legend: N = sequences of a batch, T = positions of the longest, C = model width, V = vocabulary,
 P = scored positions of a batch.
@@ -10,18 +11,18 @@ P = scored positions of a batch.
 
 from __future__ import annotations
 
-import itertools
+import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from nanochat.branches import Branches
-from nanochat.common import UserError
 from nanochat.core_bundle import CoreTask, Item
+from nanochat.core_tokens import Tokenizer, TokenSequence, common_prefix, sequences_of
 from nanochat.gpt import GPT
 
 # Padded tokens of one forward pass. On a CPU the states must stay in its cache: 1 or 2 sequences
@@ -32,20 +33,12 @@ HEAD_ROWS = 512  # positions whose logits are held at once
 # Kernels sum in another order for another shape. In fp32 that moved mean losses of a depth-4 model
 # by up to 2e-6 (2026-11-21); decisions nearer than fifty times that are taken again.
 NEAR_TIE = 1e-4
+# In bf16 losses moved by 0.01 to 0.02 at most and logits by 0.06, where half of the leads were
+# beyond 0.5 and 10 (2026-11-21). An item's lead decides where it is four times what any item of
+# its group was seen to move; `_CHECKED` items of each group are looked at in any case.
+LOW_PRECISION_TIE = 0.04
+_SAFETY, _CHECKED = 4.0, 4
 _SHORTEST_SHARED = 16  # tokens in common from which on reading them once saves time
-
-
-class Tokenizer(Protocol):
-    """What CORE needs of a tokenizer."""
-
-    @property
-    def bos_id(self) -> int:
-        """The token in front of every text."""
-        ...
-
-    def encode_batch(self, texts: Any, *, prepend: int) -> tuple[Any, Any]:
-        """Ids of all texts in one array, and where each one begins, with the end of the last."""
-        ...
 
 
 class LanguageModel(Protocol):
@@ -56,6 +49,11 @@ class LanguageModel(Protocol):
     """Tokens it can read at once."""
     can_branch: bool
     """Whether it reads the common beginning of several sequences once: has `branch_logits`."""
+
+    @property
+    def exact(self) -> LanguageModel | None:
+        """The same model in float32 where this one is a less precise copy; it has the last word."""
+        ...
 
     def plain_logits(self, ids: Tensor) -> Tensor:
         """Logits fp32 (T, V) after every token of one sequence (T,), as plainly as possible."""
@@ -82,16 +80,6 @@ class Place:
 
 
 @dataclass(frozen=True)
-class _Sequence:
-    """One text of an item; the tokens ids[start:end] are scored."""
-
-    item: int
-    ids: list[int]
-    start: int
-    end: int
-
-
-@dataclass(frozen=True)
 class _Score:
     """Mean loss of a sequence's scored tokens, and by how much each was the likeliest."""
 
@@ -103,8 +91,9 @@ class _Score:
 class GptModel:
     """A `GPT` as CORE sees it."""
 
-    def __init__(self, model: GPT) -> None:
+    def __init__(self, model: GPT, exact: GptModel | None = None) -> None:
         self.model = model
+        self.exact = exact
         self.device = model.device
         self.max_length = model.cos.size(0)
         self.can_branch = True
@@ -150,117 +139,91 @@ def decide(
     indices: Sequence[int],
 ) -> list[bool]:
     """Whether the model is right on each of the given items."""
-    options = _sequences(tokenizer, task, items, indices, max_length=model.max_length)
+    options = sequences_of(tokenizer, task, items, indices, max_length=model.max_length)
     with torch.inference_mode():
-        scores = _score(model, options, padding=tokenizer.bos_id)
-        decisions = []
-        for index, sequences, scored in zip(indices, options, scores, strict=True):
-            if _is_near_tie(task, scored):
-                scored = [_score_alone(model, sequence) for sequence in sequences]
-            if task.kind == "language_modeling":
-                decisions.append(scored[0].margin >= 0)
-            else:
-                losses = [score.loss for score in scored]
-                decisions.append(losses.index(min(losses)) == items[index]["gold"])
-    return decisions
-
-
-def _is_near_tie(task: CoreTask, scores: Sequence[_Score]) -> bool:
+        scores = _settled(model, task, options, padding=tokenizer.bos_id)
     if task.kind == "language_modeling":
-        return abs(scores[0].margin) < NEAR_TIE
-    best, second = sorted(score.loss for score in scores)[:2]
-    return second - best < NEAR_TIE
+        return [scored[0].margin >= 0 for scored in scores]
+    losses = [[score.loss for score in scored] for scored in scores]
+    return [
+        row.index(min(row)) == items[index]["gold"]
+        for row, index in zip(losses, indices, strict=True)
+    ]
 
 
-# ---- from items to tokens ------------------------------------------------------------------------
-
-
-def _sequences(
+def count_tokens(
+    model: LanguageModel,
     tokenizer: Tokenizer,
     task: CoreTask,
     items: Sequence[Item],
     indices: Sequence[int],
-    *,
-    max_length: int,
-) -> list[list[_Sequence]]:
-    """Token sequences of each item: one an option, or one for language modeling."""
-    texts = [task.prompts(items, index) for index in indices]
-    flat = [text for prompts in texts for text in prompts]
-    ids, offsets = tokenizer.encode_batch(flat, prepend=tokenizer.bos_id)
-    rows = (ids[a:b].tolist() for a, b in itertools.pairwise(offsets))
-    sequences = []
-    for index, prompts in zip(indices, texts, strict=True):
-        options = [next(rows) for _ in prompts]
-        spans = _scored_spans(task, options)
-        if task.kind == "language_modeling":
-            options = options[1:]
-        pairs = zip(options, spans, strict=True)
-        sequences.append([_cropped(task, index, *pair, max_length) for pair in pairs])
-    return sequences
-
-
-def _cropped(
-    task: CoreTask, index: int, ids: list[int], span: tuple[int, int], max_length: int
-) -> _Sequence:
-    """What the model cannot hold is cut from the left."""
-    (start, end), cut = span, max(len(ids) - max_length, 0)
-    if not 0 < start - cut < end - cut:
-        raise UserError(
-            f"{task.label}, item {index} of the shuffled order: nothing is left to score "
-            f"of an answer of {end - start} tokens in a sequence of {len(ids)} (the model holds "
-            f"{max_length})"
+) -> tuple[int, int]:
+    """Tokens of the given items one sequence at a time, and those that `decide` reads."""
+    options = sequences_of(tokenizer, task, items, indices, max_length=model.max_length)
+    apart = [sum(len(sequence.ids) for sequence in sequences) for sequences in options]
+    together = [
+        prefix + _num_branch_tokens(sequences, prefix) if prefix else alone
+        for sequences, prefix, alone in zip(
+            options, _shared_lengths(model, options), apart, strict=True
         )
-    return _Sequence(index, ids[cut:], start - cut, end - cut)
+    ]
+    return sum(apart), sum(together)
 
 
-def _scored_spans(task: CoreTask, options: list[list[int]]) -> list[tuple[int, int]]:
-    """Where the answers lie: what options do not share in front, or do share at the end.
-
-    At least the last token of each: three items of piqa have a choice that begins another one.
-    """
-    longest = min(map(len, options)) - 1
-    if task.kind == "multiple_choice":
-        start = min(_common_prefix(options), longest)
-        return [(start, len(option)) for option in options]
-    if task.kind == "schema":
-        length = min(_common_prefix([option[::-1] for option in options]), longest)
-        return [(len(option) - length, len(option)) for option in options]
-    question, whole = options
-    if whole[: len(question)] != question:
-        raise UserError(
-            f"{task.label}: the tokens of a question do not begin those of question and answer, "
-            f"so the answer has no first token; check the delimiter {task.delimiter!r}"
-        )
-    return [(len(question), len(whole))]
+# ---- until every decision stands -----------------------------------------------------------------
 
 
-def _common_prefix(rows: Sequence[list[int]]) -> int:
-    """Number of leading tokens that all rows share."""
-    first = rows[0]
-    shared = min(len(row) for row in rows)
-    for row in rows[1:]:
-        # Lists compare at the speed of C: halve the range until the first difference is found.
-        low, high = 0, shared
-        while low < high:
-            middle = (low + high + 1) // 2
-            if row[low:middle] == first[low:middle]:
-                low = middle
-            else:
-                high = middle - 1
-        shared = low
-    return shared
+def _settled(
+    model: LanguageModel, task: CoreTask, options: list[list[TokenSequence]], *, padding: int
+) -> list[list[_Score]]:
+    """The scores of every item's sequences, precise wherever a decision hangs on it."""
+    scores = _score(model, options, padding=padding)
+    leads = [_lead(task, scored) for scored in scores]
+    if model.exact is None:
+        for i in (i for i, lead in enumerate(leads) if lead < NEAR_TIE):
+            scores[i] = [_score_alone(model, sequence) for sequence in options[i]]
+        return scores
+    order = sorted(range(len(leads)), key=leads.__getitem__)
+    ascending = [leads[i] for i in order]
+    tolerance, done = LOW_PRECISION_TIE, 0
+    while True:
+        stop = max(bisect.bisect_left(ascending, tolerance), min(_CHECKED, len(order)))
+        again = order[done:stop]
+        if not again:
+            return scores
+        found = _settled(model.exact, task, [options[i] for i in again], padding=padding)
+        for i, precise in zip(again, found, strict=True):
+            tolerance = max(tolerance, _SAFETY * _movement(task, scores[i], precise))
+            scores[i] = precise
+        done = stop
+
+
+def _lead(task: CoreTask, scores: Sequence[_Score]) -> float:
+    """How far the decision is from another one."""
+    if task.kind == "language_modeling":
+        return abs(scores[0].margin)
+    best, second = sorted(score.loss for score in scores)[:2]
+    return second - best
+
+
+def _movement(task: CoreTask, scores: Sequence[_Score], precise: Sequence[_Score]) -> float:
+    """By how much an item's leads differ between two precisions, at most."""
+    if task.kind == "language_modeling":
+        return abs(scores[0].margin - precise[0].margin)
+    moved = [a.loss - b.loss for a, b in zip(scores, precise, strict=True)]
+    return max(moved) - min(moved)
 
 
 # ---- from tokens to losses -----------------------------------------------------------------------
 
 
 def _score(
-    model: LanguageModel, options: list[list[_Sequence]], *, padding: int
+    model: LanguageModel, options: list[list[TokenSequence]], *, padding: int
 ) -> list[list[_Score]]:
     """The scores of every item's sequences."""
-    prefixes = [_shared_length(sequences) if model.can_branch else 0 for sequences in options]
+    prefixes = _shared_lengths(model, options)
     scores: dict[tuple[int, int], _Score] = {}
-    shared = [i for i, length in enumerate(prefixes) if length >= _SHORTEST_SHARED]
+    shared = [i for i, length in enumerate(prefixes) if length]
     sizes = [prefixes[i] + _num_branch_tokens(options[i], prefixes[i]) for i in shared]
     budget = CPU_TOKENS_PER_BATCH if model.device.type == "cpu" else TOKENS_PER_BATCH
     for batch in _batches(sizes, budget):
@@ -277,16 +240,24 @@ def _score(
     return [[scores[i, n] for n in range(len(options[i]))] for i in range(len(options))]
 
 
-def _shared_length(sequences: list[_Sequence]) -> int:
-    """Tokens read once for all sequences of an item; 0 for a single sequence."""
+def _shared_lengths(model: LanguageModel, options: list[list[TokenSequence]]) -> list[int]:
+    """Tokens of each item that are read once for all its sequences; 0 where that saves no time."""
+    if not model.can_branch:
+        return [0] * len(options)
+    lengths = [_shared_length(sequences) for sequences in options]
+    return [length if length >= _SHORTEST_SHARED else 0 for length in lengths]
+
+
+def _shared_length(sequences: list[TokenSequence]) -> int:
+    """Tokens that all sequences of an item begin with; 0 for a single sequence."""
     if len(sequences) == 1:
         return 0
     # The token before the first scored one is needed, and may be the last of the beginning.
-    shared = _common_prefix([sequence.ids for sequence in sequences])
+    shared = common_prefix([sequence.ids for sequence in sequences])
     return min(shared, *(sequence.start for sequence in sequences))
 
 
-def _num_branch_tokens(sequences: list[_Sequence], prefix: int) -> int:
+def _num_branch_tokens(sequences: list[TokenSequence], prefix: int) -> int:
     return sum(sequence.end - 1 - prefix for sequence in sequences)
 
 
@@ -301,7 +272,7 @@ def _batches(sizes: list[int], budget: int) -> Iterator[list[int]]:
 
 
 def _score_branches(
-    model: LanguageModel, items: list[list[_Sequence]], prefixes: list[int]
+    model: LanguageModel, items: list[list[TokenSequence]], prefixes: list[int]
 ) -> list[_Score]:
     """Items whose options are read after their common beginning; scores in one row."""
     beginnings = [item[0].ids[:prefix] for item, prefix in zip(items, prefixes, strict=True)]
@@ -324,7 +295,9 @@ def _score_branches(
     return _summed(model.branch_logits(branches, places), targets, counts)
 
 
-def _score_batch(model: LanguageModel, sequences: list[_Sequence], padding: int) -> list[_Score]:
+def _score_batch(
+    model: LanguageModel, sequences: list[TokenSequence], padding: int
+) -> list[_Score]:
     """Sequences that are read whole, padded on the right."""
     longest = max(len(sequence.ids) for sequence in sequences)
     ids = torch.tensor([s.ids + [padding] * (longest - len(s.ids)) for s in sequences])
@@ -335,7 +308,7 @@ def _score_batch(model: LanguageModel, sequences: list[_Sequence], padding: int)
     return _summed(model.logits(ids, rows, positions), targets, counts)
 
 
-def _score_alone(model: LanguageModel, sequence: _Sequence) -> _Score:
+def _score_alone(model: LanguageModel, sequence: TokenSequence) -> _Score:
     """One sequence by itself, the definition's way; what a tie is decided by."""
     logits = model.plain_logits(torch.tensor(sequence.ids))
     span = slice(sequence.start - 1, sequence.end - 1)
@@ -343,7 +316,7 @@ def _score_alone(model: LanguageModel, sequence: _Sequence) -> _Score:
     table = logits.log_softmax(-1)[span]
     loss = -table.gather(1, targets[:, None]).mean()
     hits = logits[span].argmax(-1) == targets
-    return _Score(float(loss), 0.0 if bool(hits.all()) else -1.0)
+    return _Score(float(loss), 0.0 if bool(hits.all()) else -NEAR_TIE)
 
 
 def _summed(logits: Iterator[Tensor], targets: list[int], counts: list[int]) -> list[_Score]:

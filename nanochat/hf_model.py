@@ -47,6 +47,7 @@ class HfModel:
     """A causal language model of the transformers library."""
 
     can_branch = False
+    exact = None
 
     def __init__(self, model: Any) -> None:
         self.model = model

@@ -15,13 +15,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nanochat import checkpoint_manager, configurator, report, runtime
 from nanochat.answers import plain_text
 from nanochat.common import UserError, atomic_write_text, base_dir
 from nanochat.core_bundle import bundle_digest, files_digest
 from nanochat.core_eval import CoreResult, evaluate_core
 from nanochat.core_scoring import GptModel, LanguageModel
-from nanochat.core_scoring import Tokenizer as CoreTokenizer
+from nanochat.core_tokens import Tokenizer as CoreTokenizer
 from nanochat.dataset import open_source
 from nanochat.engine import Engine, sample_prompts
 from nanochat.gpt import GPT
@@ -87,7 +89,8 @@ def evaluate_checkpoint(config: Config, parts: list[str], rt: Runtime) -> None:
     if "core" in parts:
         name = f"base_model_{checkpoint.step:06d}"
         weights = f"{checkpoint.tag} {checkpoint.weights_hash}"
-        sections += run_core(GptModel(model), tokenizer, config, data, rt, name, weights)
+        core_model = as_core_model(model, checkpoint, rt)
+        sections += run_core(core_model, tokenizer, config, data, rt, name, weights)
     if "bpb" in parts:
         num_tokens = config.split_tokens or checkpoint.state["config"]["eval_tokens"]
         values = measure_bpb(model, tokenizer, data, num_tokens, config.device_batch_size, rt)
@@ -120,6 +123,15 @@ def evaluate_hf_model(config: Config, parts: list[str], rt: Runtime) -> None:
     sections = run_core(model, tokenizer, config, data, rt, name, weights)
     if rt.world.is_main:
         report.append("Base model evaluation", [asdict(config), {"Model": path}, *sections])
+
+
+def as_core_model(model: GPT, checkpoint: checkpoint_manager.Checkpoint, rt: Runtime) -> GptModel:
+    """The model, with its float32 original for decisions that a lower precision leaves open."""
+    if rt.compute_dtype == torch.float32:
+        return GptModel(model)
+    exact = GPT(model.config)
+    exact.load_state_dict(checkpoint.load_model())
+    return GptModel(model, GptModel(exact.to(rt.device).requires_grad_(False).eval()))
 
 
 def run_core(

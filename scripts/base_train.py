@@ -17,6 +17,7 @@ import torch
 from nanochat import configurator, core_eval, runtime, scaling
 from nanochat.common import UserError, tokenizer_dir
 from nanochat.core_scoring import GptModel
+from nanochat.core_tokens import CachedTokenizer
 from nanochat.dataloader import Batch, DocumentLoader, evaluation_batches
 from nanochat.dataset import open_source
 from nanochat.engine import sample_prompts
@@ -57,7 +58,7 @@ class Config(StageConfig):
     model_dim: int | None = None
     """Width, instead of depth x aspect ratio."""
     token_shift: float = 0.0
-    """Share of the previous token's embedding added to each one; 0 = the classic model."""
+    """Share of the previous token's embedding, halves swapped, added to each one; 0 = off."""
     window_pattern: str | None = None
     """Layers that see a quarter context (S) or all (L), repeated; default: the preset's."""
     max_seq_len: int = 2048
@@ -118,10 +119,12 @@ def main(config: Config) -> int:
                 world=rt.world,
             )
 
+        core_tokenizer = CachedTokenizer(tokenizer)
+
         def measure_core(trainer: Trainer) -> dict[str, float]:
             result = core_eval.evaluate_core(
                 GptModel(trainer.model),
-                tokenizer,
+                core_tokenizer,
                 mixtures.core_bundle(data, rt.world),
                 max_per_task=config.core_metric_max_per_task,
                 runtime=rt,

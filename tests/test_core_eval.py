@@ -18,6 +18,7 @@ from nanochat.core_bundle import load_bundle
 from nanochat.core_eval import evaluate_core, evaluate_task
 from nanochat.core_progress import CoreProgress
 from nanochat.core_scoring import GptModel, decide
+from nanochat.core_tokens import CachedTokenizer
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import Runtime, World
 
@@ -184,6 +185,50 @@ def test_a_forward_pass_for_some_columns_or_branches_equals_the_whole_one() -> N
         torch.testing.assert_close(states[1, 1:12], whole[1, 9:], rtol=0, atol=1e-5)
         other = model.hidden(torch.tensor([[*rows[0][:12], 1, 2, 3]]))
         torch.testing.assert_close(states[0, 8:11], other[0, 12:], rtol=0, atol=1e-5)
+
+
+def test_a_less_precise_copy_decides_only_what_is_clear(tmp_path: Path) -> None:
+    precise, rough = GptModel(random_model(8)), random_model(8)
+    bundle = toy_bundle(tmp_path / "bundle", precise.model)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in rough.parameters():
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+    asked = 0
+
+    class Counted(GptModel):
+        def _head(self, states: torch.Tensor) -> Any:
+            nonlocal asked
+            asked += len(states)
+            return super()._head(states)
+
+    def decisions(model: GptModel) -> list[tuple[bool, ...]]:
+        result = evaluate_core(model, TOKENIZER, bundle, -1, RUNTIME)
+        return [task.decisions for task in result.tasks]
+
+    expected = decisions(precise)
+    assert decisions(GptModel(rough)) != expected
+    assert decisions(Counted(precise.model)) == expected
+    asked, all_of_them = 0, asked
+    assert decisions(GptModel(rough, exact=Counted(precise.model))) == expected
+    assert 0 < asked < all_of_them
+
+
+def test_a_text_is_tokenized_once_however_often_it_is_asked_for(tmp_path: Path) -> None:
+    read: list[str] = []
+
+    class Noting(ByteTokenizer):
+        def encode_batch(self, texts: Any, *, prepend: int | None = None) -> Any:
+            read.extend(texts)
+            return super().encode_batch(texts, prepend=prepend)
+
+    model = random_model(2)
+    bundle = toy_bundle(tmp_path / "bundle", model)
+    cached = CachedTokenizer(Noting())
+    plain = evaluate_core(GptModel(model), TOKENIZER, bundle, 20, RUNTIME)
+    for _ in range(2):
+        result = evaluate_core(GptModel(model), cached, bundle, 20, RUNTIME)
+        assert [task.decisions for task in result.tasks] == [t.decisions for t in plain.tasks]
+    assert len(read) == len(set(read)) > 200
 
 
 def test_batches_do_not_change_decisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

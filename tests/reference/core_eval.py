@@ -75,8 +75,9 @@ def is_right(model, tokenizer, task: dict, items: list[dict], index: int, max_le
     if task["icl_task_type"] == "language_modeling":
         without, ids = options
         assert ids[: len(without)] == without
-        guesses = log_probabilities(model, ids).argmax(-1).tolist()
-        return all(guesses[i - 1] == ids[i] for i in range(len(without), len(ids)))
+        cut = max(len(ids) - max_length, 0)
+        guesses = log_probabilities(model, ids[cut:]).argmax(-1).tolist()
+        return all(guesses[i - cut - 1] == ids[i] for i in range(len(without), len(ids)))
     if task["icl_task_type"] == "multiple_choice":
         shared = 0
         while shared < shortest and len({ids[shared] for ids in options}) == 1:
