@@ -50,7 +50,7 @@ pipeline() {
         ${limit[@]+"${limit[@]}"}
     evaluation tok_eval "report/tokenizer-evaluation.json" \
         python -m scripts.tok_eval
-    stage shards "" \
+    files shards "" \
         "${shards[@]}"
 
     # [2/5] base model

@@ -3,7 +3,9 @@
 #
 # A pipeline is a shell function that calls, in order:
 #   stage NAME ARTIFACT COMMAND...       a step that all later ones build on
-#   training NAME ARTIFACT COMMAND...    the same, but gets --resume when it was interrupted
+#   files NAME ARTIFACT COMMAND...       the same, but it makes files that others may remove be there: it looks
+#                                        at them each time, also when it is done
+#   training NAME ARTIFACT COMMAND...    the same as stage, but gets --resume when it was interrupted
 #   evaluation NAME ARTIFACT COMMAND...  a step that only the report builds on
 #   report NAME ARTIFACT COMMAND...      the last step
 #   ahead NAME COMMAND...                begin the command of a later stage already, beside those between;
@@ -28,7 +30,7 @@
 
 PIPELINE_MODE=learn   # learn, then run
 PIPELINE_NAMES=()     # in order
-PIPELINE_KINDS=()     # stage, training, evaluation or report, by the same index
+PIPELINE_KINDS=()     # stage, files, training, evaluation or report, by the same index
 PIPELINE_SELECTED=()  # names of the stages that this run includes
 PIPELINE_STARTED=0    # 1 once FROM was reached
 PIPELINE_ENDED=0      # 1 once UNTIL was passed
@@ -44,6 +46,7 @@ PIPELINE_FREE_FLAGS="--run --device_batch_size --save_every --keep_last --max_mi
     --log_every --spike_limit --bpb_limit"
 
 stage() { pipeline_step stage "$@"; }
+files() { pipeline_step files "$@"; }
 training() { pipeline_step training "$@"; }
 evaluation() { pipeline_step evaluation "$@"; }
 report() { pipeline_step report "$@"; }
@@ -179,11 +182,16 @@ pipeline_step() {
 
     PIPELINE_SELECTED+=("$name")
     pipeline_finish_ahead "$name"
-    local forced status
-    forced="$(pipeline_forced "$name")"
-    status="$(python -m scripts.run_state begin "$name" --command="$(pipeline_record "$@")" \
-        --clears="$(pipeline_built_on "$kind" "$name")" --force="$forced")"
-    if [ "$status" = "done" ] && [ "$forced" = False ]; then
+    local forced status record clears
+    forced="$(pipeline_forced "$name")" record="$(pipeline_record "$@")"
+    clears="$(pipeline_built_on "$kind" "$name")"
+    # Files that are fetched once more are the same files.
+    if [ "$kind" = files ] && [ "$(python -m scripts.run_state status "$name" --command="$record")" != new ]; then
+        clears=""
+    fi
+    status="$(python -m scripts.run_state begin "$name" --command="$record" --clears="$clears" --force="$forced")"
+    if [ "$status" = "done" ] && [ "$forced" = False ] &&
+        { [ "$kind" != files ] || "${command[@]}" >/dev/null; }; then
         echo "== $name: done before, skipped"
         return
     fi

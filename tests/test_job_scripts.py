@@ -203,6 +203,11 @@ def test_a_whole_run_ends_with_what_it_left(place: Place) -> None:
 
     again = place.run("bash speedrun.sh --yes", WANDB_RUN="12", NPROC_PER_NODE="4")
     assert again.stdout.count("done before, skipped") == 14  # neither name nor number matters
+    # Shards may have been removed meanwhile: they are looked at each time.
+    lost = place.run("bash speedrun.sh --yes", STUB_FAIL="nanochat.dataset")
+    assert lost.returncode == 7
+    assert "stage shards ended with exit code 7" in lost.stderr
+    assert place.run("bash speedrun.sh --yes").stdout.count("done before, skipped") == 13
 
     (place.home / ".cache/nanochat/base_checkpoints/d20/step_000001/manifest.json").unlink()
     only = place.run("bash speedrun.sh --yes --only chat_eval_sft")

@@ -213,6 +213,8 @@ def test_a_zip_is_unpacked_into_its_place(hub: FakeHub) -> None:
     assert manifest is not None
     assert [record.path for record in manifest.files] == ["a.jsonl", "deep/b.csv"]
     assert [p.name for p in BUNDLE.path.parent.iterdir() if "bundle" in p.name] == ["bundle"]
+    assert fetch(BUNDLE)[0].action == "already there"
+    assert len(hub.requests) == 1
 
 
 @pytest.mark.parametrize(
