@@ -128,6 +128,12 @@ def plain_text(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
     return tokenizer.decode([token for token in tokens if token not in hidden])
 
 
+def shown_text(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+    """The text of an answer as a person reads it, with calls as `[12 * 3 = 36]`."""
+    text = AnswerText(tokenizer)
+    return "".join([text.feed(token) for token in tokens]) + text.finish()
+
+
 def answer_message(tokenizer: Tokenizer, tokens: Sequence[int]) -> Message:
     """An answer as a turn of a conversation: its text, and each call and output as a part."""
     brackets, hidden = CallBrackets(tokenizer), special_ids(tokenizer)

@@ -9,13 +9,13 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from nanochat.answers import plain_text
+from nanochat.answers import plain_text, shown_text
 from nanochat.common import NotScoredError, UserError
 from nanochat.conversation import Conversation
 from nanochat.engine import Engine
@@ -175,11 +175,14 @@ def run_generative(
         batch_size=batch_size,
     )
     texts = [plain_text(tokenizer, answer) for answer in answers]
-    completions = {
-        index: tuple(texts[place * count : (place + 1) * count])
+    places = {
+        index: slice(place * count, (place + 1) * count)
         for place, index in enumerate(problems.prompts)
     }
+    completions = {index: tuple(texts[place]) for index, place in places.items()}
     records = _together(world, lambda: _judge(task, problems.conversations, completions))
+    shown = [shown_text(tokenizer, answer) for answer in answers]
+    records = tuple(replace(record, shown=tuple(shown[places[record.index]])) for record in records)
     return _result(task, records, max_problems, world, started)
 
 

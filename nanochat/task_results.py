@@ -22,7 +22,10 @@ class Record:
     index: int
     conversation: Conversation
     completions: tuple[str, ...]
+    """As they were judged."""
     verdicts: tuple[bool, ...]
+    shown: tuple[str, ...] = ()
+    """As a person reads them, with calls in brackets; () where there are none."""
 
     def to_json(self, task: str) -> dict[str, Any]:
         """Plain values, for a line of JSON."""
@@ -32,6 +35,7 @@ class Record:
             "messages": self.conversation.to_json(),
             "completions": list(self.completions),
             "correct": list(self.verdicts),
+            **({"shown": list(self.shown)} if self.shown else {}),
         }
 
 
@@ -119,7 +123,8 @@ def show_records(records: Sequence[dict[str, Any]]) -> Iterator[str]:
         for message in conversation.messages[:-1]:
             yield f"[{message.role}] {message.text}"
         yield f"[reference] {conversation.messages[-1].text}"
-        for completion, correct in zip(record["completions"], record["correct"], strict=True):
+        answers = record.get("shown", record["completions"])
+        for completion, correct in zip(answers, record["correct"], strict=True):
             yield f"[{'right' if correct else 'wrong'}] {completion}"
         yield ""
     yield f"{len(records)} problems, {right} right, {len(records) - right} wrong"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from reference.byte_tokenizer import ByteTokenizer
 
-from nanochat.answers import AnswerText, plain_text
+from nanochat.answers import AnswerText, plain_text, shown_text
 
 TOKENIZER: Any = ByteTokenizer()
 END = TOKENIZER.encode_special("<|assistant_end|>")
@@ -58,3 +58,8 @@ def test_broken_calls_still_read_as_text(tokens: list[int], shown: str) -> None:
 def test_plain_text_drops_special_tokens_and_keeps_calls() -> None:
     call = [CALL, *b"12*3", CALLED, OUT, *b"36", OUT_END]
     assert plain_text(TOKENIZER, [*b"So ", *call, *b"!", END]) == "So 12*336!"
+
+
+def test_shown_text_is_what_a_stream_shows() -> None:
+    call = [CALL, *b"12*3", CALLED, OUT, *b"36", OUT_END]
+    assert shown_text(TOKENIZER, [*b"So ", *call, CALL, *b"2"]) == "So [12*3 = 36][2]"

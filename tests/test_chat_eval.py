@@ -16,7 +16,9 @@ from scripted_model import byte_tokenizer, save
 from nanochat import report
 from nanochat.common import UserError, report_dir
 from nanochat.configurator import UsageError, parse
+from nanochat.conversation import Conversation, Message
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.task_results import Record, read_records
 from scripts import chat_eval
 from tasks import public
 from tasks.arc import ARC
@@ -278,6 +280,17 @@ def test_saved_answers_are_shown_with_their_verdicts(
     assert output.endswith("6 problems, 2 right, 4 wrong\n")
 
 
+def test_calls_of_the_calculator_are_shown_in_brackets(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = Conversation((Message("user", "12 * 3?"), Message("assistant", "36")))
+    record = Record(0, said, ("12*336",), (True,), ("[12*3 = 36]",))
+    path = tmp_path / "answers.jsonl"
+    path.write_text(json.dumps(record.to_json("Sums")) + "\n")
+    run(f"--show={path}")
+    assert "[right] [12*3 = 36]\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "shown"),
     [
@@ -326,6 +339,8 @@ def test_what_was_saved_can_be_shown(tmp_path: Path, capsys: pytest.CaptureFixtu
     save("sft", random_model(2048))
     path = tmp_path / "out.jsonl"
     run("-i", "sft", "-a", "Facts|WordProblems", "-x", "3", "-m", "4", f"--save={path}")
+    records = read_records(path)
+    assert sum("shown" in record for record in records) == 3  # letters are not written answers
     capsys.readouterr()
     run(f"--show={path}")
     output = capsys.readouterr().out
