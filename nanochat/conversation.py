@@ -1,5 +1,6 @@
 """Conversations as values: typed, validated when made, JSON in and out. No torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -7,6 +8,8 @@ from nanochat.common import UserError
 
 PartType = Literal["text", "python", "python_output"]
 Role = Literal["system", "user", "assistant"]
+CHOICE_LEAD = "Multiple choice: "
+CHOICE_INSTRUCTION = "Answer with the letter only."
 
 
 @dataclass(frozen=True)
@@ -142,3 +145,12 @@ def _part_from_json(entry: Any) -> Part:
 def _shortened(value: Any, limit: int = 80) -> str:
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def choice_lines(question: str, choices: Sequence[str], letters: Sequence[str]) -> list[str]:
+    """Return a multiple choice question as lines: the question, then a line for each choice.
+
+    Each choice stands before its letter with "=" between them.
+    """
+    lines = [f"- {choice}={letter}" for choice, letter in zip(choices, letters, strict=True)]
+    return [f"{CHOICE_LEAD}{question}", *lines]

@@ -54,6 +54,18 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList([Block(config, layer) for layer in range(config.n_layer)])
 
 
+def _swap_halves(x: Tensor) -> Tensor:
+    """The second half of the features, then the first."""
+    return x.roll(x.size(-1) // 2, dims=-1)
+
+
+def _first_query_of_each_key(attn: CausalSelfAttention) -> Tensor:
+    """Rows of c_q for the first query head that reads each key head: c_k's shape."""
+    heads = attn.c_q.weight.view(-1, attn.head_dim, attn.c_q.in_features)
+    num_kv_heads = attn.c_k.out_features // attn.head_dim
+    return heads[:: heads.size(0) // num_kv_heads].flatten(0, 1)
+
+
 class GPT(nn.Module):
     """Embedding, norm, blocks, norm, untied head, softcap.
 
@@ -108,7 +120,9 @@ class GPT(nn.Module):
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draw initial values.
 
-        Every output projection starts at zero, so that all blocks start silent. Classic: the head
+        Every output projection starts at zero, so that all blocks start silent. With a token shift
+        the keys start as the queries of the swapped input, so that every head begins by looking for
+        what followed this token earlier in the text. Classic: the head
         is zero as well; matrices are normal with std min(1, sqrt(fan_out / fan_in)) / sqrt(fan_in)
         (arXiv:2310.17813), the embedding normal with std 1. Modern: uniform matrices of std
         1 / sqrt(C), those into the MLP at 0.4 of it, embedding std 0.8, head std 0.001.
@@ -122,6 +136,8 @@ class GPT(nn.Module):
             for linear in (attn.c_q, attn.c_k, attn.c_v, mlp.c_fc, *gates):
                 is_inner = linear.out_features == self.config.mlp_width
                 self._draw(linear.weight, generator, scale=0.4 if is_inner else 1.0)
+            if self.config.token_shift:
+                attn.c_k.weight.copy_(_swap_halves(_first_query_of_each_key(attn)))
             attn.c_proj.weight.zero_()
             mlp.c_proj.weight.zero_()
         if is_modern:
@@ -217,10 +233,11 @@ class GPT(nn.Module):
     def _embed(self, idx: Tensor, cached: CachedStep | None) -> Tensor:
         """Normed embeddings (B, T, C) in fp32, each with its share of its predecessor's.
 
-        The token shift (RWKV, arXiv:2305.13048, section 3) hands every position the token before
-        it. Looking up "what followed this word" is then one attention step instead of two layers
-        that must be learned together, which a small model otherwise takes very long to find. The
-        smear is a learned share instead of a given one, from 0 on.
+        The token shift (after RWKV, arXiv:2305.13048, section 3) hands every position the token
+        before it, with the halves of its features swapped, so that "this is the token" and "this
+        was the token before" stay two things. Looking up what followed a word is then one attention
+        step instead of two layers that must be learned together, and at the start of training the
+        keys make that step (`init_weights`). The smear is a learned share instead, from 0 on.
         """
         x = rms_norm(self.transformer.wte(idx))
         shift, smear = self.config.token_shift, self.config.smear
@@ -234,7 +251,7 @@ class GPT(nn.Module):
         else:
             before = F.pad(x[:, :-1], (0, 0, 1, 0))
         if not smear:
-            return x + shift * before
+            return x + shift * _swap_halves(before)
         gate = torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS].to(self.compute_dtype)))
         return x + self.smear_lambda * gate.float() * before
 

@@ -34,7 +34,7 @@ class GPTConfig:
     n_embd: int = 768
     """Width of the residual stream."""
     token_shift: float = 0.0
-    """Share of the previous token's embedding that is added to each one; 0 = off (classic)."""
+    """Share of the previous token's embedding, halves swapped, added to each one; 0 = off."""
     mlp: str = "relu2"
     """relu2: two matrices around a squared ReLU; swiglu: three, gated (arXiv:2002.05202)."""
     rope_base: float = 10_000.0

@@ -15,7 +15,14 @@ from typing import ClassVar, Literal
 
 from nanochat.assets import PREFETCH, Asset, problem_with
 from nanochat.common import UserError
-from nanochat.conversation import Conversation, Message, chat
+from nanochat.conversation import (
+    CHOICE_INSTRUCTION,
+    CHOICE_LEAD,
+    Conversation,
+    Message,
+    chat,
+    choice_lines,
+)
 
 EvalType = Literal["categorical", "generative", "training"]
 
@@ -23,8 +30,6 @@ LETTERS = ("A", "B", "C", "D")
 MIXTURE_SEED = 42  # of the 2025 nanochat
 
 # What surrounds a question and its choices in a prompt.
-CHOICE_LEAD = "Multiple choice: "
-CHOICE_INSTRUCTION = "Answer with the letter only."
 
 _FINAL_ANSWER = re.compile(r"#### (-?[0-9.,]+)")
 
@@ -142,18 +147,6 @@ class TaskMixture(TaskSequence):
         return super().row(self._order[index])
 
 
-def choice_prompt(
-    question: str, choices: Sequence[str], letters: Sequence[str], instruction: str
-) -> str:
-    """Return a question with one line for each choice and an instruction after a blank line.
-
-    Each choice stands before its letter with "=" between them, so that the letter in the question
-    and the letter of the answer are the same token.
-    """
-    lines = [f"- {choice}={letter}" for choice, letter in zip(choices, letters, strict=True)]
-    return "\n".join([f"{CHOICE_LEAD}{question}", *lines, "", instruction])
-
-
 def multiple_choice(
     question: str, choices: Sequence[str], gold: int, *, letters: Sequence[str] = LETTERS
 ) -> Conversation:
@@ -161,7 +154,7 @@ def multiple_choice(
     if len(choices) > len(letters):
         raise UserError(f"{len(choices)} choices, but only {len(letters)} letters")
     used = tuple(letters[: len(choices)])
-    prompt = choice_prompt(question, choices, used, CHOICE_INSTRUCTION)
+    prompt = "\n".join([*choice_lines(question, choices, used), "", CHOICE_INSTRUCTION])
     return Conversation(chat(prompt, used[gold]).messages, letters=used)
 
 

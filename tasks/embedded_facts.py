@@ -9,18 +9,17 @@ from functools import cache
 from typing import ClassVar
 
 from nanochat.conversation import Conversation, Message, chat
+from nanochat.sources.world.choices import ASK_WORD, NUM_CHOICES, common_words
 from nanochat.sources.world.everyday import COLOURS, DAYS, JOBS, MONTHS
 from nanochat.sources.world.geography import COUNTRIES
 from nanochat.sources.world.nature import ANIMALS, ELEMENTS, PLANETS
-from nanochat.sources.world.people import GOODS, NAMES
+from nanochat.sources.world.people import NAMES
 from nanochat.sources.world.quizzes import facts_with_different_answers, look_ups, make_options
 from nanochat.sources.world.relations import Fact, all_facts, relations
 from nanochat.sources.world.split import make_random, pick
 from tasks.common import (
-    LETTERS,
     EvalType,
     Task,
-    choice_prompt,
     multiple_choice,
     reference_text,
 )
@@ -38,8 +37,6 @@ LEADS = (
     "Next question. ",
 )
 AGAIN = "Same choices:"  # before a further question about choices that were listed before
-# Evaluation has four; with two, what tells a right choice from a wrong one is learned sooner.
-NUM_CHOICES = (2, 3, 4, 4)
 HELD_OUT_LEADS = ("", "", "", "Here is something I wonder about. ", "Help me with this one. ")
 
 
@@ -105,29 +102,16 @@ class ChoiceQuestions(GeneratedTask):
     name = "ChoiceQuestions"
 
     def make(self, rng: random.Random, index: int) -> Conversation:
-        """Ask for a fact in a training phrasing: once, with more after it, or in a sentence."""
+        """Ask for a fact in a training phrasing: once, or with more after it."""
         fact = pick(rng, all_facts())
-        shape = rng.random()
-        if shape < 0.65:
+        if rng.random() < 0.65:
             options, gold = make_options(rng, fact, pick(rng, NUM_CHOICES))
             question = pick(rng, LEADS) + pick(rng, fact.questions)
-            if shape < 0.4:
-                return multiple_choice(question, options, gold)
-            return in_a_sentence(question, options, gold)
+            return multiple_choice(question, options, gold)
         facts = facts_with_different_answers(rng, relations()[fact.relation], 4)
         asked = look_ups(rng, len(facts), 2 + int(rng.random() * 3))
         questions = [pick(rng, facts[place].questions) for place in asked]
         return series(questions, [fact.answer for fact in facts], asked)
-
-
-def in_a_sentence(question: str, choices: Sequence[str], gold: int) -> Conversation:
-    """Return the question with an answer that says the right choice first, then its letter.
-
-    The letter alone needs both steps at once; here each is a target of its own.
-    """
-    letters = LETTERS[: len(choices)]
-    prompt = choice_prompt(question, choices, letters, "Answer in a sentence with the letter.")
-    return chat(prompt, f"It is {choices[gold]} ({letters[gold]}).")
 
 
 def series(questions: Sequence[str], choices: Sequence[str], asked: Sequence[int]) -> Conversation:
@@ -174,18 +158,9 @@ def _by_kind(rng: random.Random) -> tuple[str, list[str], int]:
 
 def _by_word(rng: random.Random) -> Conversation:
     kind = pick(rng, _kinds())[1]
-    options = rng.sample(kind if rng.random() < 0.8 else GOODS, 4)
-    asked = look_ups(rng, 4, 1 + int(rng.random() * 5))
-    shape = pick(
-        rng,
-        (
-            "Which of these is {w}?",
-            "Which letter has {w}?",
-            "Find the word {w}.",
-            "The answer is {w}. Which letter is it?",
-            "Choose {w}.",
-        ),
-    )
+    options = rng.sample(common_words() if rng.random() < 0.6 else kind, pick(rng, NUM_CHOICES))
+    asked = look_ups(rng, len(options), 1 + int(rng.random() * 5))
+    shape = pick(rng, ASK_WORD)
     return series([shape.format(w=options[place]) for place in asked], options, asked)
 
 
@@ -217,8 +192,6 @@ class BindingExercises(GeneratedTask):
         fact = pick(rng, all_facts())
         options, gold = make_options(rng, fact, pick(rng, NUM_CHOICES))
         question = f"{pick(rng, fact.statements)} {pick(rng, fact.questions)}"
-        if rng.random() < 0.3:
-            return in_a_sentence(question, options, gold)
         return multiple_choice(question, options, gold)
 
 

@@ -9,9 +9,11 @@ import pytest
 from nanochat.sources.embedded import (
     DEFAULT_SEED,
     KINDS,
+    LESSONS,
     NUM_DOCUMENTS,
     generate_documents,
 )
+from nanochat.sources.world import choices
 from nanochat.sources.world.everyday import OPPOSITES
 from nanochat.sources.world.geography import COUNTRIES
 from nanochat.sources.world.numbers import is_held_out_pair
@@ -24,6 +26,7 @@ from nanochat.sources.world.spelling import held_out_words, spell, training_word
 from nanochat.sources.world.split import is_held_out, make_random
 from nanochat.sources.world.words import WORDS
 from nanochat.tools import calculate
+from tasks.common import multiple_choice
 
 SPELLED = re.compile(r"\b([a-z]+):([a-z](?:,[a-z])+)")
 QUOTED = re.compile(r"['\"]([a-z]{2,})['\"]")
@@ -34,14 +37,21 @@ WRONG_ARTICLE = re.compile(
 )
 
 
+NUM_LESSONS = sum(count for count, _ in LESSONS)
+BLOCK = re.compile(
+    r"Multiple choice: (.*)\n((?:- .*\n?)+)(?:\nAnswer with the letter only\.\n([A-F]))?"
+)
+
+
 @pytest.fixture(scope="module")
 def documents():
-    return list(generate_documents(DEFAULT_SEED, 0, 6000))
+    return list(generate_documents(DEFAULT_SEED, NUM_LESSONS, NUM_LESSONS + 8000))
 
 
 def test_a_document_depends_on_its_seed_and_number_only(documents):
-    assert list(generate_documents(DEFAULT_SEED, 100, 103)) == documents[100:103]
-    assert list(generate_documents(DEFAULT_SEED + 1, 100, 103)) != documents[100:103]
+    start = NUM_LESSONS + 100
+    assert list(generate_documents(DEFAULT_SEED, start, start + 3)) == documents[100:103]
+    assert list(generate_documents(DEFAULT_SEED + 1, start, start + 3)) != documents[100:103]
     assert list(generate_documents(DEFAULT_SEED, 5, 5)) == []
 
 
@@ -62,11 +72,72 @@ def test_no_document_of_the_default_seed_repeats():
     assert len(seen) == NUM_DOCUMENTS
 
 
+def test_the_first_documents_are_the_lessons_in_their_order():
+    done = 0
+    for count, kind in LESSONS:
+        for index in (done, done + count - 1):
+            (text,) = generate_documents(DEFAULT_SEED, index, index + 1)
+            assert text == kind(make_random(DEFAULT_SEED, "document", index))
+        done += count
+
+
+def test_each_line_of_a_judged_list_says_whether_its_word_was_asked_for():
+    said = set()
+    for index in range(300):
+        (block,) = BLOCK.finditer(choices.judged_words(make_random(4, "judged", index)))
+        (asked,) = (
+            found[1].split(", ")
+            for shape in choices.ASK_WORDS
+            if (found := re.fullmatch(re.escape(shape).replace(r"\{w\}", "(.*)"), block[1]))
+        )
+        for line in block[2].splitlines():
+            word, judgement = re.fullmatch(r"- (.*)=[A-F] (yes|no)", line).groups()
+            assert (judgement == "yes") == (word in asked)
+            said.add(judgement)
+    assert said == {"yes", "no"}
+
+
+@pytest.mark.parametrize("kind", [choices.found_word, choices.told_facts])
+def test_the_letter_after_a_list_is_that_of_the_choice_the_question_names(kind):
+    for index in range(200):
+        text = kind(make_random(5, "asked", index))
+        blocks = list(BLOCK.finditer(text))
+        assert blocks
+        assert all(block[3] for block in blocks)
+        for block in blocks:
+            named = dict(line[2:].rsplit("=", 1)[::-1] for line in block[2].split("\n") if line)
+            assert named[block[3]].lower() in block[1].lower(), text
+
+
+def test_facts_with_choices_are_true_and_asked_as_in_training():
+    answers = {(q, fact.answer) for fact in all_facts() for q in fact.questions}
+    checked = 0
+    for index in range(200):
+        for block in BLOCK.finditer(choices.asked_facts(make_random(6, "facts", index))):
+            named = dict(line[2:].rsplit("=", 1)[::-1] for line in block[2].split("\n") if line)
+            assert (block[1], named[block[3]]) in answers
+            checked += 1
+        for block in BLOCK.finditer(choices.judged_facts(make_random(6, "facts", index))):
+            for line in block[2].splitlines():
+                option, judgement = re.fullmatch(r"- (.*)=[A-F] (yes|no)", line).groups()
+                assert ((block[1], option) in answers) == (judgement == "yes")
+    assert checked == 200 * choices.BLOCKS
+
+
+def test_documents_ask_in_the_format_of_the_chat():
+    conversation = multiple_choice("What is hot?", ["ice", "fire"], 1)
+    assert choices._asked("What is hot?", ["ice", "fire"], 1) == (
+        f"{conversation.messages[0].content}\n{conversation.messages[1].content}"
+    )
+
+
 def test_shares_of_the_kinds_add_up_to_one():
     assert sum(KINDS.values()) == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind", {**KINDS, choices.first_questions: 1}, ids=lambda kind: kind.__name__
+)
 def test_text_is_clean(kind):
     for index in range(300):
         text = kind(make_random(3, "clean", index))
@@ -74,9 +145,7 @@ def test_text_is_clean(kind):
         assert text == text.strip()
         assert "  " not in text.replace("\n  ", "\n")
         assert not re.search(r"[{}|]", text)
-        assert 60 <= len(text) <= 2500
-        # A token such as "=A" would hide the letter of a choice from the answer.
-        assert not re.search(r"=[A-Za-z]", text)
+        assert 50 <= len(text) <= 2500
         assert not WRONG_ARTICLE.search(text), text
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.attention import causal_attention
-from nanochat.blocks import rms_norm, rotary_tables, rotate
+from nanochat.blocks import rms_norm, rotary_tables, rotate, rotate_and_norm
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.objectives import next_token_loss_sum, token_losses
@@ -131,6 +131,36 @@ def test_cached_rows_of_different_lengths_do_not_touch_each_other(token_shift: f
         expected = model(ids)
     torch.testing.assert_close(step[0], expected[0, 20:25], rtol=0, atol=1e-4)
     torch.testing.assert_close(step[1], expected[1, 11:16], rtol=0, atol=1e-4)
+
+
+def test_the_shift_adds_a_share_of_the_token_before_with_its_halves_swapped() -> None:
+    model, ids = random_model(token_shift=0.5), random_ids((1, 6))
+    embedded = rms_norm(model.transformer.wte(ids))
+    before = torch.cat((embedded[:, :-1, 32:], embedded[:, :-1, :32]), dim=-1)
+    expected = torch.cat((embedded[:, :1], embedded[:, 1:] + 0.5 * before), dim=1)
+    torch.testing.assert_close(model._embed(ids, None), expected)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_with_a_shift_attention_begins_by_looking_what_followed_a_token(kv_heads: int) -> None:
+    sizes = {"sequence_len": 32, "vocab_size": 500, "n_layer": 1, "n_head": 4, "n_embd": 512}
+    model = GPT(GPTConfig(**sizes, n_kv_head=kv_heads, token_shift=0.5))
+    model.init_weights(torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.stack([torch.randperm(500, generator=generator)[:12] for _ in range(40)])
+    ids[:, -1] = ids[:, 4]  # the last token came before; what followed it there is at place 5
+    x = rms_norm(model._embed(ids, None))
+    attn = model.transformer.h[0].attn
+    rotary = model.cos[:12], model.sin[:12]
+    q, k = (
+        rotate_and_norm(linear(x).unflatten(-1, (-1, 128)), rotary)
+        for linear in (attn.c_q, attn.c_k)
+    )
+    k = k.repeat_interleave(4 // kv_heads, dim=2)
+    scores = torch.einsum("bhd,bshd->bhs", q[:, -1], k)[:, :: 4 // kv_heads]
+    # The place just before matches as well: its own token is the one before the last.
+    assert (scores[..., :10].argmax(-1) == 5).float().mean() > 0.9
+    assert (scores[..., 10] > scores[..., :5].amax(-1)).float().mean() > 0.9
 
 
 def test_cache_refuses_more_than_it_holds() -> None:

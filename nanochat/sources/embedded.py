@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from itertools import accumulate
 
 from nanochat.sources.world import (
+    choices,
     dialogues,
     encyclopedia,
     memory,
@@ -30,29 +31,37 @@ from nanochat.sources.world.split import make_random
 DEFAULT_SEED = 1337
 NUM_DOCUMENTS = 393_216  # 48 shards of 8,192 documents, 158 MB
 
-# kind -> share of the documents. Looking back (memory, lettered quizzes) is frequent because
+# The first documents, easy to hard: how many of each kind.
+LESSONS: tuple[tuple[int, Callable[[random.Random], str]], ...] = (
+    (7_700, choices.judged_words),
+    (13_500, choices.first_questions),
+)
+
+# kind -> share of the documents after the lessons. Nearly half of them are multiple choice:
 # finding an answer's letter is the one skill that facts and stories do not teach.
 KINDS: dict[Callable[[random.Random], str], float] = {
-    encyclopedia.portraits: 0.08,
-    encyclopedia.fact_list: 0.06,
-    encyclopedia.mixed_facts: 0.08,
-    encyclopedia.contrasts: 0.04,
-    quizzes.questions_and_answers: 0.08,
-    quizzes.guesses: 0.06,
-    quizzes.lettered_quiz: 0.07,
-    quizzes.letter_lookup: 0.06,
-    quizzes.fact_lookup: 0.05,
-    memory.repeated_lists: 0.09,
-    memory.table: 0.07,
-    memory.who_has_what: 0.02,
-    stories.story: 0.05,
-    stories.two_stories: 0.03,
-    dialogues.dialogue: 0.04,
+    encyclopedia.portraits: 0.04,
+    encyclopedia.fact_list: 0.03,
+    encyclopedia.mixed_facts: 0.04,
+    encyclopedia.contrasts: 0.02,
+    quizzes.questions_and_answers: 0.04,
+    quizzes.guesses: 0.02,
+    choices.judged_words: 0.04,
+    choices.found_word: 0.06,
+    choices.told_facts: 0.07,
+    choices.judged_facts: 0.12,
+    choices.asked_facts: 0.17,
+    memory.repeated_lists: 0.07,
+    memory.table: 0.02,
+    memory.who_has_what: 0.01,
+    stories.story: 0.03,
+    stories.two_stories: 0.02,
+    dialogues.dialogue: 0.03,
     numbers.number_page: 0.03,
     numbers.sum_table: 0.01,
-    problems.problem_page: 0.04,
-    spelling.spelling_list: 0.02,
-    spelling.letter_facts: 0.02,
+    problems.problem_page: 0.05,
+    spelling.spelling_list: 0.05,
+    spelling.letter_facts: 0.03,
 }
 
 
@@ -60,8 +69,12 @@ def generate_documents(seed: int, start: int, stop: int) -> Iterator[str]:
     """Yield the documents with index start (included) to stop (excluded) of the world `seed`."""
     kinds = list(KINDS)
     bounds = list(accumulate(KINDS.values()))
+    lessons = [kind for count, kind in LESSONS for _ in range(count)]
     for index in range(start, stop):
         rng = make_random(seed, "document", index)
+        if index < len(lessons):
+            yield lessons[index](rng)
+            continue
         draw = rng.random() * bounds[-1]
         kind = next(kind for kind, bound in zip(kinds, bounds, strict=True) if draw < bound)
         yield kind(rng)

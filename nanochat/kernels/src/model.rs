@@ -416,7 +416,8 @@ unsafe fn embed_body(
     if !before.is_null() {
         let before = std::slice::from_raw_parts(before, width);
         let scale = crate::math::inverse_rms(before);
-        for (o, &b) in out.iter_mut().zip(before) {
+        let (first, second) = before.split_at(width / 2);
+        for (o, &b) in out.iter_mut().zip(second.iter().chain(first)) {
             *o += shift * (b * scale);
         }
     }
