@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -408,6 +409,36 @@ def test_a_client_that_goes_away_frees_its_slot_within_a_step(route: str) -> Non
         assert scheduler.is_idle
         assert gate.num_waits == 1
         gate.open()
+
+
+def test_many_requests_at_once_are_let_in_one_for_each_turn_of_the_loop() -> None:
+    turn = 0
+    entered: list[int] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        entered.append(turn)
+
+    async def count_turns() -> None:
+        nonlocal turn
+        while len(entered) < 30:
+            turn += 1
+            await asyncio.sleep(0)
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"{}", "more_body": False}
+
+    async def send(message: Any) -> None:
+        raise AssertionError(message)
+
+    async def run() -> None:
+        gate = guard.Guard(app, Access())
+        headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/", "raw_path": b"/"}
+        scope |= {"query_string": b"", "headers": headers}
+        await asyncio.gather(count_turns(), *(gate(scope, receive, send) for _ in range(30)))
+
+    asyncio.run(run())
+    assert len(set(entered)) == len(entered) == 30
 
 
 def test_a_full_queue_is_429_with_a_time_to_come_back() -> None:

@@ -69,6 +69,7 @@ class Guard:
 
     def __init__(self, app: App, access: Access) -> None:
         self.app, self.access = app, access
+        self._turnstile = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check, pass on, log one line."""
@@ -168,7 +169,17 @@ class Guard:
             is_read = True
             return {"type": "http.request", "body": body, "more_body": False}
 
+        await self._take_turns()
         await self.app(scope, receive_again, send)
+
+    async def _take_turns(self) -> None:
+        """Let one request in for each turn of the event loop.
+
+        To read one takes a millisecond or more. When many come at once, the loop would be busy with
+        all of them before it sends a token, or tells that the server is well.
+        """
+        async with self._turnstile:
+            await asyncio.sleep(0)
 
 
 def _single_headers(scope: Scope) -> dict[bytes, bytes]:
