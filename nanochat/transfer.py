@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+PROBE_SECONDS = (5.0, 10.0)  # for a connection, and for the first byte of an answer
 CHUNK_BYTES = 1 << 16  # at most this much is lost when a connection is cut
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 _WORTH_REPEATING = {408, 425, 429, 500, 502, 503, 504}
@@ -169,7 +170,7 @@ class Transfer:
                     file.write(chunk)
                     self.on_bytes(len(chunk))
             except requests.RequestException as error:
-                raise _AgainError(f"the connection was cut ({reason_of(error)})") from error
+                raise _AgainError(f"the connection was cut ({_reason(error)})") from error
             finally:
                 file.flush()
                 os.fsync(file.fileno())
@@ -203,11 +204,11 @@ class Transfer:
         try:
             response = requests.get(url, headers=dict(headers), stream=True, timeout=timeout)
         except requests.exceptions.ConnectionError as error:
-            raise _NoAnswerError(f"no connection ({reason_of(error)})") from error
+            raise _NoAnswerError(f"no connection ({_reason(error)})") from error
         except requests.Timeout as error:
             raise _AgainError(f"no answer within {self.patience.read_seconds:g} s") from error
         except requests.RequestException as error:
-            raise TransferError(f"{url} cannot be fetched: {reason_of(error)}") from error
+            raise TransferError(f"{url} cannot be fetched: {_reason(error)}") from error
         self._heard.add(urlsplit(url).netloc)
         with response:
             status = response.status_code
@@ -350,12 +351,26 @@ def _refusal(url: str, response: requests.Response) -> str:
     return f"{url} cannot be fetched: {said}"
 
 
-def reason_of(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     """The innermost cause in a few words; the chain around it says the same at length."""
     cause: BaseException = error
     while (inner := cause.__cause__ or cause.__context__) is not None:
         cause = inner
     return " ".join(str(cause).split()) or type(cause).__name__
+
+
+def why_silent(url: str) -> str | None:
+    """Why nothing comes from an address, None when its host says anything at all; in seconds."""
+    headers = {"Range": "bytes=0-0", "User-Agent": "nanochat"}
+    try:
+        with requests.get(url, headers=headers, stream=True, timeout=PROBE_SECONDS):
+            return None
+    except requests.RequestException as error:
+        # After a redirect it is another host than the one that was asked.
+        last = urlsplit(str(error.request.url) if error.request else url).netloc
+        asked = urlsplit(url).netloc
+        through = f", to which {asked} leads," if last != asked else ""
+        return f"{last}{through} cannot be reached ({_reason(error)})"
 
 
 # ---- whether it is allowed --------------------------------------------------------------------

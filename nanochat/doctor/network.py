@@ -6,15 +6,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
-import requests
-
 from nanochat import hub
 from nanochat.assets import Asset, HubFile, HubSplit, Url, ZipUrl
 from nanochat.doctor.finding import Finding
 from nanochat.prefetch import mirrored
-from nanochat.transfer import TransferError, check_network_allowed, reason_of
-
-CONNECT_SECONDS, READ_SECONDS = 5.0, 10.0  # of a host that has something to give
+from nanochat.transfer import TransferError, check_network_allowed, why_silent
 
 
 def check_network(missing: Sequence[Asset]) -> Finding:
@@ -27,7 +23,7 @@ def check_network(missing: Sequence[Asset]) -> Finding:
     except TransferError as error:
         return Finding("network", "note", str(error))
     with ThreadPoolExecutor(len(addresses)) as pool:
-        silent = [reason for reason in pool.map(_silence, addresses.values()) if reason]
+        silent = [reason for reason in pool.map(why_silent, addresses.values()) if reason]
     hosts = ", ".join(addresses)
     mirrors = "name mirrors in HF_ENDPOINT and NANOCHAT_ASSETS_MIRROR, or a proxy in HTTPS_PROXY"
     if not silent:
@@ -60,19 +56,3 @@ def addresses_of(assets: Sequence[Asset]) -> dict[str, str]:
             continue
         found.setdefault(urlsplit(url).netloc, url)
     return found
-
-
-def _silence(url: str) -> str | None:
-    """Why nothing comes from an address, None when its host says anything at all."""
-    headers = {"Range": "bytes=0-0", "User-Agent": "nanochat"}
-    try:
-        with requests.get(
-            url, headers=headers, stream=True, timeout=(CONNECT_SECONDS, READ_SECONDS)
-        ):
-            return None
-    except requests.RequestException as error:
-        # After a redirect it is another host than the one that was asked.
-        last = urlsplit(str(error.request.url) if error.request else url).netloc
-        asked = urlsplit(url).netloc
-        through = f", to which {asked} leads," if last != asked else ""
-        return f"{last}{through} cannot be reached ({reason_of(error)})"
