@@ -63,7 +63,8 @@ def _first_query_of_each_key(attn: CausalSelfAttention) -> Tensor:
     """Rows of c_q for the first query head that reads each key head: c_k's shape."""
     heads = attn.c_q.weight.view(-1, attn.head_dim, attn.c_q.in_features)
     num_kv_heads = attn.c_k.out_features // attn.head_dim
-    return heads[:: heads.size(0) // num_kv_heads].flatten(0, 1)
+    first: Tensor = heads[:: heads.size(0) // num_kv_heads].flatten(0, 1)
+    return first
 
 
 class GPT(nn.Module):

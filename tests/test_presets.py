@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from scripted_model import byte_tokenizer
 from torch import Tensor
 
-from nanochat import attention
+from nanochat import attention, hf_export
 from nanochat.attention import causal_attention
 from nanochat.blocks import rms_norm, rotate
 from nanochat.branches import Branches
@@ -336,3 +338,42 @@ def test_rotary_base_turns_slower_pairs() -> None:
     assert slow.sin[5, -1] < fast.sin[5, -1]
     tables = slow.cos[:9, :4], slow.sin[:9, :4]
     assert rms_norm(rotate(x, *tables)).shape == x.shape
+
+
+# ---- other engines -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["portable", "classic"])
+def test_an_exported_model_has_equal_logits_in_transformers(preset: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="the dev extra is not installed")
+    tokenizer = byte_tokenizer()
+    model = random_model(preset, vocab_size=tokenizer.vocab_size, rope_base=20_000.0)
+    name = hf_export.export(model, tokenizer, tmp_path)
+    assert name == {"portable": "Qwen3ForCausalLM", "classic": "NanoChatForCausalLM"}[preset]
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert type(loaded).__name__ == name
+    ids = torch.randint(0, tokenizer.vocab_size, (2, 50))
+    with torch.no_grad():
+        expected = model(ids)
+        scale = float(expected.abs().max())
+        difference = (loaded(ids).logits - expected).abs().max()
+        assert difference < 1e-5 * scale
+        written = loaded.generate(
+            ids[:1, :20], max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+    cache, tokens = model.new_cache(1, 40), ids[:1, :20]
+    new = tokens
+    with torch.no_grad():
+        for _ in range(12):
+            new = model(new, kv_cache=cache)[:, -1:].argmax(-1)
+            tokens = torch.cat((tokens, new), dim=1)
+    assert torch.equal(written, tokens)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [MODELS["modern"], {"token_shift": 0.5}, {"mlp": "swiglu"}, {"logit_softcap": 0.0}],
+)
+def test_a_model_that_no_other_engine_knows_is_not_exported(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="other engines do not know all options of this model"):
+        hf_export.hf_config(GPTConfig(**SIZES | options), bos_id=0)
