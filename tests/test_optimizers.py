@@ -7,12 +7,15 @@ import math
 import pytest
 import torch
 
+from nanochat import muon as muon_module
 from nanochat.adamw import AdamW, AdamWSettings
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.muon import Muon, MuonSettings, orthogonalize
-from nanochat.optimizers import OptimizerConfig, build_optimizer
+from nanochat.optimizers import OptimizerConfig, build_optimizer, settings_by_name
 from nanochat.runtime import World
+from nanochat.scaling import model_config
+from nanochat.schedule import Schedule
 from tests.distributed import run_ranks
 
 # Odd sizes on purpose: 7 rows and 5 matrices are not divisible by 2 ranks.
@@ -310,14 +313,14 @@ def test_state_of_another_model_is_refused():
         optimizer.load_state_dict(state)
 
 
-def train_on_rank(found, state, values, steps):
+def train_on_rank(found, state, values, steps, is_refined=False):
     """Continue from whole tensors; returns weights, this rank's state and the norms."""
     # Muon as in the run of one process: fp32, or bf16 rounding would hide everything else.
     named = parameters()
     with torch.no_grad():
         for name, parameter in named:
             parameter.copy_(values.get(name, parameter))
-    optimizer = optimizer_of(named, found.world)
+    optimizer = optimizer_of(named, found.world, is_refined=is_refined)
     if state is not None:
         optimizer.load_state_dict(state)
     norms = take_steps(optimizer, named, steps, world=found.world, grad_clip=2.0)
@@ -337,19 +340,20 @@ def fp32_muon(monkeypatch):
     monkeypatch.setattr("nanochat.runtime._cpu_flags", frozenset)
 
 
-def test_two_ranks_equal_one_process_and_state_goes_from_two_to_one_and_back(fp32_muon):
+@pytest.mark.parametrize("refined", [False, True])
+def test_two_ranks_equal_one_process_and_state_goes_from_two_to_one_and_back(fp32_muon, refined):
     named = parameters()
-    straight = optimizer_of(named)
+    straight = optimizer_of(named, is_refined=refined)
     norms = take_steps(straight, named, range(3 * STEPS), grad_clip=2.0)
 
-    first = run_ranks(train_on_two_without_bf16, 2, None, {}, range(STEPS))
+    first = run_ranks(train_on_two_without_bf16, 2, None, {}, range(STEPS), refined)
     weights = first[0][0]
     assert all(torch.equal(weights[name], first[1][0][name]) for name in weights)
     alone = parameters()
     with torch.no_grad():
         for name, parameter in alone:
             parameter.copy_(weights[name])
-    one = optimizer_of(alone)
+    one = optimizer_of(alone, is_refined=refined)
     one.load_state_dict(whole([shard for _, shard, _ in first]))
     take_steps(one, alone, range(STEPS, 2 * STEPS), grad_clip=2.0)
     last = run_ranks(
@@ -358,15 +362,16 @@ def test_two_ranks_equal_one_process_and_state_goes_from_two_to_one_and_back(fp3
         {name: tensor.clone() for name, tensor in one.state_dict().items()},
         {name: parameter.detach() for name, parameter in alone},
         range(2 * STEPS, 3 * STEPS),
+        refined,
     )
 
     for name, parameter in named:
-        assert_close_named(name, last[0][0][name], parameter.detach(), atol=1e-6)
+        assert_close_named(name, last[0][0][name], parameter.detach(), atol=1e-5 if refined else 1e-6)
         assert torch.equal(last[0][0][name], last[1][0][name])
     final = whole([shard for _, shard, _ in last])
     assert final.keys() == straight.state_dict().keys()
     for name, tensor in straight.state_dict().items():
-        assert_close_named(name, final[name], tensor, atol=1e-6)
+        assert_close_named(name, final[name], tensor, atol=1e-5 if refined else 1e-6)
     torch.testing.assert_close(torch.stack(first[1][2]), torch.stack(norms[:STEPS]))
 
 
@@ -385,3 +390,133 @@ def test_each_rank_keeps_only_its_share_of_the_state():
     assert {name.removesuffix(".momentum") for name in matrices[0] | matrices[1]} == {
         name for name in SHAPES if ".h." in name
     }
+
+
+# ---- refined ----------------------------------------------------------------------------------
+
+
+def refined_reference(weights, gradients, *, steps, lr, momentum, decay, beta2=0.9):
+    """One matrix, step by step, in fp64, as the papers write it."""
+    p, buffer = weights.double(), torch.zeros_like(weights, dtype=torch.float64)
+    rows, columns = p.shape
+    variance = torch.zeros(rows if rows >= columns else columns, dtype=torch.float64)
+    for step in range(steps):
+        g = gradients[step].double()
+        buffer = momentum * buffer + (1 - momentum) * g
+        g = (1 - momentum) * g + momentum * buffer
+        lengths = g.norm(dim=1)
+        g = g * (lengths.square().mean().sqrt() / lengths)[:, None]
+        u, s, vh = torch.linalg.svd(g / (g.norm() * 1.01 + 1e-6), full_matrices=False)
+        for a, b, c in muon_module.POLAR_EXPRESS:
+            s = a * s + b * s**3 + c * s**5
+        g = u @ torch.diag(s) @ vh
+        g = g * (min(rows, columns) ** 0.5 / g.norm())
+        means = g.square().mean(dim=1 if rows >= columns else 0)
+        variance = beta2 * variance + (1 - beta2) * means
+        factor = variance.rsqrt()
+        even = g * (factor[:, None] if rows >= columns else factor[None, :])
+        g = even * (g.norm() / even.norm())
+        change = lr * max(1.0, rows / columns) ** 0.5
+        shrinks = (g * p >= 0).double()
+        p = p - change * (g + decay * p * shrinks)
+    return p
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6), (8, 8)])
+def test_refined_muon_equals_the_papers_written_down(shape):
+    generator = torch.Generator().manual_seed(3)
+    start = torch.randn(2, *shape, generator=generator)
+    moves = [torch.randn(2, *shape, generator=generator) for _ in range(4)]
+    named = [(f"p{i}", torch.nn.Parameter(start[i].clone())) for i in range(2)]
+    settings = MuonSettings(0.1, weight_decay=0.4, dtype=torch.float32, is_refined=True)
+    muon = Muon(named, settings, world=World())
+    for gradients_now in moves:
+        for index, (_, parameter) in enumerate(named):
+            parameter.grad = gradients_now[index].clone()
+        muon.reduce()
+        muon.squared_norm()
+        muon.update(scale=torch.tensor(1.0), lr_multiplier=0.5, momentum=0.9, decay_multiplier=0.75)
+        muon.finish()
+    for index, (_, parameter) in enumerate(named):
+        expected = refined_reference(
+            start[index],
+            [step[index] for step in moves],
+            steps=4,
+            lr=0.05,
+            momentum=0.9,
+            decay=0.3,
+        )
+        torch.testing.assert_close(parameter.detach().double(), expected, rtol=0, atol=2e-5)
+
+
+def test_polar_express_brings_singular_values_nearer_to_one_than_newton_schulz():
+    matrices = torch.randn(4, 48, 64, generator=torch.Generator().manual_seed(0))
+    worst = []
+    for coefficients in (muon_module.POLAR_EXPRESS, muon_module.NEWTON_SCHULZ):
+        result = orthogonalize(matrices, coefficients=coefficients, dtype=torch.float32)
+        worst.append(float((torch.linalg.svdvals(result) - 1).abs().max()))
+    assert worst[0] < 0.5 * worst[1]
+
+
+def test_weights_that_the_update_would_grow_do_not_decay():
+    update, weights = torch.tensor([1.0, 1.0]), torch.tensor([2.0, -2.0])
+    moved = muon_module.with_cautious_decay(update, weights, 0.5)
+    assert moved.tolist() == [2.0, 1.0]
+
+
+def test_groups_of_the_modern_model_have_their_documented_settings():
+    sizes = model_config(4, vocab_size=100, sequence_len=64, model_dim=192, preset="modern")
+    names = [name for name, _ in GPT(sizes).named_parameters()]
+    config = OptimizerConfig(
+        embedding_lr=0.3,
+        unembedding_lr=0.008,
+        scalar_lr=0.5,
+        matrix_weight_decay=0.28,
+        is_refined=True,
+    )
+    chosen = settings_by_name(names, config, model_dim=192, device=torch.device("cpu"))
+    found = {
+        name: (s.learning_rate, s.beta1, s.beta2, s.weight_decay)
+        for name, s in chosen.items()
+        if isinstance(s, AdamWSettings)
+    }
+    assert found == {
+        "transformer.wte.weight": (0.6, 0.8, 0.995, 0.001),
+        "lm_head.weight": (0.016, 0.8, 0.96, 0.01),
+        "value_embeds.1.weight": (0.3, 0.8, 0.995, 0.01),
+        "value_embeds.3.weight": (0.3, 0.8, 0.995, 0.01),
+        "resid_lambdas": (0.005, 0.8, 0.95, 0.05),
+        "x0_lambdas": (0.5, 0.96, 0.95, 0.0),
+        "smear_gate.weight": (0.2, 0.8, 0.95, 0.0),
+        "smear_lambda": (0.2, 0.8, 0.95, 0.0),
+        "backout_lambda": (0.2, 0.8, 0.95, 0.0),
+    }
+    muon = chosen["transformer.h.3.attn.ve_gate.weight"]
+    assert muon == MuonSettings(0.02, 0.28, dtype=muon.dtype, is_refined=True)
+    assert len(chosen) == len(names)
+
+
+def test_refined_state_continues_bit_for_bit():
+    named = parameters()
+    optimizer = optimizer_of(named, is_refined=True)
+    take_steps(optimizer, named, range(3))
+    saved = {name: tensor.clone() for name, tensor in optimizer.state_dict().items()}
+    assert any(name.endswith(".variance") for name in saved)
+    weights = [(name, torch.nn.Parameter(p.detach().clone())) for name, p in named]
+    take_steps(optimizer, named, range(3, 5))
+    other = optimizer_of(weights, is_refined=True)
+    other.load_state_dict(saved)
+    take_steps(other, weights, range(3, 5))
+    for (_, one), (_, two) in zip(named, weights, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_schedules_of_the_modern_optimizer():
+    schedule = Schedule(1000, warmdown_ratio=0.4, is_refined=True)
+    momenta = [schedule.momentum(step) for step in (0, 200, 400, 599, 600, 800, 1000)]
+    assert momenta == pytest.approx([0.85, 0.91, 0.97, 0.97, 0.97, 0.935, 0.90])
+    decays = [schedule.decay(step) for step in (0, 500, 1000)]
+    assert decays == pytest.approx([1.0, 0.5, 0.0])
+    classic = Schedule(1000)
+    assert [classic.momentum(step) for step in (0, 150, 900)] == pytest.approx([0.85, 0.9, 0.95])
+    assert classic.decay(900) == 1.0
