@@ -48,8 +48,8 @@ def make_decoder(model: GPT, *, int8: bool = False) -> Decoder:
             f"int8 weights need the compiled decoder, which {_obstacle(model)}; "
             "use --dtype=bfloat16 or --dtype=float32"
         )
-    if model.device.type == "cpu" and kernels.load() is None:
-        _notice()
+    if model.device.type == "cpu":
+        _notice(_obstacle(model))
     return PlainDecoder(model)
 
 
@@ -58,12 +58,20 @@ def _obstacle(model: GPT) -> str:
         return f"runs on a CPU, not on {model.device.type}"
     if kernels.load() is None:
         return "is not built (install Rust 1.89 or later and reinstall)"
-    return "does not know all options of this model"
+    if model.compute_dtype not in _WEIGHTS:
+        return f"computes in float32 or bfloat16, not in {_name(model.compute_dtype)}"
+    unknown = kernels.unknown_options(model.config)
+    return f"does not know this model's {', '.join(unknown)}"
 
 
-@lru_cache(maxsize=1)
-def _notice() -> None:
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@lru_cache(maxsize=8)  # each reason once
+def _notice(reason: str) -> None:
     logger.warning(
-        "no compiled decoder found: answers come several times slower; install Rust 1.89 or "
-        "later and reinstall, see nanochat/kernels/README.md"
+        "answers come several times slower here: the compiled decoder %s; see "
+        "nanochat/kernels/README.md",
+        reason,
     )

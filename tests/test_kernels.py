@@ -13,12 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanochat import kernels, sampling
+from nanochat import decoders, kernels, sampling
 from nanochat.common import UserError
 from nanochat.decoder import Chunk, PlainDecoder
 from nanochat.decoders import make_decoder
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kernels import CompiledDecoder, KernelError
+from nanochat.presets import MODELS
 from nanochat.sampling import SamplingSettings
 
 CRATE = Path(__file__).parents[1] / "nanochat" / "kernels"
@@ -256,21 +257,33 @@ def test_without_the_compiled_decoder_the_plain_one_is_taken_with_a_notice(
 ) -> None:
     monkeypatch.setattr(kernels, "load", lambda: None)
     model = random_model(CONFIGS[0])
+    decoders._notice.cache_clear()
     assert isinstance(make_decoder(model), PlainDecoder)
+    assert caplog.text.count("slower here: the compiled decoder is not built") == 1
     with pytest.raises(UserError, match="int8 weights need the compiled decoder, which is not"):
         make_decoder(model, int8=True)
 
 
-def test_a_model_that_the_kernels_do_not_know_is_decoded_the_plain_way(
-    monkeypatch: pytest.MonkeyPatch,
+@needs_kernels
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"n_head": 1, "n_embd": 1024}, "heads of 1024 features"),
+        ({"n_head": 2, "n_embd": 32, **MODELS["portable"]}, "mlp, logit_softcap"),
+        ({"n_head": 2, "n_embd": 32, **MODELS["modern"]}, "qk_scale"),
+    ],
+)
+def test_a_model_that_the_kernels_do_not_know_is_decoded_the_plain_way_with_one_notice(
+    options: dict[str, Any], named: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    wide_head = GPTConfig(sequence_len=64, vocab_size=40, n_layer=1, n_head=1, n_embd=1024)
-    assert isinstance(make_decoder(random_model(wide_head)), PlainDecoder)
-    # As if the token shift were an option that came later.
-    monkeypatch.setattr(kernels, "KNOWN_FIELDS", kernels.KNOWN_FIELDS - {"token_shift"})
-    assert isinstance(make_decoder(random_model(CONFIGS[2])), PlainDecoder)
-    with pytest.raises(UserError, match="does not know all options of this model"):
-        make_decoder(random_model(CONFIGS[2]), int8=True)
+    model = random_model(GPTConfig(sequence_len=64, vocab_size=40, n_layer=1, **options))
+    decoders._notice.cache_clear()
+    for _ in range(3):
+        assert isinstance(make_decoder(model), PlainDecoder)
+    assert len(caplog.records) == 1
+    assert named in caplog.text
+    with pytest.raises(UserError, match="int8 weights need the compiled decoder, which does not"):
+        make_decoder(model, int8=True)
 
 
 # ---- the crate -----------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from nanochat.common import UserError
 from nanochat.decoder import PlainDecoder
 from nanochat.decoders import make_decoder
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.presets import MODELS
 from nanochat.request import Request, TokenEvent
 from nanochat.sampling import SamplingSettings
 from nanochat.scheduler import QueueFullError, Scheduler, common_length
@@ -30,6 +31,7 @@ SHAPES = st.sampled_from(
         {"n_head": 4, "n_kv_head": 2, "n_embd": 32},
         {"n_head": 3, "n_kv_head": 1, "n_embd": 48},
         {"n_head": 2, "n_embd": 32, "token_shift": 0.5},
+        *({"n_head": 2, "n_embd": 32, **options} for options in MODELS.values()),
     ]
 )
 

@@ -12,6 +12,7 @@ import weakref
 from array import array
 from collections.abc import Collection, Mapping, Sequence
 from ctypes import POINTER, byref, c_double, c_size_t, c_uint64, c_void_p
+from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.sampling import SamplingSettings, apply_penalties
 from rustbpe.libraries import declare, fitting_libraries
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 Weights = Literal["float32", "bfloat16", "int8"]
 Instructions = Literal["best", "no-bf16", "avx2"]
 # What the compiled step computes. A model with another option set is decoded the plain way.
@@ -95,15 +96,21 @@ def instruction_set(library: ctypes.CDLL) -> str:
     return buffer.raw[:size].decode()
 
 
+def unknown_options(config: GPTConfig) -> list[str]:
+    """What the compiled step does not compute of this model."""
+    plain = GPTConfig(**{name: getattr(config, name) for name in KNOWN_FIELDS})
+    unknown = [
+        field.name
+        for field in fields(config)
+        if getattr(config, field.name) != getattr(plain, field.name)
+    ]
+    is_too_wide = config.head_dim > _MAX_HEAD_DIM
+    return [*unknown, f"heads of {config.head_dim} features"] if is_too_wide else unknown
+
+
 def can_decode(config: GPTConfig, device: torch.device) -> bool:
     """Whether the compiled decoder exists here and knows everything that this model computes."""
-    plain = GPTConfig(**{name: getattr(config, name) for name in KNOWN_FIELDS})
-    return (
-        device.type == "cpu"
-        and config == plain
-        and config.head_dim <= _MAX_HEAD_DIM
-        and load() is not None
-    )
+    return device.type == "cpu" and not unknown_options(config) and load() is not None
 
 
 class CompiledDecoder:

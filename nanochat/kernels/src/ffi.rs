@@ -11,7 +11,7 @@ use crate::matmul::{Kind, Matrix};
 use crate::model::{Chunk, Layer, Model, Sizes, Tables};
 use crate::sampling::{choose, Room, Settings};
 
-pub const ABI_VERSION: i32 = 2;
+pub const ABI_VERSION: i32 = 3;
 
 thread_local! {
     static LAST_ERROR: RefCell<String> = const { RefCell::new(String::new()) };
