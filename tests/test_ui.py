@@ -27,7 +27,9 @@ pytestmark = [
 LAST = "article.assistant:last-of-type"
 EVIL = "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script>"
 CODE = 'def f(x):\n    return x < 2 and "<b>"'
-MARKDOWN = f"# Title\nSome **bold** and `x<y`.\n\n- one\n- two\n\n```python\n{CODE}\n```\nEnd."
+MARKDOWN = (
+    f"# Title\nSome **bold** and `x<y`.\n\n- one\n- two\n\n```python\n{CODE}\n```\nEnd.\n\n#### 37"
+)
 OUTPUT = ("<|output_start|>", "42", "<|output_end|>")
 SCRIPT: dict[str, list[str]] = {
     "evil": [EVIL],
@@ -194,6 +196,31 @@ def test_a_little_markdown_and_code_that_can_be_copied(open_page: Callable[..., 
     page.locator(LAST).get_by_role("button", name="Copy the answer").click()
     expect(page.locator(f"{LAST} > .tools use").first).to_have_attribute("href", "#i-done")
     assert page.evaluate("navigator.clipboard.readText()") == MARKDOWN
+
+
+def test_the_answer_line_of_a_sum_is_no_heading(open_page: Callable[..., Any]) -> None:
+    said = ask(open_page(), "markdown")
+    expect(said).to_contain_text("#### 37")
+    expect(said.locator(".heading")).to_have_count(1)
+
+
+@pytest.mark.parametrize("box", ["#text", "#try"])
+def test_pasted_text_that_is_cut_is_not_cut_silently(
+    open_page: Callable[..., Any], box: str
+) -> None:
+    page = open_page(permissions=["clipboard-read", "clipboard-write"])
+    if box == "#try":
+        page.click("#tab-inside")
+    for length in (8000, 9234):
+        page.evaluate("(n) => navigator.clipboard.writeText('a'.repeat(n))", length)
+        page.fill(box, "")
+        page.focus(box)
+        expect(page.locator("#toast")).to_be_hidden()
+        page.keyboard.press("Control+V")
+        assert len(page.input_value(box)) == 8000
+    expect(page.locator("#toast")).to_have_text(
+        "At most 8,000 characters fit here: the last 1,234 were left out."
+    )
 
 
 def test_a_call_is_shown_as_expression_and_result_and_sent_back_in_parts(
