@@ -92,7 +92,7 @@ class StageConfig:
     max_minutes: float = 0.0
     """Save and stop, with exit code 85, before the command has run this long; 0 = no limit."""
     spike_limit: float = 2.0
-    """Stop when the smoothed loss rises this many nats above its lowest; 0 = never."""
+    """Stop when the smoothed loss stays this many nats above its recent lowest; 0 = never."""
     bpb_limit: float = 0.0
     """Fail when the last validation is above this; 0 = when one shows that training has failed."""
     log_every: int = 10

@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 from nanochat.common import UserError
 
 LOSS_SMOOTHING = 0.9
-# The rule for a spike: the smoothed loss has risen, by more than a limit in nats, above the lowest
-# it has been since this step. Before it, losses of a few batches say little.
-SPIKE_FROM_STEP = 20
+# The rule for a spike: the smoothed loss is more than a limit in nats above the lowest it has been
+# in the last SPIKE_MEMORY steps, and has been so for SPIKE_PATIENCE steps in a row. Text of another
+# kind raises the loss as much, but then it falls again, and what came long before says nothing.
+SPIKE_FROM_STEP = 20  # before it, losses of a few batches say little
+SPIKE_MEMORY = 100
+SPIKE_PATIENCE = 20
 # From half of the limit on, a run is suspect: its checkpoints replace no earlier one.
 SUSPECT_SHARE = 0.5
 
@@ -24,7 +27,11 @@ class TrainState:
     seconds: float = 0.0
     loss_average: float = 0.0
     lowest_loss: float | None = None
-    """Lowest smoothed loss since SPIKE_FROM_STEP."""
+    """Lowest of `recent_losses`."""
+    recent_losses: list[float] = field(default_factory=list)
+    """Smoothed losses of the last SPIKE_MEMORY steps, from SPIKE_FROM_STEP on."""
+    steps_above: int = 0
+    """Steps in a row, up to now, whose smoothed loss was beyond the limit."""
     evaluated_step: int = -1
     evaluations: dict[str, float] = field(default_factory=dict)
     measured_step: int = -1
@@ -60,12 +67,14 @@ class TrainState:
         if step < SPIKE_FROM_STEP:
             return
         smooth = _corrected(self.loss_average, step)
-        if self.lowest_loss is None or smooth < self.lowest_loss:
-            self.lowest_loss = smooth
-        if 0 < spike_limit < smooth - self.lowest_loss:
+        self.recent_losses = [*self.recent_losses, smooth][-SPIKE_MEMORY:]
+        self.lowest_loss = min(self.recent_losses)
+        is_above = 0 < spike_limit < smooth - self.lowest_loss
+        self.steps_above = self.steps_above + 1 if is_above else 0
+        if self.steps_above >= SPIKE_PATIENCE:
             raise UserError(
                 f"the loss has risen from {self.lowest_loss:.3f} to {smooth:.3f} (smoothed) at "
-                f"step {step}, more than --spike-limit={spike_limit:g}"
+                f"step {step}: for {self.steps_above} steps more than --spike-limit={spike_limit:g}"
             )
 
     def is_suspect(self, spike_limit: float) -> bool:

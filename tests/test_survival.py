@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from nanochat.runtime import Runtime, World
 from nanochat.saving import not_finite
 from nanochat.stopping import StoppedError, StopRequest
 from nanochat.tracking import read_metrics
-from nanochat.train_state import SPIKE_FROM_STEP, TrainState
+from nanochat.train_state import SPIKE_FROM_STEP, SPIKE_MEMORY, SPIKE_PATIENCE, TrainState
 from nanochat.training import Hook, Trainer
 from tests.distributed import run_ranks
 from tests.tiny_run import ROWS, SeededLoader, make_trainer
@@ -149,15 +151,32 @@ def observe(state: TrainState, losses: list[float], limit: float) -> None:
         state.observe(state.step, loss, 1.0, spike_limit=limit)
 
 
-def test_a_spike_is_a_rise_of_the_smoothed_loss_beyond_the_limit() -> None:
+def test_a_spike_is_a_rise_of_the_smoothed_loss_that_stays_beyond_the_limit() -> None:
     state = TrainState()
     observe(state, [3.0] * SPIKE_FROM_STEP, 1.0)
     observe(state, [11.0], 1.0)  # one bad batch raises the average by 0.9
     assert state.is_suspect(1.0)
     observe(state, [3.0] * 30, 1.0)
     assert not state.is_suspect(1.0)
-    with pytest.raises(UserError, match=r"risen from 3\.0\d+ to \d.* at step 53.*spike-limit=1"):
-        observe(state, [9.0] * 3, 1.0)
+    observe(state, [9.0] * SPIKE_PATIENCE, 1.0)  # from the second one on it is beyond
+    assert state.is_suspect(1.0)
+    with pytest.raises(UserError, match=r"risen from 3\.0\d+ to 8\.\d+ .* at step 72: for 20 st"):
+        observe(state, [9.0], 1.0)
+
+
+def test_text_of_another_kind_is_no_spike_and_is_forgotten() -> None:
+    state = TrainState()
+    observe(state, [2.0] * 60, 2.0)
+    learned = [2.0 + 2.5 * 0.97**n for n in range(40)]  # 2.5 nats at once, then less and less
+    observe(state, learned, 2.0)
+    assert state.is_suspect(2.0)
+    observe(state, [3.2] * SPIKE_MEMORY, 2.0)
+    assert not state.is_suspect(2.0)
+    assert state.rise < 0.3
+    assert TrainState(**json.loads(json.dumps(asdict(state)))) == state
+    observe(state, [6.5] * SPIKE_PATIENCE, 2.0)
+    with pytest.raises(UserError, match="the loss has risen from 3"):
+        observe(state, [6.5] * 20, 2.0)
 
 
 def test_no_limit_lets_every_rise_pass_and_early_steps_are_no_spike() -> None:
@@ -186,7 +205,7 @@ def test_a_spike_stops_the_run_and_the_last_good_checkpoint_is_the_newest(
     runtime: Runtime, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = make_trainer(
-        tmp_path, runtime, steps=60, save_every=1, spike_limit=2.0, keep_last=1, log_every=1
+        tmp_path, runtime, steps=80, save_every=1, spike_limit=2.0, keep_last=1, log_every=1
     )
     trainer.loader = DerailingLoader(runtime.world)
     advice = r"loss has risen .*; the last good checkpoint is step 3\d.* --resume --spike-limit=0"
