@@ -68,6 +68,8 @@ class Plan:
     """Steps between lines on the console."""
     compile: bool = False
     """Compile the forward and backward passes."""
+    fp8: bool = False
+    """Multiply the large matrices in fp8 while training."""
     shard: str = "optimizer"
     """What ranks share out: "optimizer" states, or "full": weights and gradients, too."""
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from nanochat import checkpoint_manager, report
+from nanochat import checkpoint_manager, fp8, report
 from nanochat.common import UserError, checkpoints_dir
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.memory import estimate_memory, format_bytes
@@ -103,6 +103,8 @@ class StageConfig:
     """Print sizes, steps and where results would go; train nothing."""
     compile: str = "auto"
     """Compile the step: auto, on or off."""
+    fp8: bool = False
+    """Multiply large matrices in fp8 (NVIDIA Ada, Hopper and later); evaluate without."""
     shard: Literal["optimizer", "full"] = "optimizer"
     """What ranks share out: optimizer states; or weights and gradients, too (FSDP2)."""
     seed: int = 42
@@ -177,6 +179,10 @@ def train_stage(
     stop = StopRequest(config.max_minutes)
     config = config.settled(optimizer)
     check_positive(config, "keep_last", "log_every")
+    if config.fp8:
+        if config.shard == "full":
+            raise UserError("--fp8 and --shard=full do not go together; leave one of them out")
+        fp8.check_device(runtime.device)
     if config.shard == "full" and config.compile == "on":
         raise UserError("--compile=on and --shard=full do not go together; leave one of them out")
     tag = config.model_tag or f"d{model.config.n_layer}"
@@ -192,6 +198,7 @@ def train_stage(
         keep_best=config.keep_best,
         background_save=config.background_save,
         write=not config.dry_run,
+        fp8=config.fp8,
         shard=config.shard,
         log_every=config.log_every,
         compile=config.shard != "full"

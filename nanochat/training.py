@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanochat import checkpoint_manager
+from nanochat import checkpoint_manager, fp8
 from nanochat.common import UserError
 from nanochat.dataloader import Batch
 from nanochat.gpt import GPT
@@ -96,6 +96,9 @@ class Trainer:
         """
         self.model, self.loader, self.plan = model, loader, plan
         self.runtime, self.hooks, self.facts = runtime, hooks, facts
+        if plan.fp8:
+            fp8.check_device(runtime.device)
+            logger.info("%d matrices multiply in fp8", fp8.convert(model))
         self.weights: MasterWeights | FullShard
         self.optimizer: Optimizer | FullShard
         self._full_shard: FullShard | None = None
@@ -180,7 +183,7 @@ class Trainer:
             for index, hook in enumerate(due):
                 if index:
                     self._stop_if_asked()  # what was measured so far is measured again
-                with self.weights.gathered():
+                with self.weights.gathered(), fp8.paused(self.model):
                     values |= hook.action(self)
             if values:
                 self.state.note_evaluation(values)
