@@ -6,6 +6,7 @@ Nothing is downloaded: the model must lie in a folder, or in the library's cache
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from nanochat.branches import Branches
 from nanochat.common import UserError
 from nanochat.core_scoring import Place
 
+_WANTED = "give a folder with config.json, weights and tokenizer (nothing is downloaded)"
 ROWS_PER_CHUNK = 512  # positions whose logits are handed on at once
 
 
@@ -82,14 +84,25 @@ def load_hf_model(
         raise UserError(
             "--hf-path needs the transformers library: pip install 'nanochat[hf]'"
         ) from error
+    _check_folder(path)
     options = {"local_files_only": True}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
     except (OSError, ValueError) as error:
+        if not Path(path).is_dir():
+            raise UserError(
+                f"{path} is neither a folder nor a model in the transformers cache; {_WANTED}"
+            ) from error
         first = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"no transformers model in {path}: {first}; give a folder with config.json, weights "
-            "and tokenizer (nothing is downloaded)"
-        ) from error
+        raise UserError(f"the model in {path} cannot be read: {first}; {_WANTED}") from error
     return HfModel(model.to(device).eval()), HfTokenizer(tokenizer, path)
+
+
+def _check_folder(path: str) -> None:
+    """UserError for a path, told from a name by how it begins, that holds no model."""
+    folder = Path(path)
+    if path.startswith(("/", ".", "~")) and not folder.is_dir():
+        raise UserError(f"there is no folder {path}; {_WANTED}")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(f"no transformers model in {path}: config.json is missing; {_WANTED}")

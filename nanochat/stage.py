@@ -362,6 +362,14 @@ def check_positive(config: Any, *names: str) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
 
 
+def check_count(config: Any, name: str, default: str) -> None:
+    """Raise UserError unless the named flag is at least 1, or -1 for what `default` says."""
+    value = getattr(config, name)
+    if value < 1 and value != -1:
+        flag = name.replace("_", "-")
+        raise UserError(f"--{flag} is {value}; give at least 1, or -1 for {default}")
+
+
 def whole_rows(total_batch_size: int, sequence_len: int) -> int:
     """Rows of a step of `total_batch_size` tokens; UserError when the division is not whole."""
     if total_batch_size % sequence_len:

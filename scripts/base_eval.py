@@ -30,6 +30,7 @@ from nanochat.gpt import GPT
 from nanochat.hf_model import load_hf_model
 from nanochat.loss_eval import evaluate_split
 from nanochat.runtime import Runtime
+from nanochat.stage import check_count
 from nanochat.tokenizer import Tokenizer
 from tasks import mixtures
 
@@ -68,6 +69,7 @@ class Config:
 def main(config: Config) -> None:
     """Do the parts that were asked for, print and report."""
     parts = parse_parts(config.eval)
+    check_count(config, "max_per_task", "all items")
     with runtime.start(config.device_type, dtype=config.dtype) as rt:
         if config.hf_path:
             evaluate_hf_model(config, parts, rt)

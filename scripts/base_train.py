@@ -30,7 +30,7 @@ from nanochat.presets import (
     PresetName,
 )
 from nanochat.resuming import DATA_FINGERPRINT
-from nanochat.stage import StageConfig, check_positive, setting, train_stage
+from nanochat.stage import StageConfig, check_count, check_positive, setting, train_stage
 from nanochat.tokenizer import get_tokenizer
 from nanochat.training import Hook, Trainer
 from nanochat.validation import Validation
@@ -84,6 +84,8 @@ class Config(StageConfig):
 def main(config: Config) -> int:
     """Train from nothing to a base checkpoint."""
     check_positive(config, "max_seq_len", "device_batch_size")
+    check_count(config, "num_iterations", "as many as the model's size asks for")
+    check_count(config, "core_metric_max_per_task", "all items")
     with runtime.start(config.device_type, dtype=config.dtype, seed=config.seed) as rt:
         tokenizer = get_tokenizer()
         data = config.data or tokenizer.trained_on or DEFAULT_DATA

@@ -34,7 +34,7 @@ from nanochat.contamination import (
 )
 from nanochat.dataset import open_source
 from nanochat.runtime import World
-from nanochat.stage import check_positive
+from nanochat.stage import check_count, check_positive
 from nanochat.task_eval import Sampling, run_task
 from nanochat.task_results import TaskResult, chat_core, read_records, show_records
 from tasks import mixtures
@@ -71,7 +71,7 @@ class Config:
     step: Annotated[int | None, tyro.conf.arg(aliases=["-s"])] = None
     """Step of the checkpoint; default: the newest."""
     max_problems: Annotated[int | None, tyro.conf.arg(aliases=["-x"])] = None
-    """Problems of each task; default: all."""
+    """Problems of each task; default, or -1: all."""
     tasks: Literal["embedded", "public", "auto"] | None = None
     """Whose tasks; auto: public if they are here; default: those the model was trained with."""
     data: str | None = None
@@ -164,6 +164,8 @@ def main(config: Config) -> None:
 
 def _sampling(config: Config) -> Sampling:
     check_positive(config, "batch_size", "num_samples", "max_new_tokens")
+    if config.max_problems is not None:
+        check_count(config, "max_problems", "all problems")
     if config.num_samples > 1 and config.temperature == 0:
         logger.warning(
             "--temperature is 0, so all %d answers to a problem are the same", config.num_samples

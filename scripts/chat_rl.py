@@ -21,6 +21,7 @@ from nanochat.rollouts import RolloutLoader, RolloutSettings, check_task, pass_a
 from nanochat.runtime import Runtime
 from nanochat.stage import (
     StageConfig,
+    check_count,
     check_positive,
     load_parent,
     optimizer_of,
@@ -95,6 +96,7 @@ class Config(StageConfig):
 def main(config: Config) -> int:
     """Train from an sft or mid checkpoint to an rl checkpoint."""
     check_positive(config, "device_batch_size", "num_epochs", "eval_examples", "eval_samples")
+    check_count(config, "num_iterations", "--num-epochs passes over the questions")
     settings = config.rollouts()
     if config.shard != "optimizer":
         raise UserError(

@@ -11,7 +11,7 @@ from typing import Literal
 
 from nanochat import checkpoint_manager, configurator, runtime
 from nanochat.conversation_stage import ConversationStageConfig, train_on_conversations
-from nanochat.stage import check_positive
+from nanochat.stage import check_count, check_positive
 from tasks import mixtures
 from tasks.task_sets import choose_task_set, require_tasks, split_chats
 
@@ -43,6 +43,7 @@ class Config(ConversationStageConfig):
 def main(config: Config) -> int:
     """Train from a mid checkpoint to an sft checkpoint."""
     check_positive(config, "device_batch_size", "target_examples_per_step", "num_epochs")
+    check_count(config, "num_iterations", "--num-epochs passes over the conversations")
     with runtime.start(config.device_type, dtype=config.dtype, seed=config.seed) as rt:
         parent = checkpoint_manager.find_checkpoint(config.source, config.model_tag, config.step)
         data = config.data or parent.state["data"]

@@ -150,7 +150,7 @@ def test_sharded_weights_are_refused(sft_model: Path) -> None:
         run(shard="full")
 
 
-@pytest.mark.parametrize("flag", ["eval_samples", "eval_examples", "num_epochs"])
+@pytest.mark.parametrize("flag", ["eval_samples", "eval_examples", "num_epochs", "num_iterations"])
 def test_counts_below_one_are_refused(sft_model: Path, flag: str) -> None:
     with pytest.raises(UserError, match=f"--{flag.replace('_', '-')} is 0"):
         run(**{flag: 0})

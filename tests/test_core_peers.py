@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,16 @@ def test_a_transformers_model_is_scored_as_its_own_forward_pass_says(
 @pytest.mark.slow
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    with pytest.raises(UserError, match=r"no transformers model in .*nothing is downloaded"):
-        load_hf_model(str(tmp_path), device=torch.device("cpu"), dtype=torch.float32)
+    load = partial(load_hf_model, device=torch.device("cpu"), dtype=torch.float32)
+    with pytest.raises(UserError, match=r"config\.json is missing; .*nothing is downloaded"):
+        load(str(tmp_path))
+    with pytest.raises(UserError, match=r"^there is no folder /nope; give a folder with config"):
+        load("/nope")
+    with pytest.raises(UserError, match=r"^nobody/nothing is neither a folder nor a model in the"):
+        load("nobody/nothing")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"^the model in .* cannot be read: "):
+        load(str(tmp_path))
 
 
 def test_without_transformers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

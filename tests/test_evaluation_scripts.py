@@ -212,7 +212,8 @@ def test_an_unknown_task_is_answered_with_the_nearest() -> None:
         (["-b", "0"], "--batch-size is 0"),
         (["-n", "0"], "--num-samples is 0"),
         (["-a", "|"], "--task-name is empty"),
-        (["-x", "0"], "has no problems"),
+        (["-m", "0"], "--max-new-tokens is 0"),
+        (["-x", "0"], "--max-problems is 0; give at least 1, or -1 for all problems"),
         (["-t", "-1", "-a", "WordProblems", "-x", "1"], "temperature is -1.0"),
     ],
 )
@@ -220,6 +221,12 @@ def test_chat_eval_refuses_bad_settings(arguments: list[str], named: str) -> Non
     save("sft", random_model(2048))
     with pytest.raises(UserError, match=named):
         run(chat_eval, "-i", "sft", *arguments)
+
+
+@pytest.mark.parametrize("value", ["0", "-2"])
+def test_base_eval_refuses_to_score_no_items(value: str) -> None:
+    with pytest.raises(UserError, match=f"--max-per-task is {value}; .* or -1 for all items"):
+        run(base_eval, f"--max-per-task={value}")
 
 
 def test_chat_eval_needs_a_known_source() -> None:

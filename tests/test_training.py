@@ -16,12 +16,14 @@ import torch
 
 from nanochat import checkpoint_manager
 from nanochat.common import UserError
+from nanochat.configurator import parse
 from nanochat.dataloader import Batch
 from nanochat.runtime import Runtime, World
 from nanochat.schedule import Schedule, muon_momentum
 from nanochat.stopping import StoppedError, catch_signals
 from nanochat.tracking import read_metrics
 from nanochat.training import Hook, Trainer
+from scripts import base_train, chat_rl, chat_sft, mid_train
 from tests.distributed import run_ranks
 from tests.tiny_run import ROWS, SIZES, make_trainer
 
@@ -219,3 +221,20 @@ def test_muon_momentum_rises_to_its_end() -> None:
     assert [muon_momentum(step) for step in (0, 150, 300, 900)] == pytest.approx(
         [0.85, 0.9, 0.95, 0.95]
     )
+
+
+# ---- flags ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [0, -2])
+@pytest.mark.parametrize("script", [base_train, mid_train, chat_sft, chat_rl])
+def test_no_steps_at_all_are_refused_before_anything_is_read(script: Any, value: int) -> None:
+    config = parse(script.Config, [f"--num_iterations={value}"])
+    with pytest.raises(UserError, match=f"--num-iterations is {value}; .* at least 1, or -1 for"):
+        script.main(config)
+
+
+def test_core_during_training_needs_items() -> None:
+    config = parse(base_train.Config, ["--core_metric_max_per_task=0"])
+    with pytest.raises(UserError, match="--core-metric-max-per-task is 0; give at least 1"):
+        base_train.main(config)
