@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from nanochat.common import sha256_file
+from nanochat.sources.parquet import shard_name, write_shard
+from tests.fake_hub import FakeHub, Fault, running
 
 REPOSITORY = Path(__file__).parents[1]
 SIZES = [
@@ -128,3 +130,46 @@ def test_killed_in_each_stage_it_ends_with_the_same_weights(tmp_path: Path) -> N
     finish(killed)
     assert log_of(killed).read_text(encoding="utf-8").count("resumed from step") == len(TRAINING)
     assert final_weights(killed) == final_weights(undisturbed)
+
+
+def test_shards_that_did_not_come_beside_the_tokenizer_stop_the_run_before_training(
+    tmp_path: Path,
+) -> None:
+    """From a hub on this machine that has lost a shard, and finds it again for the second start."""
+    repository = "karpathy/climbmix-400b-shuffle"
+    hub, base = FakeHub(tmp_path / "hub"), tmp_path / "base"
+    (tmp_path / "hub" / repository).mkdir(parents=True)
+    for shard in (0, 1, 2, 6542):  # the last one validates
+        texts = [f"Text {i} of shard {shard} says this and no more." for i in range(2000)]
+        write_shard(tmp_path / "hub" / repository / shard_name(shard), texts, note={})
+    # Once for the process in the background, once for the stage.
+    hub.fail(f"/datasets/{repository}/resolve/main/{shard_name(2)}", Fault(404), Fault(404))
+    flags = ["--data=climbmix", "--tasks=embedded", "--first-shards=1", "--num-shards=3"]
+    flags += ["--max-chars=50000", "--vocab-size=300", "--until=shards"]
+    known = {k: v for k, v in os.environ.items() if not k.endswith("OFFLINE")}
+    python = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    known |= {"NANOCHAT_BASE_DIR": str(base), "SKIP_SETUP": "1", "PATH": python}
+
+    def run() -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            ["bash", "scripts/local_cpu_train.sh", *flags],
+            cwd=REPOSITORY,
+            env=known | {"HF_ENDPOINT": hub.url},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS_OF_ONE_RUN,
+        )
+
+    with running(hub):
+        failed, again = run(), run()
+    assert failed.returncode == 1
+    assert "shards: what was begun before has failed (exit code 1" in failed.stdout
+    assert "shard_00002.parquet does not exist (HTTP 404 Not Found)" in failed.stderr
+    assert "stage shards ended with exit code 1" in failed.stderr
+    assert again.returncode == 0, again.stderr
+    assert "== tok_train: done before, skipped" in again.stdout
+    assert "climbmix: 3 training shards, 1 validation shard" in again.stdout
+    asked = [request.path.rpartition("/")[2] for request in hub.requests]
+    assert asked.count(shard_name(2)) == 3
+    assert asked.count(shard_name(0)) == asked.count(shard_name(1)) == 1
