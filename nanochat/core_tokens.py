@@ -84,6 +84,11 @@ def sequences_of(
     sequences = []
     for index, prompts in zip(indices, texts, strict=True):
         options = [next(rows) for _ in prompts]
+        if task.kind != "language_modeling" and options.count(options[0]) == len(options):
+            raise UserError(
+                f"{task.label}, item {index} of the shuffled order: its options are all the same "
+                f"{len(options[0])} tokens, so none of them can be the right one"
+            )
         spans = _scored_spans(task, options)
         if task.kind == "language_modeling":
             options = options[1:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 from pathlib import Path
@@ -360,7 +361,7 @@ def test_a_toy_bundle_scores_what_a_person_counts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["multiple_choice", "schema"])
 def test_an_option_that_is_all_shared_is_scored_by_what_is_left(tmp_path: Path, kind: str) -> None:
     model = random_model(5)
-    options = [["on the", "on the mat"], ["mat", "the mat"], ["same", "same"]]
+    options = [["on the", "on the mat"], ["mat", "the mat"]]
     items = [
         {"query": "It sat", "choices": pair, "context_options": pair, "continuation": "", "gold": i}
         for pair in options
@@ -414,6 +415,26 @@ def test_ranks_decide_every_item_once(tmp_path: Path) -> None:
     assert sum(map(len, worlds[0].others)) == len(items)
     gathered = CoreProgress(None, worlds[0]).gathered(task.label, {})
     assert list(gathered.values()) == alone
+
+
+# ---- shown ---------------------------------------------------------------------------------------
+
+
+def test_a_terminal_shows_items_done_and_the_running_score(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    model, terminal = random_model(5), Terminal()
+    bundle = toy_bundle(tmp_path / "bundle", model)
+    monkeypatch.setattr("sys.stderr", terminal)
+    result = evaluate_core(GptModel(model), TOKENIZER, bundle, 12, RUNTIME)
+    shown = [line for line in terminal.getvalue().split("\r") if "CORE so far" in line]
+    assert shown[0].startswith(f"[===={' ' * 16}] 12/60 items  choices  CORE so far +0.0000")
+    first_four = sum(task.centered for task in result.tasks[:4]) / 4
+    assert f"] 60/60 items  said_with_examples  CORE so far {first_four:+.4f}" in shown[-1]
 
 
 # ---- interrupted ---------------------------------------------------------------------------------
@@ -520,6 +541,15 @@ def test_more_shots_than_other_items_is_refused(
     bundle = broken(tmp_path, "", shots=shots)
     with pytest.raises(UserError, match=rf"task shows {shots} solved examples .* but has \d"):
         evaluate_core(GptModel(random_model(0)), TOKENIZER, bundle, max_per_task, RUNTIME)
+
+
+@pytest.mark.parametrize("kind", ["multiple_choice", "schema"])
+def test_options_that_do_not_differ_are_refused(tmp_path: Path, kind: str) -> None:
+    pair = ["same", "same"]
+    item = {"query": "q", "choices": pair, "context_options": pair, "continuation": "c", "gold": 0}
+    bundle = broken(tmp_path, json.dumps(item), kind=kind)
+    with pytest.raises(UserError, match=r"task, item \d of .* its options are all the same"):
+        evaluate_core(GptModel(random_model(0)), TOKENIZER, bundle, -1, RUNTIME)
 
 
 def test_an_answer_longer_than_the_model_cannot_be_scored(tmp_path: Path) -> None:

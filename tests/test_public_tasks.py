@@ -235,6 +235,8 @@ def test_without_a_sandbox_humaneval_says_why_it_has_no_score(
         (MMLU("test"), MMLU_ROW | {"answer": None}, "its answer is None, not a number from 0 to 3"),
         (MMLU("test"), MMLU_ROW | {"answer": 4}, "its answer is 4, not a number from 0 to 3"),
         (MMLU("test"), MMLU_ROW | {"choices": ["1", "2"]}, "it has 2 choices, not 4"),
+        # The form of the hub's own configuration `auxiliary_train`; ours is a split of `all`.
+        (MMLU("auxiliary_train"), {"train": MMLU_ROW}, "it has no column 'choices'"),
         (MMLU("test"), MMLU_ROW | {"question": None}, "its question is None, not text"),
         (GSM8K("test"), GSM8K_ROW | {"answer": "Ten."}, 'its answer has no number after "#### "'),
         (GSM8K("test"), GSM8K_ROW | {"answer": None}, "its answer is None, not text"),
