@@ -33,7 +33,7 @@ class Float8Linear(nn.Linear):
         if not self.is_on:
             return F.linear(input, self.weight)
         out: Tensor = _Product.apply(input.flatten(0, -2), self.weight)  # type: ignore[no-untyped-call]
-        return out.unflatten(0, input.shape[:-1])  # type: ignore[no-untyped-call]
+        return out.view(*input.shape[:-1], out.size(-1))
 
 
 def check_device(device: torch.device) -> None:
