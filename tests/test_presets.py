@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.objectives import next_token_loss_sum, token_losses
 from nanochat.presets import MODELS
 from nanochat.scaling import model_config
+from tests.stage_processes import BASE, MID, SFT, prepare, run, run_dir
 
 SIZES: dict[str, Any] = {"sequence_len": 96, "vocab_size": 61, "n_layer": 4, "n_head": 4}
 SIZES |= {"n_kv_head": 2, "n_embd": 64}
@@ -377,3 +379,29 @@ def test_an_exported_model_has_equal_logits_in_transformers(preset: str, tmp_pat
 def test_a_model_that_no_other_engine_knows_is_not_exported(options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="other engines do not know all options of this model"):
         hf_export.hf_config(GPTConfig(**SIZES | options), bos_id=0)
+
+
+# ---- through the stages --------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", PRESETS)
+def test_later_stages_go_on_with_the_preset_of_the_base_model(preset: str, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    prepare(base)
+    short = ("--num_iterations=3", "--save_every=-1", "--eval_every=-1")
+    few = ("--core_metric_every=-1", "--sample_every=-1")
+    run(base, BASE.module, *BASE.flags, f"--preset={preset}", *few, *short)
+    run(base, MID.module, *MID.flags, *short)
+    run(base, SFT.module, *SFT.flags, *short, "--eval_metrics_every=-1")
+    optimizer = "modern" if preset == "modern" else "classic"
+    configs = []
+    for stage in (BASE, MID, SFT):
+        state = json.loads((max(run_dir(base, stage).glob("step_*")) / "state.json").read_text())
+        assert state["optimizer"] == state["config"]["optimizer"] == optimizer
+        configs.append(GPTConfig.from_json(state["model_config"]))
+    assert configs[0] == configs[1] == configs[2]
+    assert {name: getattr(configs[0], name) for name in MODELS[preset]} == MODELS[preset]
+    out = str(tmp_path / "exported")
+    said = run(base, "scripts.export_hf", f"--output={out}", code=0 if preset == "portable" else 1)
+    assert "Qwen3ForCausalLM" in said or "other engines do not know all options" in said
