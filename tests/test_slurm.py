@@ -190,10 +190,12 @@ def test_disturbed_in_every_way_a_job_ends_with_the_same_weights(
     cluster.start_node("n2")
     assert other.finish(job) == "0", other.output(job)[-3000:] + other.output(job, "err")
 
-    assert other.output(job).count("restart ") == 6  # the first start and five after it
+    # The first start and five after it; one more where the job was back before the one that took its
+    # place had begun, and was taken out again.
+    assert other.output(job).count("restart ") in (6, 7)
     assert other.output(job).count("resumed from step") >= 3
     # After USR1, and after the preemption with grace: what SLURM would not have done.
-    assert other.output(job).count("goes back to the queue") == 2
+    assert other.output(job).count("goes back to the queue") in (2, 3)
     assert "all 14 stages are done" in other.output(job)
     assert other.final_weights() == alone.final_weights()
     assert list(other.home.rglob("*")) == []
