@@ -31,7 +31,7 @@ def estimate_memory(
     is_copied = compute_dtype != torch.float32  # the embedding is not, being only looked up
     return {
         "weights": _FP32_BYTES * total,
-        "copies": size * (total - counts["wte"]) if is_copied else 0,
+        "copies": size * (counts["transformer_matrices"] + counts["lm_head"]) if is_copied else 0,
         "gradients": _FP32_BYTES * total,
         "optimizer": _FP32_BYTES * -(-states // world_size),
         "activations": saved,

@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from nanochat.common import UserError, base_dir
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT
 from nanochat.memory import estimate_memory
 from nanochat.objectives import next_token_loss_sum
 from nanochat.precision import MasterWeights
+from nanochat.presets import MODELS, PresetName
 from nanochat.runtime import Runtime, World
+from nanochat.scaling import model_config
 from nanochat.stage import StageConfig, train_stage
 from nanochat.tokenizer import Tokenizer
 from tests.tiny_run import ROWS, SIZES, SeededLoader
@@ -92,12 +94,14 @@ def test_settings_that_exclude_one_another_are_refused_first(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("layers", "width", "length"), [(4, 128, 128), (2, 128, 512)])
+@pytest.mark.parametrize("preset", MODELS)
 def test_the_estimate_of_activations_is_what_autograd_keeps(
-    dtype: torch.dtype, layers: int, width: int, length: int
+    dtype: torch.dtype, layers: int, width: int, length: int, preset: PresetName
 ) -> None:
-    model = GPT(
-        GPTConfig(sequence_len=length, vocab_size=64, n_layer=layers, n_head=2, n_embd=width)
+    sizes = model_config(
+        layers, vocab_size=64, sequence_len=length, model_dim=width, head_dim=64, preset=preset
     )
+    model = GPT(sizes)
     model.init_weights(torch.Generator().manual_seed(0))
     expected = estimate_memory(model, rows=2, compute_dtype=dtype, world_size=1)
     MasterWeights(model, dtype)
