@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from nanochat.engine import sample_prompts  # noqa: F401 - proves that the engin
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optimizers import OptimizerConfig
 from nanochat.plan import Plan
+from nanochat.presets import MODELS
 from nanochat.runtime import Runtime, World
 from nanochat.schedule import Schedule
 from nanochat.training import Hook, Trainer
@@ -24,16 +26,22 @@ DEPTH_4 = GPTConfig(sequence_len=32, vocab_size=50, n_layer=4, n_head=2, n_embd=
 STEPS = 6
 
 
-def trainer_of(runtime: Runtime, folder: Path, shard: str, hooks: list[Hook]) -> Trainer:
+MODERN = dataclasses.replace(DEPTH_4, **MODELS["modern"])
+
+
+def trainer_of(
+    runtime: Runtime, folder: Path, shard: str, hooks: list[Hook], config: GPTConfig
+) -> Trainer:
     """Depth 4; everything but the engine as in `make_trainer`."""
+    is_modern = config == MODERN
     template = make_trainer(folder, Runtime(runtime.device, torch.float32, World(), 42))
-    model = GPT(DEPTH_4)
+    model = GPT(config)
     model.init_weights(torch.Generator().manual_seed(5))
     return Trainer(
         model,
         SeededLoader(runtime.world),
         plan=Plan(
-            Schedule(STEPS, warmdown_ratio=0.5),
+            Schedule(STEPS, warmdown_ratio=0.5, is_refined=is_modern),
             micro_batch_rows=1,
             grad_clip=1.0,
             save_every=3,
@@ -41,7 +49,13 @@ def trainer_of(runtime: Runtime, folder: Path, shard: str, hooks: list[Hook]) ->
             log_every=1,
             shard=shard,
         ),
-        optimizer=OptimizerConfig(embedding_lr=0.02, matrix_lr=0.01, weight_decay=0.1),
+        optimizer=OptimizerConfig(
+            embedding_lr=0.02,
+            matrix_lr=0.01,
+            weight_decay=0.1,
+            matrix_weight_decay=0.1 if is_modern else 0.0,
+            is_refined=is_modern,
+        ),
         runtime=runtime,
         run_dir=folder / "run",
         tokenizer_dir=folder / "tokenizer",
@@ -52,7 +66,11 @@ def trainer_of(runtime: Runtime, folder: Path, shard: str, hooks: list[Hook]) ->
 
 
 def train(
-    runtime: Runtime, folder: Path, shard: str = "full", resume: bool = False
+    runtime: Runtime,
+    folder: Path,
+    shard: str = "full",
+    resume: bool = False,
+    config: GPTConfig = DEPTH_4,
 ) -> dict[str, Any]:
     """Losses by step, rows of the embedding that this rank stores, and what a hook saw."""
     seen: dict[str, Any] = {"losses": {}, "logits": {}}
@@ -65,7 +83,7 @@ def train(
             seen["logits"][trainer.state.step] = logits.sum().item()
         return {}
 
-    trainer = trainer_of(runtime, folder, shard, [Hook("look", 2, look)])
+    trainer = trainer_of(runtime, folder, shard, [Hook("look", 2, look)], config)
     write = trainer._write
 
     def note(step: int, **values: float) -> None:
@@ -163,3 +181,17 @@ def test_one_process_is_refused(tmp_path: Path) -> None:
         make_trainer(tmp_path, runtime, shard="full")
     assert ROWS % 4 == 0
     assert SIZES.n_layer < DEPTH_4.n_layer
+
+
+def test_the_modern_model_and_optimizer_learn_the_same_in_shards(tmp_path: Path) -> None:
+    runtime = Runtime(torch.device("cpu"), torch.float32, World(), 42)
+    whole = train(runtime, tmp_path / "whole", "optimizer", config=MODERN)
+    ranks = run_ranks(train, 2, tmp_path / "shards", "full", False, MODERN, timeout_seconds=300)
+    for seen in ranks[:1]:
+        assert list(seen["losses"]) == list(range(1, STEPS + 1))
+        for step, loss in whole["losses"].items():
+            assert seen["losses"][step] == pytest.approx(loss, rel=1e-4)
+    names = [
+        set(newest_checkpoint(tmp_path / name / "run").load_model()) for name in ("whole", "shards")
+    ]
+    assert names[0] == names[1] >= {"resid_lambdas", "value_embeds.3.weight"}
