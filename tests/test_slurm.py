@@ -190,8 +190,8 @@ def test_disturbed_in_every_way_a_job_ends_with_the_same_weights(
     cluster.start_node("n2")
     assert other.finish(job) == "0", other.output(job)[-3000:] + other.output(job, "err")
 
-    # The first start and five after it; one more where the job was back before the one that took its
-    # place had begun, and was taken out again.
+    # The first start and five after it; one more where the job was back before the one that took
+    # its place had begun, and was taken out again.
     assert other.output(job).count("restart ") in (6, 7)
     assert other.output(job).count("resumed from step") >= 3
     # After USR1, and after the preemption with grace: what SLURM would not have done.
