@@ -64,7 +64,7 @@ class Measured:
     began: float = 0.0
     seconds: float = 0.0
     num_tokens: int = 0
-    num_failed: int = 0
+    failures: list[str] = field(default_factory=list)
     first: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
     health: list[float] = field(default_factory=list)
@@ -92,7 +92,7 @@ def main(config: Config) -> None:
         "clients": config.clients,
         "tokens": config.tokens,
         "rounds": config.rounds,
-        "failed": sum(measured.num_failed for measured in (*one, *many)),
+        "failures": [failure for measured in (*one, *many) for failure in measured.failures],
         "one_client_tokens_per_second": round(speeds[0], 1),
         "all_clients_tokens_per_second": round(speeds[1], 1),
         "ratio": round(speeds[1] / speeds[0], 2),
@@ -192,24 +192,23 @@ def _drain(server: subprocess.Popen[str]) -> None:
 async def _measure(
     address: str, config: Config, clocks: _Clocks
 ) -> tuple[list[Measured], list[Measured]]:
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=address, timeout=600, limits=limits) as client:
-        await _round(client, 2, config.tokens, clocks)  # warms up both sides
-        one, many = [], []
-        for _ in range(config.rounds):
-            one.append(await _round(client, 1, config.tokens, clocks))
-            many.append(await _round(client, config.clients, config.tokens, clocks))
+    await _round(address, 2, config.tokens, clocks)  # warms up both sides
+    one, many = [], []
+    for _ in range(config.rounds):
+        one.append(await _round(address, 1, config.tokens, clocks))
+        many.append(await _round(address, config.clients, config.tokens, clocks))
     return one, many
 
 
-async def _round(
-    client: httpx.AsyncClient, num_clients: int, tokens: int, clocks: _Clocks
-) -> Measured:
-    before = clocks.read()
-    measured = Measured(began=time.monotonic())
-    await asyncio.gather(*(_ask(client, i, tokens, measured) for i in range(num_clients)))
-    measured.seconds = time.monotonic() - measured.began
-    measured.cpu = {name: end - before[name] for name, end in clocks.read().items()}
+async def _round(address: str, num_clients: int, tokens: int, clocks: _Clocks) -> Measured:
+    limits = httpx.Limits(max_connections=None)
+    # New connections: one that has been idle since the last round may be closed just now.
+    async with httpx.AsyncClient(base_url=address, timeout=600, limits=limits) as client:
+        before = clocks.read()
+        measured = Measured(began=time.monotonic())
+        await asyncio.gather(*(_ask(client, i, tokens, measured) for i in range(num_clients)))
+        measured.seconds = time.monotonic() - measured.began
+        measured.cpu = {name: end - before[name] for name, end in clocks.read().items()}
     return measured
 
 
@@ -237,11 +236,11 @@ async def _ask(client: httpx.AsyncClient, number: int, tokens: int, measured: Me
                 else:
                     measured.gaps.append(now - last)
                 last = now
-    except httpx.HTTPError:
-        measured.num_failed += 1
+    except httpx.HTTPError as error:
+        measured.failures.append(repr(error))
         return
     if usage is None or first is None:
-        measured.num_failed += 1
+        measured.failures.append("the stream ended early")
         return
     measured.first.append(first)
     measured.num_tokens += usage["completion_tokens"]

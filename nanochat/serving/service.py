@@ -34,6 +34,9 @@ T = TypeVar("T")
 
 # Long enough for a few waiting answers to end, short enough that a person still waits.
 RETRY_SECONDS = 5
+# Longer texts take milliseconds, which others need not wait for; a thread for a short one would
+# cost more than the text, and make the event loop wait for the interpreter.
+SHORT_CHARS = 4_000
 
 
 @dataclass(frozen=True)
@@ -111,8 +114,10 @@ class Service:
                 "allowed: leave out old messages",
                 param="messages",
             )
-        # In a thread, as a long conversation takes milliseconds that others need not wait for.
-        fitted = await asyncio.to_thread(self._fit, messages, max_tokens)
+        if chars <= SHORT_CHARS:
+            fitted = self._fit(messages, max_tokens)
+        else:
+            fitted = await asyncio.to_thread(self._fit, messages, max_tokens)
         return Prompt(fitted.ids, fitted.dropped_turns)
 
     def _fit(self, messages: Sequence[ChatMessage], max_tokens: int) -> FittedPrompt:
@@ -138,7 +143,9 @@ class Service:
                 "are allowed",
                 param="prompt",
             )
-        if texts:
+        if texts and size <= SHORT_CHARS:
+            lists = self.tokenizer.encode(texts, self.tokenizer.bos_id)
+        elif texts:
             lists = await asyncio.to_thread(self.tokenizer.encode, texts, self.tokenizer.bos_id)
         for ids in lists:
             self._check_ids(ids)
