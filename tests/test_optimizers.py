@@ -366,7 +366,9 @@ def test_two_ranks_equal_one_process_and_state_goes_from_two_to_one_and_back(fp3
     )
 
     for name, parameter in named:
-        assert_close_named(name, last[0][0][name], parameter.detach(), atol=1e-5 if refined else 1e-6)
+        assert_close_named(
+            name, last[0][0][name], parameter.detach(), atol=1e-5 if refined else 1e-6
+        )
         assert torch.equal(last[0][0][name], last[1][0][name])
     final = whole([shard for _, shard, _ in last])
     assert final.keys() == straight.state_dict().keys()
