@@ -26,27 +26,28 @@ quick_sizes() {
     VOCAB_SIZE=4096
 
     DEPTH=4                        # layers; width = 64 x depth
-    TOKEN_SHIFT=0.5                # each token also sees half of the one before it (0 = classic)
+    TOKEN_SHIFT=0.5                # each token also sees half of the one before it (0 = none)
     MAX_SEQ_LEN=256                # tokens of context
-    DEVICE_BATCH_SIZE=16           # rows of one forward pass
-    TOTAL_BATCH_SIZE=4096          # tokens of one optimizer step
-    NUM_ITERATIONS=400             # optimizer steps of pretraining
+    DEVICE_BATCH_SIZE=8            # rows of one forward pass
+    TOTAL_BATCH_SIZE=2048          # tokens of one optimizer step
+    NUM_ITERATIONS=1050            # optimizer steps of pretraining
     FINAL_LR=0.2                   # learning rate at the end of it, as a share
-    SAVE_EVERY=100                 # steps between checkpoints: what an interruption costs at most
-    EVAL_EVERY=130
+    SAVE_EVERY=200                 # steps between checkpoints: what an interruption costs at most
+    EVAL_EVERY=525
     EVAL_TOKENS=65536
     BPB_LIMIT=0                    # bits per byte that the base model may end with; 0 = fewer than by guessing
     CORE_EVERY=-1                  # steps between CORE scores while training; -1 = none
     SAMPLE_EVERY=-1
     CORE_MAX_PER_TASK=100          # items of each CORE task
 
-    MID_ITERATIONS=400
-    MID_FINAL_LR=0.5
-    SFT_ITERATIONS=200
+    SPIKE_LIMIT=8                  # the documents change their kind after the lessons: 3.5 nats
+    MID_ITERATIONS=200
+    MID_FINAL_LR=1
+    SFT_ITERATIONS=480
     SFT_DEVICE_BATCH_SIZE=16
     SFT_EXAMPLES_PER_STEP=16       # rows of a step; a row holds several conversations
     SFT_PACKING=best-fit           # rows = one conversation a row
-    SFT_LR_FRACTION=0.5            # learning rates of finetuning, as a share of pretraining's
+    SFT_LR_FRACTION=1              # learning rates of finetuning, as a share of pretraining's
 
     MAX_PROBLEMS=300               # problems of each chat evaluation
     MAX_NEW_TOKENS=128             # longest answer in them

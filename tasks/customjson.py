@@ -79,13 +79,14 @@ def read_conversations(path: Path) -> tuple[Conversation, ...]:
     """Read a file of conversations; UserError with the number of a line that is none."""
     with path.open("rb") as file:
         return tuple(
-            _parse(line, f"{path}, line {number}")
+            parse_conversation(line, f"{path}, line {number}")
             for number, line in enumerate(file, 1)
             if line.strip()
         )
 
 
-def _parse(line: bytes, where: str) -> Conversation:
+def parse_conversation(line: bytes, where: str) -> Conversation:
+    """Read one line of such a file; UserError begins with `where` and says what is wrong."""
     try:
         value = json.loads(line)
     except ValueError as error:  # not JSON, or not UTF-8

@@ -34,11 +34,11 @@ STAGES = ("mid", "sft", "rl", "eval")
 # Rows of each kind. Midtraining is heavy on what the documents cannot teach: the letter of an
 # answer, the call of a tool. Finetuning shows every format again in smaller numbers.
 MID_ROWS = {
-    "choice": 70_000,
-    "binding": 20_000,
-    "guesses": 10_000,
-    "facts": 26_000,
-    "problems": 56_000,
+    "choice": 80_000,
+    "binding": 40_000,
+    "guesses": 6_000,
+    "facts": 20_000,
+    "problems": 50_000,
     "letters": 44_000,
     "spelling": 12_000,
     "identity": 6_000,
@@ -48,12 +48,12 @@ MID_ROWS = {
     "stories": 2_000,
 }
 SFT_ROWS = {
-    "choice": 18_000,
-    "binding": 2_000,
+    "choice": 20_000,
+    "binding": 3_000,
     "guesses": 2_000,
     "facts": 8_000,
     "problems": 16_000,
-    "letters": 12_000,
+    "letters": 11_000,
     "spelling": 2_000,
     "identity": 3_000,
     "two_turn": 8_000,

@@ -34,34 +34,34 @@ NUM_DOCUMENTS = 393_216  # 48 shards of 8,192 documents, 158 MB
 # The first documents, easy to hard: how many of each kind.
 LESSONS: tuple[tuple[int, Callable[[random.Random], str]], ...] = (
     (7_700, choices.judged_words),
-    (13_500, choices.first_questions),
+    (15_000, choices.first_questions),
 )
 
-# kind -> share of the documents after the lessons. Nearly half of them are multiple choice:
-# finding an answer's letter is the one skill that facts and stories do not teach.
+# kind -> share of the documents after the lessons. More than half are multiple choice, the one
+# skill that facts and stories do not teach; they are short, and facts are learned in them as well.
 KINDS: dict[Callable[[random.Random], str], float] = {
-    encyclopedia.portraits: 0.04,
-    encyclopedia.fact_list: 0.03,
-    encyclopedia.mixed_facts: 0.04,
+    encyclopedia.portraits: 0.03,
+    encyclopedia.fact_list: 0.02,
+    encyclopedia.mixed_facts: 0.03,
     encyclopedia.contrasts: 0.02,
-    quizzes.questions_and_answers: 0.04,
-    quizzes.guesses: 0.02,
-    choices.judged_words: 0.04,
-    choices.found_word: 0.06,
-    choices.told_facts: 0.07,
-    choices.judged_facts: 0.12,
-    choices.asked_facts: 0.17,
-    memory.repeated_lists: 0.07,
-    memory.table: 0.02,
+    quizzes.questions_and_answers: 0.03,
+    quizzes.guesses: 0.01,
+    choices.judged_words: 0.06,
+    choices.found_word: 0.08,
+    choices.told_facts: 0.09,
+    choices.judged_facts: 0.16,
+    choices.asked_facts: 0.21,
+    memory.repeated_lists: 0.06,
+    memory.table: 0.01,
     memory.who_has_what: 0.01,
     stories.story: 0.03,
-    stories.two_stories: 0.02,
-    dialogues.dialogue: 0.03,
-    numbers.number_page: 0.03,
+    stories.two_stories: 0.01,
+    dialogues.dialogue: 0.02,
+    numbers.number_page: 0.02,
     numbers.sum_table: 0.01,
-    problems.problem_page: 0.05,
-    spelling.spelling_list: 0.05,
-    spelling.letter_facts: 0.03,
+    problems.problem_page: 0.04,
+    spelling.spelling_list: 0.03,
+    spelling.letter_facts: 0.02,
 }
 
 

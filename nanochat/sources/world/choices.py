@@ -106,11 +106,16 @@ def judged_words(rng: random.Random) -> str:
     return _judged(pick(rng, ASK_WORDS).format(w=", ".join(asked)), words, right)
 
 
-def found_word(rng: random.Random) -> str:
-    """Ask for the letter of a word."""
-    words = rng.sample(common_words(), pick(rng, NUM_CHOICES))
-    place = int(rng.random() * len(words))
+def _found_word(rng: random.Random, count: int) -> str:
+    words = rng.sample(common_words(), count)
+    place = int(rng.random() * count)
     return _asked(pick(rng, ASK_WORD).format(w=words[place]), words, place)
+
+
+def found_word(rng: random.Random) -> str:
+    """Ask for the letter of a word; twice where there are only two, or documents would repeat."""
+    count = pick(rng, NUM_CHOICES)
+    return "\n\n".join(_found_word(rng, count) for _ in range(2 if count == 2 else 1))
 
 
 def told_facts(rng: random.Random) -> str:
