@@ -140,6 +140,54 @@ def test_an_exceeded_quota_fails(tools: Path) -> None:
     fails(places.check_disk(), "quota is exceeded", "quota -s")
 
 
+# As Lustre's tool prints it, the numbers of a long path on a line of their own.
+LUSTRE = """Disk quotas for usr ada (uid 1000):
+     Filesystem  kbytes   quota   limit   grace   files   quota   limit   grace
+/scratch/ptolemy/users/ada
+                {}       -
+"""
+
+
+@pytest.mark.parametrize(
+    ("numbers", "state", "room"),
+    [
+        ("900000000 0 1000000000 - 5 0 0", "ok", "GB free"),  # KiB: 102 GB are left
+        ("970000000 0 1000000000 - 5 0 0", "note", "leaves 31 GB"),
+        ("970000000 980000000 1000000000 - 5 0 0", "note", "leaves 10 GB"),
+        ("999000000 0 1000000000 - 5 0 0", "FAIL", "leaves 1 GB"),
+        ("1000000500* 0 1000000000 - 5 0 0", "FAIL", "leaves 0 GB"),
+        ("[999000000] 0 1000000000 6d23h5m1s 5 0 0", "FAIL", "leaves 1 GB"),
+        ("900 0 0 - 960000 1000000 1100000", "note", "leaves 40,000 files"),
+        ("900 0 0 - 5 0 0", "ok", "GB free"),  # no limits
+    ],
+)
+def test_a_quota_on_lustre_is_compared_with_what_a_run_writes(
+    tools: Path, monkeypatch: pytest.MonkeyPatch, numbers: str, state: str, room: str
+) -> None:
+    usage = shutil.disk_usage("/")._replace(free=10**15)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    tool(tools, "lfs", LUSTRE.format(numbers))
+    finding = places.check_disk()
+    assert (finding.state, room in finding.detail) == (state, True), finding
+    assert ("lfs quota" in finding.advice) == (state != "ok")
+
+
+def test_the_quota_of_the_scratch_root_counts_too(tools: Path, base: Path) -> None:
+    script = tools / "lfs"
+    script.write_text(
+        '#!/bin/sh\ncase "$4" in /scratch) echo "$4 99 0 100 - 5 0 0 -" ;; '
+        '*) echo "not on Lustre" >&2; exit 25 ;; esac\n'
+    )
+    script.chmod(0o755)
+    root = cluster.scratch_root({"scratch_root": "/scratch"})
+    fails(places.check_disk(root), "your quota in /scratch leaves 0 GB", "ask for more")
+    assert "your quota" not in places.check_disk().detail
+
+
+def test_where_there_is_no_lustre_nothing_is_said_of_it(tools: Path) -> None:
+    assert "your quota" not in places.check_disk(Path("/scratch")).detail
+
+
 def test_caches_in_a_small_home_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage("/")._replace(total=20 * 10**9, free=4 * 10**9)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)

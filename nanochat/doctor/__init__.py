@@ -25,7 +25,7 @@ def examine(recipe: Recipe, extra: Sequence[Check] = ()) -> int:
         software.check_dtype,
         lambda: software.check_gpu_memory(recipe),
         places.check_folders,
-        places.check_disk,
+        lambda: places.check_disk(cluster.scratch_root(settings)),
         places.check_caches,
         cluster.check_settings,
         lambda: cluster.check_slurm(settings),

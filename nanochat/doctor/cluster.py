@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -28,6 +29,12 @@ def read_settings(repository: Path = REPOSITORY) -> dict[str, str]:
         return {}
     text = output_of("bash", "-c", program, cwd=repository) or ""
     return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+
+
+def scratch_root(settings: Mapping[str, str]) -> Path | None:
+    """Where jobs write, as scripts/cluster.sh finds it; None when neither setting nor site says."""
+    root = settings.get("scratch_root") or os.environ.get("SCRATCH")
+    return Path(root) if root else None
 
 
 def check_settings(repository: Path = REPOSITORY) -> Finding:
