@@ -108,6 +108,8 @@ class Asset:
     """For the free-disk check before the true size is known."""
     is_optional: bool = False
     """A run says what it leaves out and goes on without it."""
+    is_replaceable: bool = False
+    """People put files of their own in its place; one that can be read is not damaged."""
 
     @property
     def path(self) -> Path:

@@ -138,7 +138,7 @@ def _set_damaged_aside(asset: Asset, verify: bool) -> None:
     for record in manifest.files:
         path = asset.folder / record.path
         reason = file_problem(path, record, verify=verify)
-        if reason is not None and path.exists():
+        if reason is not None and path.exists() and not asset.is_replaceable:
             _quarantine(path, reason)
     asset.manifest_path.unlink(missing_ok=True)
 

@@ -21,6 +21,7 @@ IDENTITY = Asset(
     source=Url("https://karpathy-public.s3.us-west-2.amazonaws.com/identity_conversations.jsonl"),
     license="MIT",
     approximate_bytes=2_500_000,
+    is_replaceable=True,
 )
 
 

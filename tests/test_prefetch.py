@@ -414,6 +414,19 @@ def test_one_asset_is_fetched_by_its_name(hub: FakeHub) -> None:
     assert len(CustomJSON(IDENTITY)) == 1
 
 
+@pytest.mark.parametrize("offline", [False, True])
+def test_conversations_of_ones_own_replace_those_that_were_fetched(
+    hub: FakeHub, offline: bool
+) -> None:
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "nanochat"}]
+    line = json.dumps(turns).encode() + b"\n"
+    hub.add("mirror/identity_conversations.jsonl", line)
+    assert command.main(Config("prefetch", names=("identity",))) == 0
+    IDENTITY.path.write_bytes(line * 3)
+    assert command.main(Config("prefetch", names=("identity",), offline=offline)) == 0
+    assert len(CustomJSON(IDENTITY)) == 3
+
+
 def test_a_split_can_be_fetched_though_no_stage_reads_it(hub: FakeHub) -> None:
     add_quiz(hub)
     assert command.main(Config("prefetch", names=("owner/quiz:main:test",))) == 0
