@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import requests
-from requests.adapters import HTTPAdapter, Retry
+from requests.adapters import HTTPAdapter
 from tqdm import tqdm
+from urllib3.util import Retry
 
 from nanochat import configurator
 from nanochat.assets import Manifest, record_file, write_manifest
