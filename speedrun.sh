@@ -38,6 +38,7 @@ d20_sizes() {
     EVAL_EVERY=250
     EVAL_TOKENS=10485760
     BPB_LIMIT=1.5                  # bits per byte that the base model may end with; 0 = fewer than by guessing
+    SPIKE_LIMIT=2                  # nats the loss may rise and stay; 0 = any
     CORE_EVERY=2000                # steps between CORE scores while training; -1 = none
     SAMPLE_EVERY=2000
     CORE_MAX_PER_TASK=-1           # items of each CORE task; -1 = all

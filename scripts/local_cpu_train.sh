@@ -36,11 +36,11 @@ quick_sizes() {
     EVAL_EVERY=525
     EVAL_TOKENS=65536
     BPB_LIMIT=0                    # bits per byte that the base model may end with; 0 = fewer than by guessing
+    SPIKE_LIMIT=8                  # nats the loss may rise and stay; 0 = any. 3.5 when the lessons end
     CORE_EVERY=-1                  # steps between CORE scores while training; -1 = none
     SAMPLE_EVERY=-1
     CORE_MAX_PER_TASK=100          # items of each CORE task
 
-    SPIKE_LIMIT=8                  # the documents change their kind after the lessons: 3.5 nats
     MID_ITERATIONS=200
     MID_FINAL_LR=1
     SFT_ITERATIONS=480
@@ -75,6 +75,7 @@ full_sizes() {
     EVAL_EVERY=250
     EVAL_TOKENS=262144
     BPB_LIMIT=0
+    SPIKE_LIMIT=2
     CORE_EVERY=-1
     SAMPLE_EVERY=-1
     CORE_MAX_PER_TASK=100

@@ -20,7 +20,6 @@ SIZES=(DATA TASKS FIRST_SHARDS NUM_SHARDS MAX_CHARS VOCAB_SIZE DEPTH TOKEN_SHIFT
     NUM_ITERATIONS FINAL_LR SAVE_EVERY EVAL_EVERY EVAL_TOKENS BPB_LIMIT CORE_EVERY SAMPLE_EVERY CORE_MAX_PER_TASK
     MID_ITERATIONS MID_FINAL_LR SFT_ITERATIONS SFT_DEVICE_BATCH_SIZE SFT_EXAMPLES_PER_STEP SFT_PACKING
     SFT_LR_FRACTION SPIKE_LIMIT RL_ITERATIONS MAX_PROBLEMS MAX_NEW_TOKENS)
-SPIKE_LIMIT=2   # nats that the smoothed loss may rise before a training run ends; 0 = any rise may pass
 RL_ITERATIONS=0 # steps of reinforcement learning, which is left out unless a flag asks for it
 
 # ---- the stages: name, what it leaves behind in the base folder, command ------------------------------
