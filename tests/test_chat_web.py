@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 import re
 import shutil
 import signal
@@ -45,6 +46,7 @@ from scripts import chat_web
 from scripts.chat_web import Config
 
 REPOSITORY = Path(__file__).parents[1]
+SECONDS = 120.0
 GREETING = tokens_of("<|assistant_start|>", "Hey \U0001f642!", END)
 CHAT = "/chat/completions"
 GREEDY = {**HELLO, "temperature": 0.0}
@@ -136,7 +138,10 @@ def process(base_dir: Path) -> Iterator[Any]:
             stderr=subprocess.PIPE,
             text=True,
         )
-        children.append(child)
+        # A log that says nothing more comes to its end then: a test fails instead of waiting.
+        watch = threading.Timer(SECONDS, child.kill)
+        watch.start()
+        children.append((child, watch))
         assert child.stderr is not None
         for line in child.stderr:
             if "serving at " in line:
@@ -144,7 +149,8 @@ def process(base_dir: Path) -> Iterator[Any]:
         raise AssertionError("chat_web ended")
 
     yield start
-    for child in children:
+    for child, watch in children:
+        watch.cancel()
         child.kill()
         child.communicate()
 
@@ -256,6 +262,17 @@ def test_an_engine_that_is_killed_is_started_again_and_503_is_said_meanwhile(
     assert httpx.get(f"{address}/health").json()["ready"] is False
     assert "is back after" in log_until(child.stderr, "is back")
     assert text_of(httpx.post(address + CHAT, json=GREEDY)) == "Hey \U0001f642!"
+
+
+def test_an_engine_that_ends_before_it_is_listened_to_is_lost_as_any_other(base_dir: Path) -> None:
+    save("sft", scripted_model(GREETING))
+    link = ProcessLink(Recipe("sft", "d1", 7, "cpu", torch.float32, 4))
+    link.wait()
+    link._process.kill()
+    link._process.join()
+    told: queue.Queue[str] = queue.Queue()
+    link.start(lambda _: None, told.put)
+    assert told.get(timeout=SECONDS) == "by SIGKILL"
 
 
 @pytest.mark.slow

@@ -221,9 +221,11 @@ class ProcessLink:
         self._is_ready = True
 
     def start(self, deliver: Callable[[Delivery], None], lost: Callable[[str], None]) -> None:
-        """Wait until the process has its model, then listen. Starts another if it has ended."""
-        if self._process.exitcode is not None:
-            self._is_ready = False
+        """Wait until the process has its model, then listen. Starts another if it has ended.
+
+        One that had its model and ended before this call is lost as any other: it is told so.
+        """
+        if self._process.exitcode is not None and not self._is_ready:
             self._spawn()
         self.wait()
         process, pipe = self._process, self._ours
