@@ -20,6 +20,7 @@ from nanochat import configurator
 from nanochat.common import UserError, base_dir, read_json, write_json
 
 FILE_NAME = "run_state.json"
+STOPPED = (0, 85, 130, 143)  # ends that are no failure: done, or asked to stop
 MANIFEST = "manifest.json"
 
 
@@ -94,13 +95,20 @@ def _verify(stages: dict[str, Any], names: list[str]) -> None:
 
 
 def _begin(stages: dict[str, Any], config: Config) -> None:
-    before = status(stages.get(config.name), config.command)
+    is_other = status(stages.get(config.name), config.command) == "new"
+    if is_other and _put_back(stages, config.name):  # a command that was killed
+        _save(stages)
+    record = stages.get(config.name)
+    before = status(record, config.command)
     print(before)
     if before == "done" and not config.force:
         return
-    for name in config.clears.split(","):
+    was_done = record is not None and record["exit_code"] == 0
+    names = [config.name, *config.clears.split(",")]
+    # So that a mistyped flag, which fails before it changes a file, costs nothing.
+    replaced = {name: stages[name] for name in names if was_done and name in stages}
+    for name in names:  # its own, too, so that the file keeps the order of the last run
         stages.pop(name, None)
-    stages.pop(config.name, None)  # so that the file keeps the order of the last run
     stages[config.name] = {
         "command": config.command,
         "command_hash": _hash(config.command),
@@ -108,14 +116,30 @@ def _begin(stages: dict[str, Any], config: Config) -> None:
         "ended": None,
         "exit_code": None,
         "artifacts": {},
+        "replaced": replaced,
     }
     _save(stages)
+
+
+def _put_back(stages: dict[str, Any], name: str) -> bool:
+    """Undo a beginning that changed none of the files that were there; say whether it could be."""
+    replaced: dict[str, Any] = stages.get(name, {}).get("replaced", {})
+    if name not in replaced or _damaged(replaced[name]):
+        return False
+    del stages[name]
+    stages.update(replaced)
+    return True
 
 
 def _end(stages: dict[str, Any], config: Config) -> None:
     if config.name not in stages:
         raise UserError(f"stage {config.name!r} was never begun")
+    if config.exit_code not in STOPPED and _put_back(stages, config.name):
+        _save(stages)
+        print(f"{config.name}: failed ({config.exit_code}); what was done before is still there")
+        return
     record = stages[config.name]
+    record.pop("replaced", None)
     record["ended"] = time.time()
     artifacts = _find(config.artifact)
     is_missing = config.exit_code == 0 and bool(config.artifact) and not artifacts

@@ -163,6 +163,28 @@ def test_interrupted_rerun_does_not_trust_records_of_the_run_before(finished: Pi
     assert finished.ran == ["train", "eval", "tune", "report"]
 
 
+def test_a_mistyped_command_that_changed_no_file_costs_nothing(finished: Pipeline) -> None:
+    assert finished.run(SIZE="wrong", FAIL="train").returncode == 7
+    assert finished.run().returncode == 0
+    assert finished.ran == []
+
+
+def test_a_failure_that_changed_files_is_not_undone(finished: Pipeline) -> None:
+    assert finished.run(SIZE="2", FAIL="train").returncode == 7
+    (finished.base / "train.txt").write_text("half of another model")
+    assert finished.run().returncode == 0
+    assert finished.ran == ["train", "eval", "tune", "report"]
+
+
+def test_a_mistyped_command_that_was_killed_costs_nothing(finished: Pipeline) -> None:
+    process = finished.start(SIZE="wrong", HANG="train")
+    wait_for(finished.base / "hanging")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert finished.run().returncode == 0
+    assert finished.ran == []
+
+
 def test_command_that_leaves_no_artifact_fails(pipeline: Pipeline) -> None:
     result = pipeline.run(FORGET="train")
     assert result.returncode == 1
