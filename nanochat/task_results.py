@@ -79,8 +79,9 @@ def wilson_interval(num_passed: int, num_total: int) -> tuple[float, float]:
         share * (1 - share) / num_total + z2 / (4 * num_total * num_total)
     )
     scale = 1 + z2 / num_total
-    # Rounding may step over the ends by an ulp.
-    return max((middle - spread) / scale, 0.0), min((middle + spread) / scale, 1.0)
+    # Rounding may miss the ends by an ulp, to either side.
+    low = (middle - spread) / scale if num_passed else 0.0
+    return low, (middle + spread) / scale if num_passed < num_total else 1.0
 
 
 def chat_core(results: Sequence[TaskResult], names: Sequence[str]) -> float | None:
