@@ -7,6 +7,7 @@ found at the first validation that shows it, and the run ends there: nothing is 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 BPB = "val_bpb"
 # How much worse than at its beginning a stage may be: finetuning on few conversations forgets some.
 TOLERANCE = 1.1
+LEARNED = 0.9  # share of guessing's loss below which something has been learned
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Validation:
         reason = unsound(
             totals,
             vocab_size=self.token_bytes.numel(),
+            train_loss=state.smooth_loss,
             began=state.first.get(BPB),
             limit=self.limit,
             step=state.step,
@@ -67,6 +70,7 @@ def unsound(
     totals: LossTotals,
     *,
     vocab_size: int,
+    train_loss: float,
     began: float | None,
     limit: float,
     step: int,
@@ -74,6 +78,8 @@ def unsound(
 ) -> str:
     """What is wrong with a validation, "" for nothing.
 
+    train_loss: smoothed, in nats a token. A model that learns its training text is sound even
+    where validation is worse than guessing: lessons may come before the text that is validated.
     began: bits per byte when the stage began, if they were measured. limit: replaces the bounds
     that are known without it, and is for the last step alone. The first steps say nothing.
     """
@@ -85,8 +91,10 @@ def unsound(
     if step < SPIKE_FROM_STEP:
         return ""
     guessing = totals.bits_per_byte_of_guessing(vocab_size)
-    if not bpb < guessing:
+    has_learned = math.isfinite(bpb) and train_loss < LEARNED * math.log(vocab_size)
+    if not bpb < guessing and not has_learned:
         return f"no better than guessing, which has {guessing:.3f}"
-    if began is not None and bpb > TOLERANCE * began:
+    began_trained = began is not None and began < LEARNED * guessing
+    if began is not None and began_trained and bpb > TOLERANCE * began:
         return f"worse than the {began:.3f} that it began with"
     return ""

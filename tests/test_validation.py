@@ -27,7 +27,8 @@ def totals(bpb: float) -> LossTotals:
 
 def judged(bpb: float, **changes: Any) -> str:
     """With 16 tokens, of which guessing needs 4 bits: 2 bits per byte."""
-    known = {"vocab_size": 16, "began": None, "limit": 0.0, "step": 20, "is_last": False}
+    known = {"vocab_size": 16, "train_loss": math.log(16), "began": None, "limit": 0.0}
+    known |= {"step": 20, "is_last": False}
     return unsound(totals(bpb), **known | changes)
 
 
@@ -40,6 +41,11 @@ def test_a_model_that_has_learned_something_passes() -> None:
 @pytest.mark.parametrize("bpb", [2.0, 2.5, math.inf, math.nan])
 def test_guessing_does_not(bpb: float) -> None:
     assert "no better than guessing, which has 2.000" in judged(bpb)
+
+
+def test_who_learns_lessons_first_may_be_worse_than_guessing_at_other_text() -> None:
+    assert judged(2.5, train_loss=0.8 * math.log(16), began=2.0) == ""
+    assert "no better than guessing" in judged(math.inf, train_loss=0.8 * math.log(16))
 
 
 def test_nor_does_what_became_worse_than_it_was() -> None:
@@ -56,8 +62,8 @@ def test_a_limit_of_the_users_replaces_the_bounds_and_counts_at_the_end() -> Non
 
 def test_the_first_steps_and_text_without_bytes_say_nothing() -> None:
     assert judged(9.0, step=19, is_last=True) == ""
-    assert unsound(LossTotals(0.0, 0, 0), vocab_size=16, began=1.0, limit=0.0, step=99,
-                   is_last=True) == ""  # fmt: skip
+    known: dict[str, Any] = {"vocab_size": 16, "train_loss": 9.0, "began": 1.0, "limit": 0.0}
+    assert unsound(LossTotals(0.0, 0, 0), **known, step=99, is_last=True) == ""
 
 
 def test_what_was_measured_first_is_remembered() -> None:
