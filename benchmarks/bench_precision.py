@@ -18,9 +18,9 @@ import torch
 
 from nanochat import checkpoint_manager, configurator, kernels
 from nanochat.common import UserError
+from nanochat.compiled_decoder import CompiledDecoder
 from nanochat.dataset import open_source
 from nanochat.decoder import Chunk
-from nanochat.kernels import CompiledDecoder
 
 
 @dataclass(frozen=True)

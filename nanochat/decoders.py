@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from nanochat import kernels, sampling
+from nanochat import compiled_decoder, kernels, sampling
 from nanochat.common import UserError
 from nanochat.decoder import Decoder, PlainDecoder
 from nanochat.gpt import GPT
@@ -17,7 +17,7 @@ from nanochat.sampling import SamplingSettings
 
 logger = logging.getLogger(__name__)
 
-_WEIGHTS: dict[torch.dtype, kernels.Weights] = {
+_WEIGHTS: dict[torch.dtype, compiled_decoder.Weights] = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
 }
@@ -31,7 +31,7 @@ Chooser = Callable[
 def chooser_for(device: torch.device) -> Chooser:
     """What chooses tokens from logits on a device: compiled on a CPU, else `sampling.choose`."""
     is_compiled = device.type == "cpu" and kernels.load() is not None
-    return kernels.choose if is_compiled else sampling.choose
+    return compiled_decoder.choose if is_compiled else sampling.choose
 
 
 def make_decoder(model: GPT, *, int8: bool = False) -> Decoder:
@@ -41,8 +41,8 @@ def make_decoder(model: GPT, *, int8: bool = False) -> Decoder:
     the compiled decoder can not decode the model here.
     """
     weights = "int8" if int8 else _WEIGHTS.get(model.compute_dtype)
-    if weights is not None and kernels.can_decode(model.config, model.device):
-        return kernels.CompiledDecoder(model, weights=weights)
+    if weights is not None and compiled_decoder.can_decode(model.config, model.device):
+        return compiled_decoder.CompiledDecoder(model, weights=weights)
     if int8:
         raise UserError(
             f"int8 weights need the compiled decoder, which {_obstacle(model)}; "
@@ -60,7 +60,7 @@ def _obstacle(model: GPT) -> str:
         return "is not built (install Rust 1.89 or later and reinstall)"
     if model.compute_dtype not in _WEIGHTS:
         return f"computes in float32 or bfloat16, not in {_name(model.compute_dtype)}"
-    unknown = kernels.unknown_options(model.config)
+    unknown = compiled_decoder.unknown_options(model.config)
     return f"does not know this model's {', '.join(unknown)}"
 
 

@@ -21,10 +21,10 @@ from torch import nn
 
 from nanochat import checkpoint_manager, configurator, hardware, runtime
 from nanochat.common import UserError
+from nanochat.compiled_decoder import CompiledDecoder
 from nanochat.decoder import Decoder
 from nanochat.decoders import make_decoder
 from nanochat.gpt import GPT
-from nanochat.kernels import CompiledDecoder
 from nanochat.request import Request
 from nanochat.sampling import SamplingSettings
 from nanochat.scheduler import Scheduler

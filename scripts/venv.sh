@@ -25,7 +25,7 @@ find_python() {
 install_fingerprint() {
     {
         cat pyproject.toml
-        find rustbpe -name '*.rs' -o -name 'Cargo.*' | LC_ALL=C sort | xargs cat
+        find rustbpe nanochat/kernels -name target -prune -o -name '*.rs' -print -o -name 'Cargo.*' -print | LC_ALL=C sort | xargs cat
         command -v cargo >/dev/null && cargo --version
         .venv/bin/python --version
     } | .venv/bin/python -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'

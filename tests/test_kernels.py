@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from nanochat import decoders, kernels, sampling
 from nanochat.common import UserError
+from nanochat.compiled_decoder import CompiledDecoder, choose
 from nanochat.decoder import Chunk, PlainDecoder
 from nanochat.decoders import make_decoder
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.kernels import CompiledDecoder, KernelError
+from nanochat.kernels import KernelError
 from nanochat.presets import MODELS
 from nanochat.sampling import SamplingSettings
 
@@ -200,7 +201,7 @@ def test_compiled_sampling_chooses_what_the_plain_one_chooses(vocab_size: int) -
         if setting.repetition_penalty != 1.0
     }
     expected = sampling.choose(logits.clone(), settings, uniforms, seen)
-    found = kernels.choose(logits.clone(), settings, uniforms, seen)
+    found = choose(logits.clone(), settings, uniforms, seen)
     # A number on the border between two tokens may fall to either, by the last bit of a sum.
     assert sum(a != b for a, b in zip(found, expected, strict=True)) <= 1
     for i in range(0, len(settings), len(SAMPLING)):  # those without a border
@@ -213,7 +214,7 @@ def test_compiled_draws_follow_the_plain_probabilities(setting: SamplingSettings
     logits = torch.tensor([[2.0, 0.0, 1.0, -1.0, 1.5]])
     steps = [(i + 0.5) / 1000 for i in range(1000)]
     rows = logits.repeat(len(steps), 1)
-    found = kernels.choose(rows.clone(), [setting] * len(steps), steps, {})
+    found = choose(rows.clone(), [setting] * len(steps), steps, {})
     expected = sampling.choose(rows, [setting] * len(steps), steps, {})
     for token in range(5):
         # Fewer than two of a thousand evenly spread numbers lie on a border by rounding.
@@ -226,13 +227,13 @@ def test_compiled_draws_follow_the_plain_probabilities(setting: SamplingSettings
 def test_an_impossible_token_is_never_drawn(setting: SamplingSettings, uniform: float) -> None:
     logits = torch.full((1, 100), -torch.inf)
     logits[0, 41] = 0.5
-    assert kernels.choose(logits, [setting], [uniform], {}) == [41]
+    assert choose(logits, [setting], [uniform], {}) == [41]
 
 
 @needs_kernels
 @pytest.mark.parametrize("setting", SAMPLING)
 def test_logits_that_are_no_numbers_still_give_a_token(setting: SamplingSettings) -> None:
-    (token,) = kernels.choose(torch.full((1, 100), torch.nan), [setting], [0.5], {})
+    (token,) = choose(torch.full((1, 100), torch.nan), [setting], [0.5], {})
     assert 0 <= token < 100
 
 
