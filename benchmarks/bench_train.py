@@ -1,31 +1,48 @@
-"""Train on real text for a fixed time, beside karpathy/nanochat's model and optimizer.
+"""Train on real text for equal time, beside karpathy/nanochat's model and optimizer.
 
-    python -m benchmarks.bench_train --data=FOLDER --peer=CHECKOUT --seconds=165
+    python -m benchmarks.bench_train --data=FOLDER --peer=CHECKOUT --seconds=165 --seeds=1,2,3
+    python -m benchmarks.bench_train --data=FOLDER --ours="--preset=modern; --matrix_lr=0.03"
 
-Both sides see the same rows of the same tokenizer (16 x 512 tokens a step, vocabulary 8,192, depth
-4) and are judged by bits per byte on the first 131,072 tokens of the validation shard. The peer is
-a checkout of its repository outside this one; it runs compiled in bf16, in a process of its own.
-Time counts steps only: not start-up, not compiling, not evaluation. Prints one JSON line a side.
+Each run is a process of its own, and the sides take turns: with every seed all of them train once.
+A side sees rows of the same tokenizer (16 x 512 tokens a step, vocabulary 8,192, depth 4, if its
+flags say nothing else) and is judged by bits per byte on the first 131,072 tokens of the
+validation shard. The peer is a checkout of its repository outside this one, compiled.
+
+All train for `--seconds` of stepping: start-up, compiling (two passes before the clock starts) and
+evaluation do not count. How many steps that makes shows on the way, so schedules follow the clock:
+the horizon of a step is the number of steps that the run will have made at the speed so far.
+`--steps` fixes their number instead, which makes runs repeatable to the bit. Prints one JSON line a
+run, and a table at the end.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import resource
+import shlex
+import shutil
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
 from nanochat import configurator
 from nanochat.common import UserError
 
-ROWS, LENGTH, DEPTH, VOCABULARY, EVAL_TOKENS = 16, 512, 4, 8192, 131_072
-PROBE_STEPS = 12  # the first two are not timed
+ROWS, LENGTH, EVAL_TOKENS = 16, 512, 131_072
+WARM_UP_PASSES = 2  # before the clock starts: they compile
+ENDLESS = 1_000_000_000  # steps, of a horizon that no speed is known for yet
+SEPARATOR = ";"  # between variants
+PEER = "peer"
 
 
 @dataclass(frozen=True)
@@ -34,52 +51,68 @@ class Config:
 
     data: str
     """Folder of parquet shards, the last one for validation."""
+    ours: str = ""
+    """Flags of base_train for our side; several variants are joined with semicolons."""
     peer: str | None = None
     """Checkout of karpathy/nanochat; leave out to measure this project alone."""
+    peer_dtypes: str = "bfloat16"
+    """Compute dtypes of the peer, joined with commas."""
     seconds: float = 165.0
     """Time of stepping."""
+    steps: int = 0
+    """Steps of every run, instead of a time."""
+    seeds: str = "1"
+    """Seeds, joined with commas."""
+    depth: int = 4
+    """Depth of both sides."""
+    vocab_size: int = 8192
+    """Vocabulary of both sides."""
+    threads: int = 0
+    """Threads of each run; 0 = one for each core."""
     work: str = "bench_train"
     """Folder for tokens, tokenizer and checkpoints."""
-    peer_dtype: str = "bfloat16"
-    """Compute dtype of the peer."""
     side: str = ""
-    """Internal: which side this process measures."""
+    """Internal: what this process measures, the peer's dtype or our flags."""
 
 
 def main(config: Config) -> int:
-    """Prepare the data once, then measure each side in a process of its own."""
-    work = Path(config.work).absolute()
+    """Prepare the data once, then let the sides take turns."""
+    work = Path(config.work).absolute() / f"vocabulary_{config.vocab_size}"
     work.mkdir(parents=True, exist_ok=True)
-    if config.side == "peer":
-        _measure_peer(config, work)
+    if config.side:
+        measure = _measure_peer if config.side.startswith(PEER) else _measure_ours
+        measure(config, work)
         return 0
-    os.environ["NANOCHAT_BASE_DIR"] = str(work / "base")
-    if not (work / "train.npy").exists():
-        _prepare(config, work)
-    _measure_ours(config, work)
+    prepare(config, work)
+    sides = [f"ours {flags.strip()}" for flags in config.ours.split(SEPARATOR)]
     if config.peer is not None:
-        arguments = [f"--data={config.data}", f"--peer={config.peer}", f"--work={work}"]
-        arguments += [f"--seconds={config.seconds}", "--side=peer"]
-        root = str(Path(__file__).absolute().parents[1])
-        environment = os.environ | {"NANOCHAT_DTYPE": config.peer_dtype, "PYTHONPATH": root}
-        code = subprocess.run(
-            [sys.executable, str(Path(__file__).absolute()), *arguments],
-            env=environment | {"BENCH_PEER_CHECKOUT": config.peer},
-            cwd=work,
-            check=False,
-        ).returncode
-        if code:
-            raise UserError(f"the peer's process ended with {code}")
+        sides += [f"{PEER} {dtype}" for dtype in config.peer_dtypes.split(",")]
+    rows = []
+    for turn, seed in enumerate(config.seeds.split(",")):
+        # Every other turn backwards, so that a machine that slows down treats all alike.
+        for side in sides if turn % 2 == 0 else sides[::-1]:
+            row = measured(config, side, int(seed))
+            print(json.dumps(row), flush=True)
+            rows.append(row)
+    print(table(rows), flush=True)
     return 0
 
 
-def _prepare(config: Config, work: Path) -> None:
-    """Train the tokenizer and write both splits as flat token files for the peer."""
-    _run("scripts.tok_train", f"--data={config.data}", f"--vocab_size={VOCABULARY}")
-    from nanochat.dataset import open_source
-    from nanochat.tokenizer import get_tokenizer
+# ---- running ----------------------------------------------------------------------------------
 
-    tokenizer, source = get_tokenizer(), open_source(config.data)
+
+def prepare(config: Config, work: Path) -> None:
+    """Train the tokenizer and write both splits as flat token files for the peer, once."""
+    if (work / "train.npy").exists():
+        return
+    environment = os.environ | {"NANOCHAT_BASE_DIR": str(work / "base")}
+    flags = [f"--data={config.data}", f"--vocab_size={config.vocab_size}"]
+    _run([sys.executable, "-m", "scripts.tok_train", *flags], environment)
+    from nanochat.dataset import open_source
+    from nanochat.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_directory(work / "base" / "tokenizer")
+    source = open_source(config.data)
     np.save(work / "token_bytes.npy", tokenizer.token_bytes)
     for split in ("val", "train"):
         parts = [
@@ -89,21 +122,117 @@ def _prepare(config: Config, work: Path) -> None:
         np.save(work / f"{split}.npy", np.concatenate(parts))
 
 
-def _run(module: str, *flags: str) -> str:
-    """Run one of this project's commands; its standard error, which holds the log."""
-    result = subprocess.run(
-        [sys.executable, "-m", module, *flags], capture_output=True, text=True, check=False
-    )
+def measured(config: Config, side: str, seed: int) -> dict[str, Any]:
+    """Train one side once, in a process of its own; its JSON line."""
+    own = dataclasses.replace(config, side=side, seeds=str(seed), ours="")
+    flags = [f"--{name}={value}" for name, value in vars(own).items() if value not in (None, "")]
+    work = Path(config.work).absolute() / f"vocabulary_{config.vocab_size}"
+    root = str(Path(__file__).absolute().parents[1])
+    environment = os.environ | {"PYTHONPATH": root, "NANOCHAT_BASE_DIR": str(work / "base")}
+    if config.threads:
+        environment["OMP_NUM_THREADS"] = str(config.threads)
+    if side.startswith(PEER):
+        environment["NANOCHAT_DTYPE"] = side.removeprefix(PEER).strip()
+    output = _run([sys.executable, str(Path(__file__).absolute()), *flags], environment)
+    row: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return row
+
+
+def _run(command: Sequence[str], environment: dict[str, str]) -> str:
+    """Standard output of a command that must not fail."""
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if result.returncode:
-        raise UserError(f"{module} ended with {result.returncode}: {result.stderr[-2000:]}")
-    return result.stderr
+        shown = shlex.join(command)
+        raise UserError(f"{shown} ended with {result.returncode}: {result.stderr[-2000:]}")
+    return result.stdout
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: a line for each side, mean and standard deviation over seeds, best first."""
+    sides: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        sides.setdefault(row["side"], []).append(row)
+    lines = [
+        "| side | val bpb | +- | seeds | steps | seconds | tokens/s | memory, MB |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for side, own in sorted(sides.items(), key=lambda item: _mean(item[1], "val_bpb")):
+        bpb = [row["val_bpb"] for row in own]
+        spread = f"{statistics.stdev(bpb):.4f}" if len(bpb) > 1 else ""
+        lines.append(
+            f"| {side} | {statistics.fmean(bpb):.4f} | {spread} | {len(own)} "
+            f"| {_mean(own, 'steps'):,.0f} | {_mean(own, 'seconds'):.1f} "
+            f"| {_mean(own, 'tokens_per_second'):,.0f} | {_mean(own, 'peak_mb'):,.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def _mean(rows: Sequence[dict[str, Any]], name: str) -> float:
+    return statistics.fmean(float(row[name]) for row in rows)
+
+
+class Clock:
+    """Seconds of stepping, and what they say about the length of the run."""
+
+    def __init__(self, seconds: float, steps: int) -> None:
+        """Stop after `steps`, or if that is 0 when `seconds` of stepping are over."""
+        self._budget, self._steps = seconds, steps
+        self.seconds, self.step = 0.0, 0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run has had its time."""
+        return self.step >= self._steps if self._steps else self.seconds >= self._budget
+
+    @property
+    def horizon(self) -> int:
+        """Steps of the whole run, at the average speed so far."""
+        if self._steps:
+            return self._steps
+        if not self.step:
+            return ENDLESS
+        return max(self.step + 1, round(self.step * self._budget / self.seconds))
+
+    def time(self, step: Callable[[], None]) -> None:
+        """Make one step."""
+        started = time.perf_counter()
+        step()
+        self.seconds += time.perf_counter() - started
+        self.step += 1
+
+
+def _tell(config: Config, clock: Clock, tokens: int, bpb: float) -> None:
+    values = {
+        "benchmark": "train",
+        "side": config.side,
+        "seed": int(config.seeds),
+        "depth": config.depth,
+        "vocab_size": config.vocab_size,
+        "steps": clock.step,
+        "tokens": tokens,
+        "seconds": round(clock.seconds, 1),
+        "tokens_per_second": round(tokens / clock.seconds),
+        "val_bpb": round(bpb, 4),
+        "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000),
+    }
+    print(json.dumps(values), flush=True)
+
+
+# ---- our side ---------------------------------------------------------------------------------
 
 
 def _measure_ours(config: Config, work: Path) -> None:
-    """The real command, for as many steps as a short trial says fit into the time."""
+    """The real command, whose trainer is told by a clock when to end."""
+    from nanochat import stage
+    from nanochat.common import setup_logging
+    from nanochat.training import Trainer
+    from scripts import base_train
+
+    setup_logging()
+    tag = f"bench-{os.getpid()}"
     flags = [
         f"--data={config.data}",
-        f"--depth={DEPTH}",
+        f"--depth={config.depth}",
         f"--max_seq_len={LENGTH}",
         f"--device_batch_size={ROWS}",
         f"--total_batch_size={ROWS * LENGTH}",
@@ -111,52 +240,70 @@ def _measure_ours(config: Config, work: Path) -> None:
         "--eval_every=-1",
         "--core_metric_every=-1",
         "--sample_every=-1",
-        "--warmdown_ratio=0.5",
-        "--log_every=5",
-        "--model_tag=bench",
+        "--compile=off",
+        "--log_every=50",
+        f"--seed={config.seeds}",
+        *shlex.split(config.side.removeprefix("ours")),
+        f"--model_tag={tag}",
+        f"--num_iterations={config.steps or ENDLESS}",
     ]
-    _run("scripts.base_train", *flags, "--num_iterations=20")
-    steps = int(config.seconds * _metric(work, "tokens_per_second") / (ROWS * LENGTH))
-    _run("scripts.base_train", *flags, f"--num_iterations={steps}")
-    _tell(
-        side="ours",
-        steps=steps,
-        seconds=round(_metric(work, "total_seconds"), 1),
-        tokens_per_second=round(_metric(work, "tokens_per_second")),
-        val_bpb=round(_metric(work, "val_bpb"), 4),
-    )
+
+    class Timed(Trainer):
+        """Follows the clock, and looks at the validation text once, at its end."""
+
+        def run(self) -> Any:
+            position = self.loader.state_dict()
+            for _ in range(WARM_UP_PASSES):
+                self.accumulate_gradients()
+                self.optimizer.zero_grad()
+            self.loader.load_state_dict(position)
+            clock, schedule = Clock(config.seconds, config.steps), self.plan.schedule
+            while not clock.is_over:
+                now = dataclasses.replace(schedule, num_iterations=clock.horizon)
+                self.plan = dataclasses.replace(self.plan, schedule=now, write=False)
+                clock.time(self._step)
+            (validation,) = [hook for hook in self.hooks if hook.name == "validation"]
+            bpb = validation.action(self)["val_bpb"]
+            _tell(config, clock, self.state.tokens, bpb)
+            return self.state
+
+    try:
+        with mock.patch.object(stage, "Trainer", Timed):
+            base_train.main(configurator.parse(base_train.Config, flags))
+    finally:
+        shutil.rmtree(work / "base" / "base_checkpoints" / tag, ignore_errors=True)
 
 
-def _metric(work: Path, name: str) -> float:
-    """The last value of a metric of our run."""
-    path = work / "base" / "base_checkpoints" / "bench" / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return float([row[name] for row in rows if name in row][-1])
+# ---- the peer ---------------------------------------------------------------------------------
 
 
 def _measure_peer(config: Config, work: Path) -> None:
     """The peer's model, optimizer and schedules of its base_train, learning rates unscaled."""
-    sys.path.insert(0, os.environ["BENCH_PEER_CHECKOUT"])
+    assert config.peer is not None
+    sys.path.insert(0, config.peer)
     for name in [n for n in sys.modules if n == "nanochat" or n.startswith("nanochat.")]:
         del sys.modules[name]
     import torch
 
     from nanochat.gpt import GPT, GPTConfig  # type: ignore[assignment]
 
-    torch.manual_seed(42)
-    sizes: dict[str, Any] = {"sequence_len": LENGTH, "vocab_size": VOCABULARY, "n_layer": DEPTH}
-    sizes |= {"n_head": 2, "n_kv_head": 2, "n_embd": 64 * DEPTH, "window_pattern": "L"}
+    width = 64 * config.depth
+    heads = -(-width // 128)
+    sizes: dict[str, Any] = {"sequence_len": LENGTH, "vocab_size": config.vocab_size}
+    sizes |= {"n_layer": config.depth, "n_embd": width, "window_pattern": "L"}
     with torch.device("meta"):
-        model = GPT(GPTConfig(**sizes))
+        model = GPT(GPTConfig(**sizes, n_head=heads, n_kv_head=heads))
     model.to_empty(device="cpu")
+    torch.manual_seed(int(config.seeds))
     model.init_weights()
     optimizer = model.setup_optimizer(  # type: ignore[operator]
         unembedding_lr=0.008, embedding_lr=0.3, scalar_lr=0.5, matrix_lr=0.02, weight_decay=0.28
     )
     compiled = torch.compile(model, dynamic=False)
-    rows = _rows(np.load(work / "train.npy"))
+    rows, clock = _rows(np.load(work / "train.npy")), Clock(config.seconds, config.steps)
 
-    def step(index: int, steps: int) -> None:
+    def step() -> None:
+        index, steps = clock.step, clock.horizon
         inputs, targets = rows(index)
         compiled(inputs, targets).backward()
         warmup, warmdown = 40, round(0.65 * steps)
@@ -170,32 +317,30 @@ def _measure_peer(config: Config, work: Path) -> None:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * multiplier
             if group["kind"] == "muon":
-                group["momentum"] = 0.85 + 0.12 * min(index / 400, 1.0)
+                group["momentum"] = _peer_momentum(index, steps, warmdown)
                 group["weight_decay"] = 0.28 * 0.5 * (1 + np.cos(np.pi * index / steps))
         optimizer.step()
         model.zero_grad(set_to_none=True)
 
-    started = time.perf_counter()
-    for index in range(PROBE_STEPS):
-        if index == 2:
-            started = time.perf_counter()
-        step(0, 1_000_000)
-    speed = (time.perf_counter() - started) / (PROBE_STEPS - 2)
-    steps = max(1, int(config.seconds / speed))
+    for _ in range(WARM_UP_PASSES):
+        step()
+    torch.manual_seed(int(config.seeds))
     model.init_weights()
     optimizer.state.clear()
-    started = time.perf_counter()
-    for index in range(steps):
-        step(index, steps)
-    seconds = time.perf_counter() - started
+    while not clock.is_over:
+        clock.time(step)
     bpb = _peer_bits_per_byte(compiled, work)
-    _tell(
-        side=f"karpathy/nanochat {config.peer_dtype}",
-        steps=steps,
-        seconds=round(seconds, 1),
-        tokens_per_second=round(steps * ROWS * LENGTH / seconds),
-        val_bpb=round(bpb, 4),
-    )
+    _tell(config, clock, clock.step * ROWS * LENGTH, bpb)
+
+
+def _peer_momentum(step: int, steps: int, warmdown: int) -> float:
+    """Of its base_train: a rise over 400 steps, and a fall in the warmdown."""
+    begin = steps - warmdown
+    if step < 400:
+        return 0.85 + 0.12 * step / 400
+    if step < begin:
+        return 0.97
+    return 0.97 - 0.07 * (step - begin) / warmdown
 
 
 def _rows(tokens: np.ndarray[Any, Any]) -> Any:
@@ -226,10 +371,6 @@ def _peer_bits_per_byte(model: Any, work: Path) -> float:
         nats += float((losses * (sizes > 0)).sum())
         num_bytes += int(sizes.sum())
     return nats / (np.log(2.0) * num_bytes)
-
-
-def _tell(**values: Any) -> None:
-    print(json.dumps({"benchmark": "train", **values}), flush=True)
 
 
 if __name__ == "__main__":

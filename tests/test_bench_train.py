@@ -1,0 +1,80 @@
+"""What the training benchmark steers and tells with: its clock, its table, its variants."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+
+from benchmarks import ablate, bench_train
+from benchmarks.bench_train import ENDLESS, Clock
+from nanochat import configurator
+from nanochat.common import UserError
+from nanochat.schedule import Schedule
+from scripts import base_train
+
+
+def test_schedules_follow_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of 2 seconds in a budget of 40: the multiplier falls as if 20 had been planned."""
+    ticks = itertools.count(0.0, 2.0)
+    monkeypatch.setattr(bench_train.time, "perf_counter", lambda: next(ticks))
+    clock, multipliers = Clock(40.0, 0), []
+    assert clock.horizon == ENDLESS
+    while not clock.is_over:
+        now = Schedule(num_iterations=clock.horizon, warmdown_ratio=0.5)
+        multipliers.append(now.multiplier(clock.step))
+        clock.time(lambda: None)
+    planned = Schedule(num_iterations=20, warmdown_ratio=0.5)
+    assert (clock.step, clock.seconds) == (20, 40.0)
+    assert multipliers == [planned.multiplier(step) for step in range(20)]
+
+
+def test_a_slower_half_means_fewer_steps_and_still_a_whole_warmdown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(bench_train.time, "perf_counter", lambda: now)
+    clock, multipliers = Clock(40.0, 0), []
+
+    def step() -> None:
+        nonlocal now
+        now += 1.0 if clock.seconds < 20 else 2.0
+
+    while not clock.is_over:
+        multipliers.append(Schedule(clock.horizon, warmdown_ratio=1.0).multiplier(clock.step))
+        clock.time(step)
+    assert clock.step == 30
+    assert multipliers[20] == pytest.approx(0.5)
+    assert multipliers[-1] == pytest.approx(2 / 40, abs=0.02)
+
+
+def test_given_steps_leave_the_clock_out() -> None:
+    clock = Clock(1e9, 3)
+    while not clock.is_over:
+        assert clock.horizon == 3
+        clock.time(lambda: None)
+    assert clock.step == 3
+
+
+def test_the_table_has_a_line_a_side_best_first() -> None:
+    def row(side: str, seed: int, bpb: float) -> dict[str, Any]:
+        sizes = {"steps": 10, "seconds": 5.0, "tokens_per_second": 1000, "peak_mb": 700}
+        return {"side": side, "seed": seed, "val_bpb": bpb, **sizes}
+
+    lines = bench_train.table([row("a", 1, 2.0), row("b", 1, 1.5), row("a", 2, 2.2)]).splitlines()
+    assert lines[2].startswith("| b | 1.5000 |  | 1 | 10 |")
+    assert lines[3].startswith("| a | 2.1000 | 0.1414 | 2 | 10 | 5.0 | 1,000 | 700 |")
+
+
+def test_every_variant_is_a_command_that_base_train_knows() -> None:
+    variants = ablate.chosen("")
+    assert variants[0].name == "classic"
+    assert len({variant.name for variant in variants}) == len(variants) > 10
+    for variant in variants:
+        configurator.parse(base_train.Config, ["--depth=4", *variant.flags.split()])
+
+
+def test_an_unknown_group_is_named() -> None:
+    with pytest.raises(UserError, match="--only names 'prests'; there are baseline, presets"):
+        ablate.chosen("presets,prests")
