@@ -89,6 +89,11 @@ class AdamW:
             gradients.append(shard.gradient)
         return torch.stack(torch._foreach_norm(gradients)).square().sum()
 
+    def drop(self) -> None:
+        """Forget what `reduce` has brought, instead of the phases behind it."""
+        for shard in self._shards:
+            shard.gradient = shard.transfer = None
+
     def update(self, *, scale: Tensor, lr_multiplier: float, step: int) -> None:
         """Update this rank's rows with gradient * scale and start to gather those of others.
 

@@ -116,6 +116,7 @@ class FullShard:
         muon_momentum: float,
         decay_multiplier: float = 1.0,
         grad_clip: float = 0.0,
+        skip_overflow: bool = False,
     ) -> Tensor:
         """As `optimizers.Optimizer.step`."""
         gradients = {name: _local(p.grad) for name, p in self._named.items()}
@@ -123,6 +124,8 @@ class FullShard:
         grad_scale *= self._world.size
         squares = torch.stack(torch._foreach_norm(list(gradients.values()))).square().sum()
         norm = self._world.all_reduce_(squares).sqrt() * grad_scale
+        if skip_overflow and not norm.isfinite():
+            return norm
         scale = torch.full_like(norm, grad_scale)
         if grad_clip > 0:
             scale = scale * (grad_clip / norm).clamp(max=1.0)

@@ -117,6 +117,11 @@ class Muon:
             gradients.append(stack.gradient)
         return torch.stack(torch._foreach_norm(gradients)).square().sum()
 
+    def drop(self) -> None:
+        """Forget what `reduce` has brought, instead of the phases behind it."""
+        for stack in self._stacks:
+            stack.gradient = stack.transfer = None
+
     def update(
         self,
         *,

@@ -69,12 +69,14 @@ class Optimizer:
         muon_momentum: float,
         decay_multiplier: float = 1.0,
         grad_clip: float = 0.0,
+        skip_overflow: bool = False,
     ) -> Tensor:
         """Update all parameters from their `.grad`, this rank's sum over targets; uses it up.
 
         grad_scale: 1 / number of targets over all ranks. decay_multiplier: of the decay of
         matrices. grad_clip: bound on the norm of the scaled gradient over all parameters and
-        ranks, 0 for none. Returns that norm before clipping, 0-d on the device: reading it is the
+        ranks, 0 for none. skip_overflow: update nothing when that norm is not finite, which
+        costs a look at it. Returns the norm before clipping, 0-d on the device: reading it is the
         caller's choice.
         """
         for name, parameter in self._named_parameters:
@@ -85,6 +87,10 @@ class Optimizer:
             part.reduce()
         squares = torch.stack([part.squared_norm() for part in parts]).sum()
         norm = self._world.all_reduce_(squares).sqrt() * grad_scale
+        if skip_overflow and not norm.isfinite():  # on all ranks, for all have the same norm
+            for part in parts:
+                part.drop()
+            return norm
         scale = torch.full_like(norm, grad_scale)
         if grad_clip > 0:
             scale = scale * (grad_clip / norm).clamp(max=1.0)

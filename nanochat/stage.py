@@ -46,7 +46,7 @@ class StageConfig:
     device_type: str = ""
     """cuda, cpu or mps; default: the best there is."""
     dtype: str = ""
-    """Compute dtype: bfloat16 or float32; default: bfloat16 where the hardware is fast at it."""
+    """Compute dtype: bfloat16, float16 or float32; default: bfloat16 where it is fast."""
     model_tag: str | None = None
     """Folder name of the run; default: d<depth>."""
     num_iterations: int = -1

@@ -16,6 +16,12 @@ SPIKE_MEMORY = 100
 SPIKE_PATIENCE = 20
 # From half of the limit on, a run is suspect: its checkpoints replace no earlier one.
 SUSPECT_SHARE = 0.5
+# Scaling of the loss for fp16 (arXiv:1710.03740, section 3.2): the largest scale that does not make
+# gradients overflow is found by trying. Numbers of torch.amp.GradScaler.
+FIRST_LOSS_SCALE = 2.0**16
+LOSS_SCALE_STEPS = 2000  # sound steps in a row after which twice the scale is tried
+# An unscaled mean loss whose gradient overflows fp16 is no matter of scale.
+LEAST_LOSS_SCALE = 1.0
 
 
 @dataclass
@@ -42,6 +48,12 @@ class TrainState:
     best_step: int = -1
     """The saved step with the best evaluation; -1 if there is none."""
     best_value: float | None = None
+    loss_scale: float = FIRST_LOSS_SCALE
+    """What the mean loss of a step is multiplied by before its backward pass, in fp16."""
+    steps_at_scale: int = 0
+    """Sound steps in a row with this scale."""
+    skipped_steps: int = 0
+    """Steps whose gradient overflowed, so that nothing was updated."""
 
     @property
     def smooth_loss(self) -> float:
@@ -80,6 +92,26 @@ class TrainState:
     def is_suspect(self, spike_limit: float) -> bool:
         """Whether the loss has gone half the way to a spike."""
         return spike_limit > 0 and self.rise > SUSPECT_SHARE * spike_limit
+
+    def note_gradient(self, *, is_finite: bool) -> None:
+        """Take whether this step's scaled gradient was finite; sets the scale of the next one.
+
+        Raises UserError when the scale can not be lowered any more.
+        """
+        if is_finite:
+            self.steps_at_scale += 1
+            if self.steps_at_scale == LOSS_SCALE_STEPS:
+                self.loss_scale, self.steps_at_scale = 2.0 * self.loss_scale, 0
+            return
+        self.skipped_steps += 1
+        self.steps_at_scale = 0
+        if self.loss_scale <= LEAST_LOSS_SCALE:
+            raise UserError(
+                f"the gradient overflows fp16 at step {self.step} even with a loss scale of "
+                f"{self.loss_scale:g}, after {self.skipped_steps} skipped steps; "
+                "--dtype=bfloat16 or float32 has the range"
+            )
+        self.loss_scale /= 2.0
 
     def note_evaluation(self, values: dict[str, float]) -> None:
         """Take what was measured at this step; smaller is better for names in bpb or loss."""

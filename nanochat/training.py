@@ -67,7 +67,8 @@ class _Pending:
 
     step: int
     loss: Tensor
-    grad_norm: Tensor
+    grad_norm: Tensor | None
+    """None of a step that was skipped."""
     measures: dict[str, float]
 
 
@@ -133,6 +134,7 @@ class Trainer:
         if plan.compile:
             self._hidden = torch.compile(model.hidden, dynamic=False)
         self._micro_batch_rows = plan.micro_batch_rows
+        self._scales_loss = runtime.compute_dtype == torch.float16
         self._pending: list[_Pending] = []
         self._saved_step = -1
         self._asked_at: float | None = None
@@ -205,8 +207,9 @@ class Trainer:
     def accumulate_gradients(self) -> tuple[Batch, Tensor]:
         """Take a step's rows and add up the gradients of their losses.
 
-        Returns the batch and the loss sum of this rank's rows in nats, an fp32 scalar. When the
-        device has no memory left the rows are taken again in smaller parts.
+        Returns the batch and the loss sum of this rank's rows in nats, an fp32 scalar. Gradients
+        are those of that sum; in fp16 those of the mean over all targets times the loss scale.
+        When the device has no memory left the rows are taken again in smaller parts.
         """
         batch = self.loader.next_step()
         while True:
@@ -219,8 +222,12 @@ class Trainer:
 
     def _add_up(self, batch: Batch) -> Tensor:
         loss_sum = torch.zeros((), device=self.runtime.device)
-        device = self.runtime.device
+        device, factor = self.runtime.device, self._loss_factor(batch.num_targets)
         for inputs, targets, weights in _micro_batches(batch, self._micro_batch_rows):
+            if (
+                self._scales_loss
+            ):  # as weights, so that nothing is rounded to fp16 before it is scaled
+                weights = factor * (torch.ones(targets.shape) if weights is None else weights)
             part = next_token_loss_sum(
                 self._hidden(inputs.to(device, non_blocking=True)),
                 self.model.lm_head.weight,
@@ -231,8 +238,12 @@ class Trainer:
                 compiled=self.plan.compile,
             )
             part.backward()  # type: ignore[no-untyped-call]
-            loss_sum += part.detach()
+            loss_sum += part.detach() / factor
         return loss_sum
+
+    def _loss_factor(self, num_targets: int) -> float:
+        """What losses are multiplied by before the backward pass: 1, but for fp16."""
+        return self.state.loss_scale / max(num_targets, 1) if self._scales_loss else 1.0
 
     def _take_smaller_parts(self, reason: str) -> None:
         """Halve the rows of a pass; this rank alone, for losses are sums over rows."""
@@ -264,27 +275,24 @@ class Trainer:
         with self.progress.own_work.measured():
             batch, loss_sum = self.accumulate_gradients()
         multiplier = self.plan.schedule.multiplier(self.state.step)
-        grad_norm = torch.zeros(())
+        grad_norm: Tensor | None = torch.zeros(())
         if batch.num_targets:  # else nothing was learned, and momentum alone must not move weights
-            grad_norm = self.optimizer.step(
-                grad_scale=1.0 / batch.num_targets,
-                lr_multiplier=multiplier,
-                muon_momentum=self.plan.schedule.momentum(self.state.step),
-                decay_multiplier=self.plan.schedule.decay(self.state.step),
-                grad_clip=self.plan.grad_clip,
-            )
-            self.weights.publish()
+            grad_norm = self._update(batch.num_targets, multiplier)
         self.optimizer.zero_grad()
         self.runtime.world.all_reduce_(loss_sum)
         self.state.step += 1
         num_tokens = batch.inputs.numel() * self.runtime.world.size
         self.state.tokens += num_tokens
+        measures = batch.measures
+        if self._scales_loss:
+            scaling = {"loss_scale": self.state.loss_scale, "skipped": self.state.skipped_steps}
+            measures = measures | scaling
         self._pending.append(
             _Pending(
                 self.state.step,
                 loss_sum / max(batch.num_targets, 1),
                 grad_norm,
-                {"lr": multiplier, **batch.measures},
+                {"lr": multiplier, **measures},
             )
         )
         is_logged = self.state.step % self.plan.log_every == 0 or self.state.step == 1
@@ -295,20 +303,44 @@ class Trainer:
         self.progress.speed.count(seconds, num_tokens)
         if is_logged:
             self.progress.log(
-                self.state, lr=multiplier, epoch=self.loader.progress, measures=batch.measures
+                self.state, lr=multiplier, epoch=self.loader.progress, measures=measures
             )
             if speed := self.progress.speed.tokens_per_second:
                 self._write(
                     self.state.step, tokens_per_second=speed, total_seconds=self.state.seconds
                 )
 
+    def _update(self, num_targets: int, multiplier: float) -> Tensor | None:
+        """Move the weights; the gradient's norm, None when it overflowed and nothing was moved."""
+        grad_norm = self.optimizer.step(
+            grad_scale=1.0 / (num_targets * self._loss_factor(num_targets)),
+            lr_multiplier=multiplier,
+            muon_momentum=self.plan.schedule.momentum(self.state.step),
+            decay_multiplier=self.plan.schedule.decay(self.state.step),
+            grad_clip=self.plan.grad_clip,
+            skip_overflow=self._scales_loss,
+        )
+        if self._scales_loss:
+            is_finite = bool(grad_norm.isfinite())
+            try:
+                self.state.note_gradient(is_finite=is_finite)
+            except UserError as error:
+                self._give_up(str(error))
+            if not is_finite:
+                return None
+        self.weights.publish()
+        return grad_norm
+
     # ---- what a run tells ---------------------------------------------------------------------
 
     def _flush(self) -> None:
         """Read the losses that have piled up on the device; stop on one that is not sound."""
         for row in self._pending:
-            loss, grad_norm = float(row.loss), float(row.grad_norm)
-            self._write(row.step, loss=loss, grad_norm=grad_norm, **row.measures)
+            loss, grad_norm, values = float(row.loss), 0.0, row.measures
+            if row.grad_norm is not None:
+                grad_norm = float(row.grad_norm)
+                values = {"grad_norm": grad_norm, **values}
+            self._write(row.step, loss=loss, **values)
             try:
                 self.state.observe(row.step, loss, grad_norm, spike_limit=self.plan.spike_limit)
             except UserError as error:
