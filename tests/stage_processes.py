@@ -19,7 +19,13 @@ from nanochat import configurator
 from nanochat.tracking import read_metrics
 
 SECONDS_OF_ONE_RUN = 300
-SCRIPTS = ["scripts.base_train", "scripts.mid_train", "scripts.chat_sft", "scripts.tok_train"]
+SCRIPTS = [
+    "scripts.base_train",
+    "scripts.mid_train",
+    "scripts.chat_sft",
+    "tests.even_rl",
+    "scripts.tok_train",
+]
 COMMON = (
     "--device_batch_size=2",
     "--num_iterations=40",
@@ -62,6 +68,20 @@ SFT = Stage(
         "--eval_metrics_every=10",
         "--eval_metrics_max_problems=2",
         *COMMON,
+    ),
+)
+RL = Stage(
+    "tests.even_rl",
+    "chatrl_checkpoints",
+    (
+        "--examples_per_step=2",
+        "--num_samples=4",
+        "--max_new_tokens=4",
+        "--top_k=0",
+        "--init_lr_frac=0.2",
+        "--eval_examples=8",
+        "--eval_samples=2",
+        *(flag for flag in COMMON if not flag.startswith("--eval_tokens")),
     ),
 )
 
@@ -113,13 +133,15 @@ def outcome(base: Path, stage: Stage) -> dict[str, Any]:
     files = json.loads((newest / "manifest.json").read_text())["files"]
     hashes = {name: entry["sha256"] for name, entry in files.items() if ".safetensors" in name}
     assert len(hashes) == 3  # model, optimizer, loader
-    loop = json.loads((newest / "state.json").read_text())["loop"]
+    state = json.loads((newest / "state.json").read_text())
+    loop = state["loop"]
     rows = read_metrics(run_dir(base, stage) / "metrics.jsonl")
     return {
         "step": loop["step"],
+        "loader": state["loader"],
         "evaluations": loop["evaluations"],
         "best": loop["best"],
-        "losses": [(row["step"], row["loss"]) for row in rows if "loss" in row],
+        "losses": [(row["step"], row["loss"], row.get("reward")) for row in rows if "loss" in row],
         **hashes,
     }
 
