@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from nanochat import fused
+from nanochat import fused, fused_native
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
@@ -24,10 +24,14 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None)
     q: (B, T, H, D); k, v: (B, T, K, D). window: how many positions before its own each one sees,
     None = all. Returns (B, T, H, D) in q's dtype.
     """
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    groups = q.size(1) // k.size(1)
-    if window is not None and window >= q.size(2) - 1:
+    groups = q.size(2) // k.size(2)
+    if window is not None and window >= q.size(1) - 1:
         window = None
+    if fused_native.takes(q, k, v):
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, dim=2), v.repeat_interleave(groups, dim=2)
+        return fused_native.causal_attention(q, k, v, window)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if q.device.type == "cpu" and q.requires_grad:
         # CPU flash attention runs its backward pass at fp32 speed; matmuls over blocks of queries
         # run in the compute dtype and skip the keys of the future.

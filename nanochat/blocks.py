@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanochat import fused
+from nanochat import fused, fused_native
 from nanochat.attention import Past, cached_attention, causal_attention
 from nanochat.gpt_config import GATE_CHANNELS, GPTConfig
 
@@ -21,6 +21,8 @@ NORM_EPS = torch.finfo(torch.float32).eps
 
 def rms_norm(x: Tensor) -> Tensor:
     """Scale the last dimension to unit root mean square; no weights (arXiv:1910.07467)."""
+    if fused_native.takes(x):
+        return fused_native.rms_norm(x, NORM_EPS)
     if fused.pays_for(x):
         return fused.rms_norm(x, NORM_EPS)
     return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
@@ -62,6 +64,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def rotate_and_norm(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """`rotate`, then `rms_norm` of each head (QK norm, arXiv:2010.04245)."""
+    if fused_native.takes(x) and rotary[0].ndim == 2 and x.size(-1) % 64 == 0:
+        return fused_native.rotate_and_norm(x, *rotary, NORM_EPS)
     if fused.pays_for(x) and rotary[0].ndim == 2:
         return fused.rotate_and_norm(x, *rotary, NORM_EPS)
     return rms_norm(rotate(x, *rotary))
@@ -72,6 +76,13 @@ def scaled_sum(x: Tensor, first: Tensor, keep: Tensor, back: Tensor) -> Tensor:
     if fused.pays_for(x):
         return fused.scaled_sum(x, first, keep, back)
     return keep * x + back * first
+
+
+def linears(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
+    """Bias-free linear layers that read the same x (..., K): one (..., N) of each."""
+    if fused_native.takes_layers(x, layers):
+        return fused_native.linears(x, [layer.weight for layer in layers])
+    return tuple(layer(x) for layer in layers)
 
 
 class CausalSelfAttention(nn.Module):
@@ -105,10 +116,12 @@ class CausalSelfAttention(nn.Module):
 
         Returns (B, T, C); for Q wanted columns their queries alone are made: (B, Q, C).
         """
-        asking, asking_rotary = (x, rotary) if wanted is None else (wanted.of(x), wanted.rotary)
-        q = self.c_q(asking).unflatten(-1, (-1, self.head_dim))
-        k = self.c_k(x).unflatten(-1, (-1, self.head_dim))
-        v = self.c_v(x).unflatten(-1, (-1, self.head_dim))
+        asking_rotary = rotary if wanted is None else wanted.rotary
+        if wanted is None:
+            projected = linears(x, self.c_q, self.c_k, self.c_v)
+        else:
+            projected = (self.c_q(wanted.of(x)), *linears(x, self.c_k, self.c_v))
+        q, k, v = (part.view(*part.shape[:-1], -1, self.head_dim) for part in projected)
         if token_values is not None:
             gate: Tensor = 3.0 * torch.sigmoid(self.ve_gate(x[..., :GATE_CHANNELS]))  # (B, T, K)
             v = v + gate.unsqueeze(-1) * token_values.view_as(v)
@@ -116,7 +129,7 @@ class CausalSelfAttention(nn.Module):
         if self.qk_scale != 1.0:
             q = q * self.qk_scale**2  # only the product of the two factors shows
         y = self._attend(q, k, v, cached, wanted)
-        out: Tensor = self.c_proj(y.flatten(-2))
+        (out,) = linears(y.flatten(-2), self.c_proj)
         return out
 
     def _attend(
@@ -147,6 +160,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, C), normed. Returns (B, T, C)."""
+        if fused_native.takes_layers(x, (self.c_fc, self.c_proj)):
+            return fused_native.relu_squared_mlp(x, self.c_fc.weight, self.c_proj.weight)
         out: Tensor = self.c_proj(relu_squared(self.c_fc(x)))
         return out
 
@@ -161,7 +176,8 @@ class GatedMLP(MLP):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, C), normed. Returns (B, T, C)."""
-        out: Tensor = self.c_proj(F.silu(self.c_gate(x)) * self.c_fc(x))
+        gate, inner = linears(x, self.c_gate, self.c_fc)
+        (out,) = linears(F.silu(gate) * inner, self.c_proj)
         return out
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import torch
 
+from nanochat import fused_native
 from nanochat.gpt import GPT
 from nanochat.objectives import CHUNK_ROWS
 
 # Numbers that a layer saves for its backward pass, per token and per feature of the width: counted
 # with torch.autograd.graph.saved_tensors_hooks, 19 at 128 positions and 22 at 512.
 SAVED_PER_LAYER = 22
+SAVED_BY_KERNELS = 10  # the same where the compiled kernels train
+SAVED_FOR_MIXES = 4  # by the mixes and value embeddings of `modern` beside them
+SAVED_FOR_GATES = 8  # by a gated MLP
 SAVED_OUTSIDE = 4  # the embedding, its norm, the final norm, and the gradient of the final states
 COPIES_OF_A_CHUNK = 3  # of fp32 logits alive at once in the loss
 _FP32_BYTES = 4
@@ -27,7 +31,12 @@ def estimate_memory(
     # AdamW keeps two numbers for each one, Muon one; each rank has a share.
     states = 2 * total - counts["transformer_matrices"]
     tokens = rows * config.sequence_len
-    saved = (SAVED_PER_LAYER * config.n_layer + SAVED_OUTSIDE) * config.n_embd * tokens * size
+    is_native = model.device.type == "cpu" and fused_native.trains_in(compute_dtype)
+    per_layer = SAVED_PER_LAYER
+    if is_native:
+        per_layer = SAVED_BY_KERNELS + SAVED_FOR_MIXES * config.residual_scalars
+        per_layer += SAVED_FOR_GATES * (config.mlp == "swiglu")
+    saved = (per_layer * config.n_layer + SAVED_OUTSIDE) * config.n_embd * tokens * size
     is_copied = compute_dtype != torch.float32  # the embedding is not, being only looked up
     return {
         "weights": _FP32_BYTES * total,

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanochat import fused_native
 from nanochat.gpt import GPT, LOGIT_SOFTCAP
 
 IGNORED = -1
@@ -50,6 +51,9 @@ def next_token_loss_sum(
         kept = (flat != IGNORED).nonzero().squeeze(1)
         rows, flat = rows.index_select(0, kept), flat.index_select(0, kept)
         factors = None if factors is None else factors.index_select(0, kept)
+    if cap and flat.numel() and fused_native.takes(rows, head_weight):
+        used = head_weight.size(0) if vocab_size is None else vocab_size
+        return fused_native.head_loss_sum(rows, head_weight, flat, factors, cap, used)
     if vocab_size == head_weight.size(0):
         vocab_size = None
     function = _compiled_chunk() if compiled else _chunk_loss_and_gradient

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from nanochat import fused_native
 from nanochat.common import UserError
 from nanochat.dataloader import Batch
 from nanochat.schedule import Schedule
@@ -74,7 +75,9 @@ class Plan:
     """What ranks share out: "optimizer" states, or "full": weights and gradients, too."""
 
 
-def wants_compile(mode: str, *, device: torch.device, training_flops: float) -> bool:
+def wants_compile(
+    mode: str, *, device: torch.device, dtype: torch.dtype, training_flops: float
+) -> bool:
     """Resolve --compile: "on", "off", or "auto" = where compiling saves more than it costs."""
     if mode not in ("auto", "on", "off"):
         raise UserError(f"--compile is {mode!r}; use auto, on or off")
@@ -83,6 +86,8 @@ def wants_compile(mode: str, *, device: torch.device, training_flops: float) -> 
     if device.type == "cuda":
         return True
     if device.type != "cpu" or training_flops < CPU_COMPILE_FLOPS:
+        return False
+    if fused_native.trains_in(dtype):  # faster than what a compiler makes, from the first step on
         return False
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         logger.warning("no C++ compiler found: training runs uncompiled, about a fifth slower")

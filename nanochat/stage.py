@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from nanochat import checkpoint_manager, fp8, report
+from nanochat import checkpoint_manager, fp8, fused_native, report
 from nanochat.common import UserError, checkpoints_dir
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.memory import estimate_memory, format_bytes
@@ -205,6 +205,7 @@ def train_stage(
         and wants_compile(
             config.compile,
             device=runtime.device,
+            dtype=runtime.compute_dtype,
             training_flops=model.estimate_flops() * rows_per_step * sequence_len * num_iterations,
         ),
     )
@@ -218,7 +219,7 @@ def train_stage(
         "sequence_len": sequence_len,
         "tokenizer_hash": tokenizer.hash,
     }
-    _announce(title, model, plan, facts)
+    _announce(title, model, plan, facts, runtime)
     if config.dry_run:
         _announce_writes(run_dir, plan, model, runtime)
         if not dry_run_trains:
@@ -274,7 +275,7 @@ def _train(trainer: Trainer, config: StageConfig, facts: dict[str, Any]) -> None
             trainer.metrics.close()
 
 
-def _announce(title: str, model: GPT, plan: Plan, facts: dict[str, Any]) -> None:
+def _announce(title: str, model: GPT, plan: Plan, facts: dict[str, Any], runtime: Runtime) -> None:
     counts = model.count_parameters()
     groups = ", ".join(f"{name} {count:,}" for name, count in counts.items() if name != "total")
     steps = plan.schedule.num_iterations
@@ -286,9 +287,17 @@ def _announce(title: str, model: GPT, plan: Plan, facts: dict[str, Any]) -> None
         f"{facts['total_batch_size']:,}",
         f"{tokens:,}",
         tokens * model.estimate_flops(),
-        "compiled" if plan.compile else "uncompiled",
+        _how(plan, runtime),
         f", {tokens / counts['total']:.1f} tokens per parameter",
     )
+
+
+def _how(plan: Plan, runtime: Runtime) -> str:
+    """What the passes of a step run on."""
+    if plan.compile:
+        return "compiled"
+    is_native = runtime.device.type == "cpu" and fused_native.trains_in(runtime.compute_dtype)
+    return "AMX kernels" if is_native else "uncompiled"
 
 
 def _announce_writes(run_dir: Path, plan: Plan, model: GPT, runtime: Runtime) -> None:

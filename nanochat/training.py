@@ -30,7 +30,7 @@ from nanochat.optimizers import Optimizer, OptimizerConfig, build_optimizer
 from nanochat.plan import Plan, StepLoader
 from nanochat.precision import MasterWeights
 from nanochat.progress import Progress
-from nanochat.runtime import Runtime
+from nanochat.runtime import Runtime, keep_freed_memory
 from nanochat.saving import CheckpointSaver, not_finite
 from nanochat.stopping import StoppedError, StopRequest
 from nanochat.tracking import MetricWriter
@@ -144,6 +144,8 @@ class Trainer:
 
     def run(self) -> TrainState:
         """Train to the end of the plan. Raises StoppedError after saving when a stop was asked."""
+        if self.runtime.device.type == "cpu":
+            keep_freed_memory()
         last = self.plan.schedule.num_iterations
         with self.saver:
             while True:

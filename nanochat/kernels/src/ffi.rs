@@ -11,13 +11,13 @@ use crate::matmul::{Kind, Matrix};
 use crate::model::{Chunk, Layer, Model, Sizes, Tables};
 use crate::sampling::{choose, Room, Settings};
 
-pub const ABI_VERSION: i32 = 3;
+pub const ABI_VERSION: i32 = 4;
 
 thread_local! {
     static LAST_ERROR: RefCell<String> = const { RefCell::new(String::new()) };
 }
 
-fn guarded(body: impl FnOnce() -> Result<(), String>) -> i32 {
+pub(crate) fn guarded(body: impl FnOnce() -> Result<(), String>) -> i32 {
     let (status, message) = match catch_unwind(AssertUnwindSafe(body)) {
         Ok(Ok(())) => return 0,
         Ok(Err(message)) => (-1, message),

@@ -1,6 +1,7 @@
 //! Zeroed memory on cache-line boundaries, and pointers that threads may share.
 
 use std::alloc::{alloc_zeroed, dealloc, handle_alloc_error, Layout};
+use std::cell::RefCell;
 
 const ALIGNMENT: usize = 64;
 
@@ -93,4 +94,27 @@ impl<T> Shared<T> {
     pub unsafe fn at(self, offset: usize) -> *mut T {
         self.0.add(offset)
     }
+}
+
+thread_local! {
+    static LOCAL: RefCell<Buffer<u8>> = RefCell::new(Buffer::zeroed(0));
+    static SHARED: RefCell<Buffer<u8>> = RefCell::new(Buffer::zeroed(0));
+}
+
+/// Scratch memory of this thread, kept from call to call; what is in it is left over from before.
+pub fn with_local<R>(num_bytes: usize, use_it: impl FnOnce(*mut u8) -> R) -> R {
+    LOCAL.with(|buffer| {
+        let mut buffer = buffer.borrow_mut();
+        buffer.reserve(num_bytes);
+        use_it(buffer.mut_ptr())
+    })
+}
+
+/// As `with_local`, for what the caller of a team shares with its tasks.
+pub fn with_shared<T: Copy, R>(len: usize, use_it: impl FnOnce(*mut T) -> R) -> R {
+    SHARED.with(|buffer| {
+        let mut buffer = buffer.borrow_mut();
+        buffer.reserve(len * std::mem::size_of::<T>());
+        use_it(buffer.mut_ptr() as *mut T)
+    })
 }

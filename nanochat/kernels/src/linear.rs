@@ -1,0 +1,223 @@
+//! Linear layers for training in bf16: the product, and both of its gradients.
+//!
+//! Legend: M = rows of activations, N = outputs, K = inputs. Weights are (N, K), as PyTorch keeps
+//! them. Operands are packed anew at every call, which costs a small part of the product.
+
+use std::arch::x86_64::*;
+
+use crate::amx::{
+    self, multiply, pack_columns, pack_pairs, pack_rows, Left, View, BLOCK, STEP_LEN,
+};
+use crate::memory::{with_local, with_shared, Shared};
+use crate::team;
+
+/// Rows that a task multiplies with all weights: 128 x 256 numbers and their sums fit the cache.
+const TASK_ROWS: usize = 128;
+/// Steps of a weight gradient that are multiplied before the next block: 512 rows.
+const CHUNK_STEPS: usize = 16;
+/// Inputs whose weight gradients a task keeps at once.
+const TASK_INPUTS: usize = 256;
+
+/// What becomes of 32 x 32 sums on their way to memory.
+#[derive(Clone, Copy)]
+pub enum Then {
+    Round,
+    /// max(y, 0)^2.
+    Relu2,
+    /// Times 2 sqrt(h), the derivative of h = max(x, 0)^2 at its own place; h is (M, K).
+    Relu2Gradient(Shared<u16>),
+}
+
+/// Write a block of sums as bf16. `at`: place of its first number in the output.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+unsafe fn finish(
+    sums: *const f32,
+    (rows, columns): (usize, usize),
+    then: Then,
+    out: Shared<u16>,
+    at: usize,
+    stride: usize,
+) {
+    let mask = if columns >= BLOCK { u32::MAX } else { (1u32 << columns) - 1 };
+    let zero = _mm512_setzero_ps();
+    for r in 0..rows.min(BLOCK) {
+        let line = sums.add(r * BLOCK);
+        let (mut low, mut high) = (_mm512_loadu_ps(line), _mm512_loadu_ps(line.add(16)));
+        match then {
+            Then::Round => {}
+            Then::Relu2 => {
+                (low, high) = (_mm512_max_ps(low, zero), _mm512_max_ps(high, zero));
+                (low, high) = (_mm512_mul_ps(low, low), _mm512_mul_ps(high, high));
+            }
+            Then::Relu2Gradient(h) => {
+                let h = _mm512_maskz_loadu_epi16(mask, h.at(at + r * stride) as *const i16);
+                let first = amx::widen(_mm512_castsi512_si256(h));
+                let second = amx::widen(_mm512_extracti64x4_epi64::<1>(h));
+                low = _mm512_mul_ps(low, twice_root(first));
+                high = _mm512_mul_ps(high, twice_root(second));
+            }
+        }
+        let line = out.at(at + r * stride) as *mut i16;
+        _mm512_mask_storeu_epi16(line, mask, amx::round(low, high));
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn twice_root(h: __m512) -> __m512 {
+    let root = _mm512_sqrt_ps(h);
+    _mm512_add_ps(root, root)
+}
+
+/// 32 rows of `x` from `row` on as a left operand; the last ones are copied, with zeros behind.
+unsafe fn left_rows(x: &View, row: usize, spare: *mut u16) -> Left {
+    if row + BLOCK <= x.rows {
+        return Left::rows(x.start.add(row * x.stride), x.stride);
+    }
+    std::ptr::write_bytes(spare, 0, BLOCK * x.columns);
+    for r in row..x.rows {
+        let from = x.start.add(r * x.stride);
+        std::ptr::copy_nonoverlapping(from, spare.add((r - row) * x.columns), x.columns);
+    }
+    Left::rows(spare, x.columns)
+}
+
+/// `y` (M, N) = x (M, K) w^T, then `then`. K is a multiple of 32.
+///
+/// # Safety
+/// AMX is there; the matrices have these shapes.
+pub unsafe fn forward(threads: usize, x: View, w: View, y: Shared<u16>, then: Then) {
+    product(threads, &[(x, w)], pack_rows, w.rows, y, then);
+}
+
+/// `dx` (M, K) = the sum over pairs of dy (M, N) w, then `then`. Every N is a multiple of 32.
+///
+/// # Safety
+/// As `forward`.
+pub unsafe fn backward_input(threads: usize, pairs: &[(View, View)], dx: Shared<u16>, then: Then) {
+    product(threads, pairs, pack_pairs, pairs[0].1.columns, dx, then);
+}
+
+/// The sum over pairs of left (M, contraction) and what `pack` makes of right: (M, outputs).
+unsafe fn product(
+    threads: usize,
+    pairs: &[(View, View)],
+    pack: unsafe fn(&View, usize, *mut u16),
+    outputs: usize,
+    out: Shared<u16>,
+    then: Then,
+) {
+    let panels = outputs.div_ceil(BLOCK);
+    let steps: Vec<usize> = pairs.iter().map(|(left, _)| left.columns / BLOCK).collect();
+    let (panel_len, rows) = (steps.iter().sum::<usize>() * STEP_LEN, pairs[0].0.rows);
+    let widest = steps.iter().max().map_or(0, |steps| steps * BLOCK);
+    with_shared(panels * panel_len, |packed: *mut u16| {
+        let packed = Shared::new(packed);
+        team::run(threads, panels, &|panel| unsafe {
+            let mut place = packed.at(panel * panel_len);
+            for ((_, right), steps) in pairs.iter().zip(&steps) {
+                pack(right, panel * BLOCK, place);
+                place = place.add(steps * STEP_LEN);
+            }
+        });
+        team::run(threads, rows.div_ceil(TASK_ROWS), &|task| unsafe {
+            let _tiles = amx::Tiles::configure();
+            let spare_len = pairs.len() * BLOCK * widest;
+            with_local(BLOCK * BLOCK * 4 + spare_len * 2, |scratch: *mut u8| {
+                let sums = scratch as *mut f32;
+                let spare = scratch.add(BLOCK * BLOCK * 4) as *mut u16;
+                let (first, last) = (task * TASK_ROWS, rows.min((task + 1) * TASK_ROWS));
+                // A block of rows at a time: its outputs are written line after line.
+                for row in (first..last).step_by(BLOCK) {
+                    for panel in 0..panels {
+                        let mut right = packed.at(panel * panel_len) as *const u16;
+                        for (i, ((left, _), &steps)) in pairs.iter().zip(&steps).enumerate() {
+                            let left = left_rows(left, row, spare.add(i * BLOCK * widest));
+                            multiply(left, right, steps, sums, BLOCK, i > 0);
+                            right = right.add(steps * STEP_LEN);
+                        }
+                        let column = panel * BLOCK;
+                        let size = (last - row, outputs - column);
+                        finish(sums, size, then, out, row * outputs + column, outputs);
+                    }
+                }
+            });
+        });
+    });
+}
+
+/// `dw` (N, K) in bf16 = dy^T (N, M) x (M, K).
+///
+/// # Safety
+/// As `forward`.
+pub unsafe fn backward_weight(threads: usize, dy: View, x: View, dw: Shared<u16>) {
+    let (rows, outputs, inputs) = (dy.rows, dy.columns, x.columns);
+    let steps = rows.div_ceil(BLOCK);
+    let (blocks, panels) = (outputs.div_ceil(BLOCK), inputs.div_ceil(BLOCK));
+    with_shared((blocks + panels) * steps * STEP_LEN, |packed: *mut u16| {
+        let packed = Shared::new(packed);
+        let parts = steps.div_ceil(CHUNK_STEPS);
+        team::run(threads, parts, &|part| unsafe {
+            let first = part * CHUNK_STEPS;
+            // All columns of 32 rows before the next ones, as they lie in memory.
+            for step in first..steps.min(first + CHUNK_STEPS) {
+                let view = dy.rows_from(step * BLOCK, BLOCK);
+                for block in 0..blocks {
+                    let out = packed.at((block * steps + step) * STEP_LEN);
+                    pack_columns(&view, block * BLOCK, out);
+                }
+                let view = x.rows_from(step * BLOCK, BLOCK);
+                for panel in 0..panels {
+                    let out = packed.at(((blocks + panel) * steps + step) * STEP_LEN);
+                    pack_pairs(&view, panel * BLOCK, out);
+                }
+            }
+        });
+        let per_side = inputs.div_ceil(TASK_INPUTS);
+        // As many outputs as share what is read of the inputs, and still work for all threads.
+        let group = [4, 2, 1]
+            .into_iter()
+            .find(|group| blocks.div_ceil(*group) * per_side >= threads)
+            .unwrap_or(1);
+        let groups = blocks.div_ceil(group);
+        team::run(threads, groups * per_side, &|task| unsafe {
+            let _tiles = amx::Tiles::configure();
+            let (first_block, first_input) =
+                (task / per_side * group, task % per_side * TASK_INPUTS);
+            let blocks = first_block..(first_block + group).min(blocks);
+            let width = TASK_INPUTS.min(inputs - first_input);
+            let stride = width.next_multiple_of(BLOCK);
+            with_local(blocks.len() * BLOCK * stride * 4, |sums: *mut u8| {
+                let sums = sums as *mut f32;
+                for first in (0..steps).step_by(CHUNK_STEPS) {
+                    let count = CHUNK_STEPS.min(steps - first);
+                    for panel in 0..stride / BLOCK {
+                        let index = outputs.div_ceil(BLOCK) + first_input / BLOCK + panel;
+                        let right = packed.at((index * steps + first) * STEP_LEN);
+                        for (i, block) in blocks.clone().enumerate() {
+                            let left = packed.at((block * steps + first) * STEP_LEN);
+                            let c = sums.add(i * BLOCK * stride + panel * BLOCK);
+                            multiply(Left::packed(left), right, count, c, stride, first > 0);
+                        }
+                    }
+                }
+                for row in 0..(blocks.len() * BLOCK).min(outputs - first_block * BLOCK) {
+                    let at = (first_block * BLOCK + row) * inputs + first_input;
+                    round_row(sums.add(row * stride), width, dw.at(at));
+                }
+            });
+        });
+    });
+}
+
+/// Write `len` sums as bf16.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+pub unsafe fn round_row(sums: *const f32, len: usize, out: *mut u16) {
+    for i in (0..len).step_by(32) {
+        let left = len - i;
+        let mask = if left >= 32 { u32::MAX } else { (1u32 << left) - 1 };
+        let low = _mm512_maskz_loadu_ps(mask as u16, sums.add(i));
+        let high = _mm512_maskz_loadu_ps((mask >> 16) as u16, sums.wrapping_add(i + 16));
+        _mm512_mask_storeu_epi16(out.add(i) as *mut i16, mask, amx::round(low, high));
+    }
+}

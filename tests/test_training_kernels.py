@@ -1,0 +1,150 @@
+"""The training kernels against the plain formulas in fp32, odd sizes included."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanochat.attention import causal_attention
+from nanochat.blocks import NORM_EPS, rms_norm, rotary_tables, rotate
+from nanochat.gpt import softcap
+from nanochat.kernels import training
+
+pytestmark = pytest.mark.skipif(training.load() is None, reason="no AMX, or no compiled kernels")
+ROUNDING = 2**-8  # of a bf16 number, relative: what inputs, outputs and weights are rounded to
+
+
+def numbers(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator) * scale).to(torch.bfloat16)
+
+
+def assert_near(found: Tensor, expected: Tensor, *, relative: float = 2 * ROUNDING) -> None:
+    """Root mean square of the differences, beside that of what is expected."""
+    assert found.shape == expected.shape
+    assert torch.isfinite(found).all()
+    error = (found.float() - expected.float()).square().mean().sqrt()
+    assert error <= relative * expected.float().square().mean().sqrt() + 1e-7
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs"),
+    [(1, 32, 1), (31, 64, 40), (129, 96, 256), (512, 256, 768), (1000, 288, 70)],
+)
+@pytest.mark.parametrize("relu2", [False, True])
+def test_linear(rows: int, inputs: int, outputs: int, relu2: bool) -> None:
+    x, weight = numbers(rows, inputs), numbers(outputs, inputs, seed=1, scale=inputs**-0.5)
+    expected = x.float() @ weight.float().t()
+    if relu2:
+        expected = expected.relu().square()
+    assert_near(training.linear(x, weight, relu2=relu2), expected, relative=ROUNDING)
+
+
+@pytest.mark.parametrize(("rows", "inputs"), [(1, 16), (33, 70), (300, 256), (257, 1024)])
+@pytest.mark.parametrize("outputs", [(32,), (64, 256), (256, 128, 128)])
+def test_input_gradient(rows: int, inputs: int, outputs: tuple[int, ...]) -> None:
+    gradients = [numbers(rows, n, seed=n) for n in outputs]
+    weights = [numbers(n, inputs, seed=n + 1) for n in outputs]
+    h = numbers(rows, inputs, seed=5).relu().square()
+    pairs = zip(gradients, weights, strict=True)
+    expected = sum((g.float() @ w.float() for g, w in pairs), torch.zeros(()))
+    found = training.linear_input_gradient(gradients, weights)
+    assert_near(found, expected, relative=ROUNDING)
+    behind = training.linear_input_gradient(gradients, weights, h)
+    assert_near(behind, expected * 2 * h.float().sqrt(), relative=ROUNDING)
+
+
+@pytest.mark.parametrize("rows", [1, 31, 32, 1000, 1056])
+@pytest.mark.parametrize(("outputs", "inputs"), [(16, 32), (70, 300), (256, 1024), (768, 256)])
+def test_weight_gradient(rows: int, outputs: int, inputs: int) -> None:
+    gradient, x = numbers(rows, outputs), numbers(rows, inputs, seed=1)
+    expected = gradient.float().t() @ x.float()
+    assert_near(training.linear_weight_gradient(gradient, x), expected, relative=ROUNDING)
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (3, 70, 256), (300, 1024)])
+def test_rms_norm(shape: tuple[int, ...]) -> None:
+    x, gradient = numbers(*shape, scale=3.0), numbers(*shape, seed=1)
+    leaf = x.float().requires_grad_()
+    expected = rms_norm(leaf)
+    expected.backward(gradient.float())
+    found, inverse = training.rms_norm(x, NORM_EPS)
+    assert_near(found, expected, relative=ROUNDING)
+    behind = training.rms_norm_gradient(gradient, found, inverse)
+    assert leaf.grad is not None
+    assert_near(behind, leaf.grad)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 64), (3, 50, 2, 128), (2, 300, 3, 64)])
+def test_rotate_and_norm(shape: tuple[int, ...]) -> None:
+    x, gradient = numbers(*shape), numbers(*shape, seed=1)
+    cos, sin = rotary_tables(shape[1], shape[3], None, base=10_000)
+    leaf = x.float().requires_grad_()
+    expected = rms_norm(rotate(leaf, cos, sin))
+    expected.backward(gradient.float())
+    found, inverse = training.rotate_and_norm(x, cos, sin, NORM_EPS)
+    assert_near(found, expected, relative=ROUNDING)
+    behind = training.rotate_and_norm_gradient(gradient, found, inverse, cos, sin)
+    assert leaf.grad is not None
+    assert_near(behind, leaf.grad)
+
+
+@pytest.mark.parametrize("length", [1, 32, 45, 300, 512])
+@pytest.mark.parametrize(("heads", "size"), [(1, 32), (3, 128)])
+@pytest.mark.parametrize("window", [None, 0, 40, 128])
+def test_attention(length: int, heads: int, size: int, window: int | None) -> None:
+    q, k, v = (numbers(2, length, heads, size, seed=i) for i in range(3))
+    gradient = numbers(2, length, heads, size, seed=3)
+    leaves = [x.float().requires_grad_() for x in (q, k, v)]
+    expected = causal_attention(*leaves, window)
+    expected.backward(gradient.float())
+    out, lse = training.attention(q, k, v, window)
+    assert_near(out, expected)
+    found = training.attention_gradient(q, k, v, out, lse, gradient, window)
+    for behind, leaf in zip(found, leaves, strict=True):
+        assert leaf.grad is not None
+        assert_near(behind, leaf.grad, relative=4 * ROUNDING)
+
+
+def test_attention_never_sees_the_future() -> None:
+    q, k, v = (numbers(1, 100, 1, 32, seed=i) for i in range(3))
+    before, _ = training.attention(q, k, v, None)
+    k[:, 60:], v[:, 60:] = 1e4, 1e30
+    after, _ = training.attention(q, k, v, None)
+    assert torch.equal(before[:, :60], after[:, :60])
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 32), (33, 64), (700, 256)])
+@pytest.mark.parametrize(("vocabulary", "used"), [(40, 40), (320, 300), (1024, 1000)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_head_loss(rows: int, width: int, vocabulary: int, used: int, weighted: bool) -> None:
+    hidden, weight = numbers(rows, width), numbers(vocabulary, width, seed=1, scale=0.3)
+    generator = torch.Generator().manual_seed(2)
+    targets = torch.randint(0, used, (rows,), generator=generator)
+    factors = torch.randn(rows, generator=generator) if weighted else None
+    leaves = [x.float().requires_grad_() for x in (hidden, weight)]
+    logits = softcap((leaves[0] @ leaves[1].t())[:, :used], 15.0)
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    expected = (losses * (1.0 if factors is None else factors)).sum()
+    expected.backward()
+    loss, *gradients = training.head_loss(
+        hidden, weight, targets, factors, cap=15.0, vocab_size=used
+    )
+    assert abs(loss - float(expected)) <= 1e-5 * float(losses.abs().sum())
+    for found, leaf in zip(gradients, leaves, strict=True):
+        assert leaf.grad is not None
+        assert_near(found, leaf.grad)
+
+
+def test_a_target_beyond_the_vocabulary_is_refused() -> None:
+    hidden, weight = numbers(2, 32), numbers(40, 32)
+    targets = torch.tensor([1, 40])
+    with pytest.raises(training.kernels.KernelError, match="target 40 of a vocabulary of 40"):
+        training.head_loss(hidden, weight, targets, None, cap=15.0, vocab_size=40)
+
+
+def test_what_has_gaps_is_refused() -> None:
+    with pytest.raises(training.kernels.KernelError, match="has gaps"):
+        training.linear(numbers(64, 64).t()[:32], numbers(32, 64))
