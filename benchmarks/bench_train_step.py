@@ -241,6 +241,7 @@ def _serve_ours(config: Config, side: str, shape: str, work: Path) -> None:
 
     vocabulary, rows, length = SHAPES[shape]
     with runtime.start("cpu") as rt:
+        runtime.keep_freed_memory()  # as `Trainer.run` does
         sizes = scaling.model_config(
             DEPTH,
             vocab_size=vocabulary,

@@ -13,10 +13,12 @@ use crate::team;
 
 /// Rows that a task multiplies with all weights: 128 x 256 numbers and their sums fit the cache.
 const TASK_ROWS: usize = 128;
-/// Steps of a weight gradient that are multiplied before the next block: 512 rows.
-const CHUNK_STEPS: usize = 16;
-/// Inputs whose weight gradients a task keeps at once.
-const TASK_INPUTS: usize = 256;
+/// Rows of a weight gradient that are packed and multiplied at once: with 1,024 outputs and 256
+/// inputs, they and the sums fill the cache.
+const CHUNK_ROWS: usize = 256;
+const CHUNK_STEPS: usize = CHUNK_ROWS / BLOCK;
+/// Parts of the rows for each thread: more even out threads that are interrupted.
+const PARTS_PER_THREAD: usize = 2;
 
 /// What becomes of 32 x 32 sums on their way to memory.
 #[derive(Clone, Copy)]
@@ -148,66 +150,73 @@ unsafe fn product(
 
 /// `dw` (N, K) in bf16 = dy^T (N, M) x (M, K).
 ///
+/// Rows are dealt out in a few parts with sums of their own, which are added in the end; a part
+/// packs a few rows and multiplies them while they are in the cache.
+///
 /// # Safety
 /// As `forward`.
 pub unsafe fn backward_weight(threads: usize, dy: View, x: View, dw: Shared<u16>) {
     let (rows, outputs, inputs) = (dy.rows, dy.columns, x.columns);
-    let steps = rows.div_ceil(BLOCK);
     let (blocks, panels) = (outputs.div_ceil(BLOCK), inputs.div_ceil(BLOCK));
-    with_shared((blocks + panels) * steps * STEP_LEN, |packed: *mut u16| {
-        let packed = Shared::new(packed);
-        let parts = steps.div_ceil(CHUNK_STEPS);
+    let (height, stride) = (blocks * BLOCK, panels * BLOCK);
+    let parts = (PARTS_PER_THREAD * threads).min(rows.div_ceil(CHUNK_ROWS));
+    let per_part = rows.div_ceil(parts).next_multiple_of(CHUNK_ROWS);
+    let parts = rows.div_ceil(per_part);
+    with_shared(parts * height * stride, |sums: *mut f32| {
+        let sums = Shared::new(sums);
         team::run(threads, parts, &|part| unsafe {
-            let first = part * CHUNK_STEPS;
-            // All columns of 32 rows before the next ones, as they lie in memory.
-            for step in first..steps.min(first + CHUNK_STEPS) {
-                let view = dy.rows_from(step * BLOCK, BLOCK);
-                for block in 0..blocks {
-                    let out = packed.at((block * steps + step) * STEP_LEN);
-                    pack_columns(&view, block * BLOCK, out);
-                }
-                let view = x.rows_from(step * BLOCK, BLOCK);
-                for panel in 0..panels {
-                    let out = packed.at(((blocks + panel) * steps + step) * STEP_LEN);
-                    pack_pairs(&view, panel * BLOCK, out);
-                }
-            }
-        });
-        let per_side = inputs.div_ceil(TASK_INPUTS);
-        // As many outputs as share what is read of the inputs, and still work for all threads.
-        let group = [4, 2, 1]
-            .into_iter()
-            .find(|group| blocks.div_ceil(*group) * per_side >= threads)
-            .unwrap_or(1);
-        let groups = blocks.div_ceil(group);
-        team::run(threads, groups * per_side, &|task| unsafe {
             let _tiles = amx::Tiles::configure();
-            let (first_block, first_input) =
-                (task / per_side * group, task % per_side * TASK_INPUTS);
-            let blocks = first_block..(first_block + group).min(blocks);
-            let width = TASK_INPUTS.min(inputs - first_input);
-            let stride = width.next_multiple_of(BLOCK);
-            with_local(blocks.len() * BLOCK * stride * 4, |sums: *mut u8| {
-                let sums = sums as *mut f32;
-                for first in (0..steps).step_by(CHUNK_STEPS) {
-                    let count = CHUNK_STEPS.min(steps - first);
-                    for panel in 0..stride / BLOCK {
-                        let index = outputs.div_ceil(BLOCK) + first_input / BLOCK + panel;
-                        let right = packed.at((index * steps + first) * STEP_LEN);
-                        for (i, block) in blocks.clone().enumerate() {
-                            let left = packed.at((block * steps + first) * STEP_LEN);
-                            let c = sums.add(i * BLOCK * stride + panel * BLOCK);
-                            multiply(Left::packed(left), right, count, c, stride, first > 0);
+            let sums = sums.at(part * height * stride);
+            let (start, end) = (part * per_part, rows.min((part + 1) * per_part));
+            with_local(2 * (blocks + panels) * CHUNK_STEPS * STEP_LEN, |packed: *mut u8| {
+                let left = packed as *mut u16;
+                let right = left.add(blocks * CHUNK_STEPS * STEP_LEN);
+                for first in (start..end).step_by(CHUNK_ROWS) {
+                    let count = CHUNK_ROWS.min(end - first).div_ceil(BLOCK);
+                    // All columns of 32 rows before the next ones, as they lie in memory.
+                    for step in 0..count {
+                        let row = first + step * BLOCK;
+                        let view = dy.rows_from(row, BLOCK);
+                        for block in 0..blocks {
+                            let out = left.add((block * CHUNK_STEPS + step) * STEP_LEN);
+                            pack_columns(&view, block * BLOCK, out);
+                        }
+                        let view = x.rows_from(row, BLOCK);
+                        for panel in 0..panels {
+                            let out = right.add((panel * CHUNK_STEPS + step) * STEP_LEN);
+                            pack_pairs(&view, panel * BLOCK, out);
+                        }
+                    }
+                    for block in 0..blocks {
+                        let rows = Left::packed(left.add(block * CHUNK_STEPS * STEP_LEN));
+                        for panel in 0..panels {
+                            let right = right.add(panel * CHUNK_STEPS * STEP_LEN);
+                            let c = sums.add(block * BLOCK * stride + panel * BLOCK);
+                            multiply(rows, right, count, c, stride, first > start);
                         }
                     }
                 }
-                for row in 0..(blocks.len() * BLOCK).min(outputs - first_block * BLOCK) {
-                    let at = (first_block * BLOCK + row) * inputs + first_input;
-                    round_row(sums.add(row * stride), width, dw.at(at));
-                }
             });
         });
+        team::run(threads, blocks, &|block| unsafe {
+            for row in block * BLOCK..outputs.min((block + 1) * BLOCK) {
+                let own = sums.at(row * stride);
+                for part in 1..parts {
+                    add_row(own, sums.at((part * height + row) * stride), stride);
+                }
+                round_row(own, inputs, dw.at(row * inputs));
+            }
+        });
     });
+}
+
+/// Add `len` numbers, a multiple of 16.
+#[target_feature(enable = "avx512f")]
+unsafe fn add_row(sums: *mut f32, more: *const f32, len: usize) {
+    for i in (0..len).step_by(16) {
+        let sum = _mm512_add_ps(_mm512_loadu_ps(sums.add(i)), _mm512_loadu_ps(more.add(i)));
+        _mm512_storeu_ps(sums.add(i), sum);
+    }
 }
 
 /// Write `len` sums as bf16.
