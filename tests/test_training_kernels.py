@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,8 +12,12 @@ from torch import Tensor
 
 from nanochat.attention import causal_attention
 from nanochat.blocks import NORM_EPS, rms_norm, rotary_tables, rotate
-from nanochat.gpt import softcap
+from nanochat.gpt import GPT, softcap
 from nanochat.kernels import training
+from nanochat.objectives import next_token_loss_sum
+from nanochat.precision import MasterWeights
+from nanochat.presets import MODELS
+from nanochat.scaling import model_config
 
 pytestmark = pytest.mark.skipif(training.load() is None, reason="no AMX, or no compiled kernels")
 ROUNDING = 2**-8  # of a bf16 number, relative: what inputs, outputs and weights are rounded to
@@ -148,3 +155,78 @@ def test_a_target_beyond_the_vocabulary_is_refused() -> None:
 def test_what_has_gaps_is_refused() -> None:
     with pytest.raises(training.kernels.KernelError, match="has gaps"):
         training.linear(numbers(64, 64).t()[:32], numbers(32, 64))
+
+
+# ---- a whole model -------------------------------------------------------------------------------
+
+
+def gradients(config: Any, dtype: torch.dtype) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of a model whose blocks have something to say, on odd rows."""
+    model, generator = GPT(config), torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=parameter.size(-1) ** -0.5, generator=generator)
+    weights = MasterWeights(model, dtype)
+    tokens = torch.randint(0, config.vocab_size, (3, 71), generator=generator)
+    targets = tokens.roll(-1, dims=1).masked_fill(tokens % 5 == 0, -1)
+    loss = next_token_loss_sum(
+        model.hidden(tokens),
+        model.lm_head.weight,
+        targets,
+        cap=config.logit_softcap,
+        vocab_size=config.vocab_size,
+    )
+    loss.backward()  # type: ignore[no-untyped-call]
+    found = {name: p.grad for name, p in weights.named_parameters() if p.grad is not None}
+    return float(loss.detach()), found
+
+
+@pytest.mark.parametrize("num_kv_heads", [2, 1])
+@pytest.mark.parametrize("preset", MODELS)
+def test_a_model_trains_alike_with_and_without_the_kernels(
+    preset: Any, num_kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = model_config(
+        3, vocab_size=301, sequence_len=128, model_dim=128, head_dim=64, preset=preset
+    )
+    config = dataclasses.replace(config, n_kv_head=num_kv_heads)
+    called = set()
+    plain_call = training._call
+
+    def noted(name: str, *arguments: Any) -> None:
+        called.add(name)
+        plain_call(name, *arguments)
+
+    monkeypatch.setattr(training, "_call", noted)
+    loss, found = gradients(config, torch.bfloat16)
+    assert {"nck_linear", "nck_attention_gradient", "nck_rotate_and_norm"} <= called
+    assert ("nck_head_loss" in called) == bool(config.logit_softcap)
+    exact_loss, exact = gradients(config, torch.float32)
+    monkeypatch.setattr(training, "load", lambda: None)
+    plain_loss, plain = gradients(config, torch.bfloat16)
+    assert found.keys() == plain.keys() == exact.keys()
+    assert abs(loss - exact_loss) <= 2 * abs(plain_loss - exact_loss) + 2e-3 * exact_loss
+    # Rounding to bf16 on the way is what separates both from fp32; ours no more than theirs. The
+    # gradients of scalars are sums over all that was rounded, near by luck alone.
+    for name, expected in exact.items():
+        if expected.numel() > 100:
+            ours, theirs = ((x[name] - expected).norm() for x in (found, plain))
+            assert ours <= 1.5 * theirs + 0.01 * expected.norm(), name
+
+
+def test_the_same_bits_every_time() -> None:
+    config = model_config(2, vocab_size=301, sequence_len=128, model_dim=128, head_dim=64)
+    (_, first), (_, second) = (gradients(config, torch.bfloat16) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_layer_with_a_hook_is_called_itself() -> None:
+    config = model_config(1, vocab_size=64, sequence_len=64, model_dim=64, head_dim=64)
+    model, seen = GPT(config), []
+    model.cast_matrices(torch.bfloat16)
+    hook = model.transformer.h[0].mlp.c_fc.register_forward_hook(  # type: ignore[union-attr]
+        lambda module, inputs, output: seen.append(output.shape)
+    )
+    tokens = torch.zeros(1, 64, dtype=torch.int64)
+    model.hidden(tokens)
+    assert seen == [(1, 64, 256)]
+    hook.remove()
