@@ -59,6 +59,8 @@ class Config(StageConfig):
     """Width, instead of depth x aspect ratio."""
     token_shift: float = 0.0
     """Share of the previous token's embedding, halves swapped, added to each one; 0 = off."""
+    value_embeddings: bool | None = None
+    """Tables of values by token in every second layer; default: the preset's."""
     window_pattern: str | None = None
     """Layers that see a quarter context (S) or all (L), repeated; default: the preset's."""
     max_seq_len: int = 2048
@@ -176,7 +178,8 @@ def main(config: Config) -> int:
 
 def sizes_at(config: Config, depth: int, vocab_size: int) -> GPTConfig:
     """The preset's model at a depth."""
-    options = {} if config.window_pattern is None else {"window_pattern": config.window_pattern}
+    given = {name: getattr(config, name) for name in ("window_pattern", "value_embeddings")}
+    options = {name: value for name, value in given.items() if value is not None}
     return scaling.model_config(
         depth,
         vocab_size=vocab_size,

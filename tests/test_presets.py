@@ -23,6 +23,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.objectives import next_token_loss_sum, token_losses
 from nanochat.presets import MODELS
 from nanochat.scaling import model_config
+from scripts import base_train
 from tests.stage_processes import BASE, MID, SFT, prepare, run, run_dir
 
 SIZES: dict[str, Any] = {"sequence_len": 96, "vocab_size": 61, "n_layer": 4, "n_head": 4}
@@ -251,6 +252,26 @@ def test_cached_decode_equals_full_forward(preset: str, cuts: tuple[int, ...]) -
         full = model(ids)
         parts = [model(ids[:, a:b], kv_cache=cache) for a, b in pairwise((0, *cuts, 40))]
     torch.testing.assert_close(torch.cat(parts, dim=1), full, rtol=0, atol=1e-4)
+
+
+def test_value_embeddings_go_with_a_token_shift_in_cached_decoding() -> None:
+    model = random_model("classic", value_embeddings=True, token_shift=0.5)
+    ids = random_ids(3, 40)
+    cache = model.new_cache(3, 40)
+    with torch.no_grad():
+        parts = [model(ids[:, a:b], kv_cache=cache) for a, b in ((0, 7), (7, 8), (8, 40))]
+        torch.testing.assert_close(torch.cat(parts, dim=1), model(ids), atol=2e-5, rtol=1e-4)
+
+
+def test_value_embeddings_are_a_flag_of_any_preset() -> None:
+    for preset, flag, expected in (
+        ("classic", True, True),
+        ("classic", None, False),
+        ("modern", None, True),
+        ("modern", False, False),
+    ):
+        config = base_train.Config(preset=preset, value_embeddings=flag)  # type: ignore[arg-type]
+        assert base_train.sizes_at(config, 4, 300).value_embeddings is expected
 
 
 @pytest.mark.parametrize("preset", PRESETS)
