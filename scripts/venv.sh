@@ -75,7 +75,7 @@ ensure_venv() {
     if ! is_installed "$extra"; then
         echo "installing nanochat and what it needs into .venv (extra: $extra)"
         if ! command -v cargo >/dev/null; then
-            echo "no cargo: the tokenizer will run in Python, slower, with the same result"
+            echo "no cargo: the tokenizer will run in Python, and training and answers without compiled kernels: slower"
         fi
         install_project "$extra"
         install_fingerprint >".venv/nanochat-$extra.stamp"
