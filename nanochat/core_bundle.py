@@ -127,11 +127,16 @@ def load_bundle(folder: Path) -> list[CoreTask]:
     if not config.exists():
         raise UserError(f"no CORE bundle in {folder}: core.yaml is missing")
     try:
-        entries = yaml.safe_load(config.read_text(encoding="utf-8"))["icl_tasks"]
+        entries = list(yaml.safe_load(config.read_text(encoding="utf-8"))["icl_tasks"])
     except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise UserError(f"{config} is not a list of icl_tasks in YAML ({error})") from error
     chances = _read_chances(folder / "eval_meta_data.csv")
-    return [_task(entry, folder, chances) for entry in entries]
+    tasks = [_task(entry, folder, chances) for entry in entries]
+    labels = [task.label for task in tasks]
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice is not None:
+        raise UserError(f"{config} has two tasks with the label {twice}; give each its own")
+    return tasks
 
 
 def bundle_digest(folder: Path) -> str:
@@ -158,9 +163,17 @@ def _task(entry: Any, folder: Path, chances: dict[str, float]) -> CoreTask:
     if kind not in get_args(TaskKind):
         known = ", ".join(get_args(TaskKind))
         raise UserError(f"{config}: {label} has type {kind!r}; known types are {known}")
+    if num_shots < 0:
+        raise UserError(f"{config}: {label} shows {num_shots} examples; num_fewshot is 0 or more")
+    delimiter = entry.get("continuation_delimiter", " ")
+    if not isinstance(delimiter, str):
+        raise UserError(f"{config}: the delimiter of {label} is {delimiter!r}, not text")
+    table = folder / "eval_meta_data.csv"
     if label not in chances:
-        raise UserError(f"{folder / 'eval_meta_data.csv'} has no random baseline for {label}")
-    delimiter = str(entry.get("continuation_delimiter", " "))
+        raise UserError(f"{table} has no random baseline for {label}")
+    if not 0 <= chances[label] < 1:
+        percent = 100 * chances[label]
+        raise UserError(f"{table}: the baseline of {label} is {percent:g} %; give 0 to below 100")
     return CoreTask(label, kind, path, num_shots, delimiter, chances[label])
 
 
@@ -168,9 +181,9 @@ def _read_chances(path: Path) -> dict[str, float]:
     """Label -> accuracy of guessing, 0 to 1 (the file has percent)."""
     if not path.exists():
         raise UserError(f"the CORE bundle is incomplete: {path} is missing")
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
     try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
         return {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in rows}
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(
@@ -180,13 +193,13 @@ def _read_chances(path: Path) -> dict[str, float]:
 
 def _read_items(path: Path, kind: TaskKind) -> list[Item]:
     items = []
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
                 item = json.loads(line)
-            except json.JSONDecodeError as error:
+            except ValueError as error:  # not JSON, or not UTF-8
                 raise UserError(f"{path}, line {number}: not valid JSON ({error})") from error
             problem = _problem(item, kind)
             if problem:

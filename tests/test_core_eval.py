@@ -534,6 +534,14 @@ def test_a_broken_line_is_named_by_file_and_number(
         evaluate_core(GptModel(random_model(0)), TOKENIZER, bundle, -1, RUNTIME)
 
 
+def test_a_line_that_is_not_utf8_is_named_by_file_and_number(tmp_path: Path) -> None:
+    bundle = broken(tmp_path, "")
+    path = bundle / "eval_data/task.jsonl"
+    path.write_bytes(path.read_bytes() + b'{"query": "\xff", "choices": ["a", "b"], "gold": 0}\n')
+    with pytest.raises(UserError, match=r"task\.jsonl, line 4: not valid JSON"):
+        evaluate_core(GptModel(random_model(0)), TOKENIZER, bundle, -1, RUNTIME)
+
+
 @pytest.mark.parametrize(("shots", "max_per_task"), [(2, -1), (10, -1), (1, 1)])
 def test_more_shots_than_other_items_is_refused(
     tmp_path: Path, shots: int, max_per_task: int
@@ -579,6 +587,17 @@ def test_answers_glued_to_their_question_are_refused(tmp_path: Path) -> None:
         evaluate_core(GptModel(random_model(0)), merging, bundle, -1, RUNTIME)
 
 
+def one_task(copies: int = 1, **changes: Any) -> str:
+    """core.yaml for the bundle of `broken`, with another value here and there."""
+    entry = {
+        "label": "task",
+        "icl_task_type": "multiple_choice",
+        "dataset_uri": "task.jsonl",
+        "num_fewshot": [0],
+    }
+    return json.dumps({"icl_tasks": [{**entry, **changes}] * copies})
+
+
 def test_a_folder_that_is_no_bundle_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no CORE bundle in .*core\.yaml is missing"):
         load_bundle(tmp_path)
@@ -589,15 +608,24 @@ def test_a_folder_that_is_no_bundle_is_named(tmp_path: Path) -> None:
     [
         ("core.yaml", "icl_tasks: [", "not a list of icl_tasks"),
         ("core.yaml", "tasks: []", "not a list of icl_tasks"),
+        ("core.yaml", "icl_tasks:", "not a list of icl_tasks"),
         ("core.yaml", "icl_tasks: [{label: task}]", "is incomplete"),
+        ("core.yaml", one_task(num_fewshot=[-1]), "task shows -1 examples"),
+        ("core.yaml", one_task(continuation_delimiter=None), "delimiter of task is None, not text"),
+        ("core.yaml", one_task(2), "two tasks with the label task"),
         ("eval_meta_data.csv", "Eval Task,Random baseline\n", "no random baseline for task"),
         ("eval_meta_data.csv", "a,b\n1,2\n", "needs the columns"),
         ("eval_meta_data.csv", "Eval Task,Random baseline\ntask,many\n", "needs the columns"),
+        ("eval_meta_data.csv", "Eval Task,Random baseline\ntask,100\n", "of task is 100 %"),
+        ("eval_meta_data.csv", "Eval Task,Random baseline\ntask,nan\n", "of task is nan %"),
+        ("eval_meta_data.csv", b"Eval Task,Random baseline\nt\xff,1\n", "needs the columns"),
     ],
 )
-def test_a_broken_description_is_named(tmp_path: Path, file: str, content: str, named: str) -> None:
+def test_a_broken_description_is_named(
+    tmp_path: Path, file: str, content: str | bytes, named: str
+) -> None:
     bundle = broken(tmp_path, "")
-    (bundle / file).write_text(content)
+    (bundle / file).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=named):
         load_bundle(bundle)
 
