@@ -92,6 +92,13 @@ def append(section: str, data: Sequence[str | Mapping[str, Any]]) -> Path:
     items = [dict(item) if isinstance(item, Mapping) else item for item in data if item]
     path = report_dir() / f"{slug(section)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        written = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.timezone.utc)
+        logger.info(
+            "the report's section %s now tells of this run and no longer of that of %s; "
+            "python -m nanochat.report generate shows it",
+            *(section, _clock(written)),
+        )
     write_json(path, {"section": section, "time": _now().isoformat(), "data": _plain(items)})
     return path
 

@@ -321,9 +321,15 @@ def test_the_folder_of_a_run_is_not_printed() -> None:
     assert "secret" not in body([{"run_dir": "/secret/place", "a": 1}])
 
 
-def test_a_section_is_replaced_by_a_later_one_of_its_title(tmp_path: Path) -> None:
-    report.append("Chat evaluation sft", [{"MMLU": 0.1}])
-    path = report.append("Chat evaluation sft", [{"MMLU": 0.2}])
+def test_a_section_is_replaced_by_a_later_one_of_its_title_which_is_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level("INFO"):
+        report.append("Chat evaluation sft", [{"MMLU": 0.1}])
+        assert caplog.messages == []
+        path = report.append("Chat evaluation sft", [{"MMLU": 0.2}])
+    (said,) = caplog.messages
+    assert re.match("the report's section Chat evaluation sft now tells of this run and no", said)
     assert path.name == "chat-evaluation-sft.json"
     assert json.loads(path.read_text())["data"] == [{"MMLU": 0.2}]
 
