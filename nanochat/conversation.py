@@ -60,6 +60,15 @@ class Message:
             return self.content
         return "".join(part.text for part in self.content)
 
+    @property
+    def shown(self) -> str:
+        """The content as a person reads it, with calls of the tool as `[12*3 = 36]`."""
+        if isinstance(self.content, str):
+            return self.content
+        around = {"text": "{}", "python": "[{}", "python_output": " = {}]"}
+        pieces = (around[part.type].format(part.text) for part in self.content)
+        return "".join(pieces)
+
 
 @dataclass(frozen=True)
 class Conversation:

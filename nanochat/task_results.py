@@ -99,18 +99,29 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"there is no file {path}; write one with chat_eval --save={path}")
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line:
             continue
         try:
             record = json.loads(line)
-            keys = record.keys() >= {"task", "index", "messages", "completions", "correct"}
-        except (ValueError, AttributeError):
-            keys = False
-        if not keys:
+            is_answer = _is_answer(record)
+        except ValueError:  # neither JSON nor UTF-8, or messages that are none
+            is_answer = False
+        if not is_answer:
             raise UserError(f"{path}, line {number} is not an answer that chat_eval has saved")
         records.append(record)
     return records
+
+
+def _is_answer(record: Any) -> bool:
+    """Whether a record has all that is shown of one; UserError for messages that are none."""
+    if not isinstance(record, dict) or not isinstance(record.get("task"), str):
+        return False
+    Conversation.from_json(record.get("messages"))
+    texts = record.get("completions")
+    columns = [texts, record.get("correct"), record.get("shown", texts)]
+    lengths = {len(column) if isinstance(column, list) else None for column in columns}
+    return "index" in record and len(lengths) == 1 and None not in lengths
 
 
 def show_records(records: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -122,8 +133,8 @@ def show_records(records: Sequence[dict[str, Any]]) -> Iterator[str]:
         conversation = Conversation.from_json(record["messages"])
         yield f"==== {record['task']} {record['index']}: {'right' if passed else 'wrong'}"
         for message in conversation.messages[:-1]:
-            yield f"[{message.role}] {message.text}"
-        yield f"[reference] {conversation.messages[-1].text}"
+            yield f"[{message.role}] {message.shown}"
+        yield f"[reference] {conversation.messages[-1].shown}"
         answers = record.get("shown", record["completions"])
         for completion, correct in zip(answers, record["correct"], strict=True):
             yield f"[{'right' if correct else 'wrong'}] {completion}"

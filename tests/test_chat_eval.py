@@ -16,7 +16,7 @@ from scripted_model import byte_tokenizer, save
 from nanochat import report
 from nanochat.common import UserError, report_dir
 from nanochat.configurator import UsageError, parse
-from nanochat.conversation import Conversation, Message
+from nanochat.conversation import Conversation, Message, Part
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.task_results import Record, read_records
 from scripts import chat_eval
@@ -283,12 +283,13 @@ def test_saved_answers_are_shown_with_their_verdicts(
 def test_calls_of_the_calculator_are_shown_in_brackets(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = Conversation((Message("user", "12 * 3?"), Message("assistant", "36")))
+    worked = (Part("text", "It is "), Part("python", "12*3"), Part("python_output", "36"))
+    said = Conversation((Message("user", "12 * 3?"), Message("assistant", worked)))
     record = Record(0, said, ("12*336",), (True,), ("[12*3 = 36]",))
     path = tmp_path / "answers.jsonl"
     path.write_text(json.dumps(record.to_json("Sums")) + "\n")
     run(f"--show={path}")
-    assert "[right] [12*3 = 36]\n" in capsys.readouterr().out
+    assert "[reference] It is [12*3 = 36]\n[right] [12*3 = 36]\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -328,11 +329,38 @@ def test_a_place_where_answers_cannot_be_saved_is_refused_before_any_is_written(
 def test_what_is_not_a_file_of_answers_is_refused(answers: Path) -> None:
     with pytest.raises(UserError, match=r"no answers of 'ARC'.*it has GSM8K, MMLU"):
         run(f"--show={answers}", "-a", "ARC")
-    answers.write_text(answers.read_text() + '{"task": "x"}\n')
-    with pytest.raises(UserError, match=r"line 7 is not an answer"):
-        run(f"--show={answers}")
     with pytest.raises(UserError, match=r"there is no file none\.jsonl"):
         run("--show=none.jsonl")
+
+
+GOOD = {
+    "task": "GSM8K",
+    "index": 0,
+    "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+    "completions": ["a"],
+    "correct": [True],
+}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"task": "x"}',
+        b"[]",
+        b"\xff",
+        json.dumps(GOOD | {"correct": 1}).encode(),
+        json.dumps(GOOD | {"correct": []}).encode(),
+        json.dumps(GOOD | {"messages": []}).encode(),
+        json.dumps(GOOD | {"messages": [{"role": "user"}]}).encode(),
+        json.dumps(GOOD | {"shown": []}).encode(),
+    ],
+)
+def test_a_line_that_is_no_answer_is_named(answers: Path, line: bytes) -> None:
+    answers.write_bytes(answers.read_bytes() + json.dumps(GOOD).encode() + b"\n")
+    run(f"--show={answers}")
+    answers.write_bytes(answers.read_bytes() + line + b"\n")
+    with pytest.raises(UserError, match=r"line 8 is not an answer"):
+        run(f"--show={answers}")
 
 
 def test_what_was_saved_can_be_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
