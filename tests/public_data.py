@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import shutil
 from collections.abc import Iterable
@@ -20,6 +21,7 @@ from tasks.humaneval import HumanEval
 from tasks.mmlu import MMLU
 from tasks.spellingbee import WORD_LIST
 
+NUM_AUXILIARY_TRAIN = 99_842
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 REASON = "the real data sets are not on this machine"
 
@@ -79,14 +81,15 @@ def unpack_shared(name: str, folder: Path) -> Path:
 def place_shared() -> None:
     """Put the real data sets where the tasks expect them; the base folder is in the environment.
 
-    MMLU's auxiliary_train is not at hand; its dev split stands in its place.
+    MMLU's auxiliary_train is not at hand: the dev split is repeated until it has as many rows.
     """
     for subset in ("ARC-Easy", "ARC-Challenge"):
         for split in ("Train", "Test"):
             rows = read_shared(f"tasks/arc/{subset}-{split}")
             place(ARC(subset, split.lower()).rows.asset, rows)
-    for split, name in (("auxiliary_train", "dev"), ("test", "test")):
-        place(MMLU(split).rows.asset, read_shared(f"tasks/mmlu/{name}"))
+    practice = itertools.cycle(read_shared("tasks/mmlu/dev"))
+    place(MMLU("auxiliary_train").rows.asset, itertools.islice(practice, NUM_AUXILIARY_TRAIN))
+    place(MMLU("test").rows.asset, read_shared("tasks/mmlu/test"))
     for split in ("train", "test"):
         place(GSM8K(split).rows.asset, read_shared(f"tasks/gsm8k/{split}"))
     place(HumanEval().rows.asset, read_shared("tasks/humaneval/HumanEval"))
