@@ -44,6 +44,7 @@ VARIANTS: dict[str, dict[str, str]] = {
     },
     "window": {"SSSL": "--window_pattern=SSSL"},
     "shift": {"token shift 0.5": "--token_shift=0.5"},
+    "values": {"value embeddings": "--value_embeddings"},
     "vocabulary": {"4,096 ids": "", "16,384 ids": ""},
 }
 _VOCABULARIES = {"4,096 ids": 4096, "16,384 ids": 16_384}

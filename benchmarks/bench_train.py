@@ -225,6 +225,7 @@ def _measure_ours(config: Config, work: Path) -> None:
     """The real command, whose trainer is told by a clock when to end."""
     from nanochat import stage
     from nanochat.common import setup_logging
+    from nanochat.runtime import keep_freed_memory
     from nanochat.training import Trainer
     from scripts import base_train
 
@@ -252,6 +253,7 @@ def _measure_ours(config: Config, work: Path) -> None:
         """Follows the clock, and looks at the validation text once, at its end."""
 
         def run(self) -> Any:
+            keep_freed_memory()
             position = self.loader.state_dict()
             for _ in range(WARM_UP_PASSES):
                 self.accumulate_gradients()

@@ -395,7 +395,13 @@ def test_an_exported_model_has_equal_logits_in_transformers(preset: str, tmp_pat
 
 @pytest.mark.parametrize(
     "options",
-    [MODELS["modern"], {"token_shift": 0.5}, {"mlp": "swiglu"}, {"logit_softcap": 0.0}],
+    [
+        MODELS["modern"],
+        {"token_shift": 0.5},
+        {"value_embeddings": True},
+        {"mlp": "swiglu"},
+        {"logit_softcap": 0.0},
+    ],
 )
 def test_a_model_that_no_other_engine_knows_is_not_exported(options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="other engines do not know all options of this model"):
