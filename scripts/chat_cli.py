@@ -282,7 +282,11 @@ def _retry(chat: Chat, argument: str) -> str:
 
 def _save(chat: Chat, argument: str) -> str:
     path = Path(argument or "chat.json").expanduser()
-    write_json(path, chat.conversation().to_json())
+    document = chat.conversation().to_json()
+    if not path.parent.is_dir():
+        # Made on the way, a mistyped folder would swallow the conversation.
+        raise UserError(f"there is no folder {path.parent}; make it, or save somewhere else")
+    write_json(path, document)
     return f"saved to {path}"
 
 

@@ -445,6 +445,13 @@ def test_retry_asks_again_with_another_seed_and_clear_keeps_the_system_text(
     assert [settings.seed for settings in scheduler.settings] == [1, 2, 3]
 
 
+def test_save_makes_no_folders(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    chat, _ = make_chat()
+    _, err = talk(capsys, chat, "Hi", f"/save {tmp_path}/tpyo/talk.json")
+    assert err == f"error: there is no folder {tmp_path}/tpyo; make it, or save somewhere else\n"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_save_writes_the_conversation(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     chat, _ = make_chat(system="Be kind")
     path = tmp_path / "talk.json"
