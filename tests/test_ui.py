@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -447,6 +448,10 @@ def test_look_inside_shows_tokens_alternatives_and_the_prompt(
 def test_nothing_is_wider_than_a_small_phone(open_page: Callable[..., Any]) -> None:
     page = open_page(viewport={"width": 320, "height": 640}, has_touch=True, is_mobile=True)
     ask(page, "wide " + "c" * 200)
+    expect(page.locator("#model-name")).to_be_visible()
+    expect(page.locator("#brand")).to_be_hidden()  # what is left is the model's own name
+    # No line of the figures under an answer begins with a unit.
+    expect(page.locator(f"{LAST} .facts")).to_have_text(re.compile(r"\d\u00a0(ms|s)$"))
     width = "document.documentElement.scrollWidth"
     assert page.evaluate(width) == 320
     assert page.evaluate("document.querySelector('#chat').scrollWidth") <= 320
