@@ -19,16 +19,37 @@ import torch
 from torch import Tensor
 
 from nanochat import kernels
+from nanochat.blocks import GatedMLP
 from nanochat.decoder import Chunk
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.sampling import SamplingSettings, apply_penalties
 
 Weights = Literal["float32", "bfloat16", "int8"]
-Instructions = Literal["best", "no-bf16", "avx2"]
+Instructions = Literal["best", "no-tiles", "no-bf16", "avx2"]
 # What the compiled step computes. A model with another option set is decoded the plain way.
 KNOWN_FIELDS = frozenset(
-    {"sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "token_shift"}
+    {
+        "sequence_len",
+        "vocab_size",
+        "n_layer",
+        "n_head",
+        "n_kv_head",
+        "n_embd",
+        "token_shift",
+        "mlp",
+        "rope_base",
+        "qk_scale",
+        "logit_softcap",
+        "window_pattern",
+        "value_embeddings",
+        "residual_scalars",
+        "smear",
+        "backout",
+        "vocab_multiple",
+        "init",
+    }
 )
+_NO_WINDOW = 2**63
 _MAX_HEAD_DIM = 512
 
 
@@ -48,6 +69,12 @@ class _Sizes(ctypes.Structure):
             )
         ),
         ("token_shift", c_double),
+        ("qk_scale", c_double),
+        ("softcap", c_double),
+        ("is_gated", c_uint64),
+        ("smear_share", c_double),
+        ("backout_share", c_double),
+        ("windows", c_void_p),
         ("kind", c_uint64),
         ("num_threads", c_uint64),
         ("without", c_uint64),
@@ -94,6 +121,7 @@ class CompiledDecoder:
         self._key_bytes = 4 if weights == "float32" else 2
         self.weights: Weights = weights
         config = model.config
+        windows = array("Q", (_NO_WINDOW if w is None else w for w in config.windows))
         sizes = _Sizes(
             config.vocab_size,
             config.n_embd,
@@ -104,12 +132,18 @@ class CompiledDecoder:
             model.transformer.h[0].mlp.c_fc.out_features,  # type: ignore[union-attr]
             model.cos.size(0),
             config.token_shift,
+            config.qk_scale,
+            config.logit_softcap,
+            config.mlp == "swiglu",
+            float(model.smear_lambda) if config.smear else 0.0,
+            float(model.backout_lambda) if config.backout else 0.0,
+            windows.buffer_info()[0],
             ("float32", "bfloat16", "int8").index(weights),
             num_threads or torch.get_num_threads(),
-            ("best", "no-bf16", "avx2").index(instructions),
+            ("best", "no-tiles", "no-bf16", "avx2").index(instructions),
         )
         # Read by every step, so they must live as long as this object.
-        self._tables = [_fp32(model.transformer.wte.weight), _fp32(model.cos), _fp32(model.sin)]
+        self._tables = _tables(model)
         matrices = [_fp32(matrix) for matrix in _matrices(model)]
         handle = c_void_p()
         self._call(
@@ -221,14 +255,35 @@ def _matrices(model: GPT) -> list[Tensor]:
     for block in model.transformer.h:
         attn: Any = block.attn
         mlp: Any = block.mlp
-        modules = (attn.c_q, attn.c_k, attn.c_v, attn.c_proj, mlp.c_fc, mlp.c_proj)
+        gates = [mlp.c_gate] if isinstance(mlp, GatedMLP) else []
+        modules = (attn.c_q, attn.c_k, attn.c_v, attn.c_proj, *gates, mlp.c_fc, mlp.c_proj)
         matrices += [module.weight for module in modules]
     return [*matrices, model.lm_head.weight]
+
+
+def _tables(model: GPT) -> list[Tensor | None]:
+    """The model's tables in the order of the C ABI, None for what it has not."""
+    config = model.config
+    tables: list[Tensor | None] = [model.transformer.wte.weight, model.cos, model.sin]
+    tables.append(model.smear_gate.weight if config.smear else None)
+    scalars = None
+    if config.residual_scalars:
+        scalars = torch.stack((model.resid_lambdas, model.x0_lambdas))
+    tables.append(scalars)
+    for layer, block in enumerate(model.transformer.h):
+        if config.has_value_embedding(layer):
+            attn: Any = block.attn
+            table: Any = model.value_embeds[str(layer)]
+            tables += [table.weight, attn.ve_gate.weight]
+        else:
+            tables += [None, None]
+    return [None if table is None else _fp32(table) for table in tables]
 
 
 def _fp32(tensor: Tensor) -> Tensor:
     return tensor.detach().float().contiguous()
 
 
-def _pointers(tensors: Sequence[Tensor]) -> Any:
-    return (c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+def _pointers(tensors: Sequence[Tensor | None]) -> Any:
+    pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
+    return (c_void_p * len(tensors))(*pointers)

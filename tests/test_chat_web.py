@@ -366,7 +366,7 @@ def test_an_engine_process_that_cannot_load_its_model_is_an_error(base_dir: Path
 
 
 def test_int8_weights_that_are_not_possible_are_refused_before_serving(base_dir: Path) -> None:
-    config = replace(scripted_model(GREETING).config, mlp="swiglu")
+    config = replace(scripted_model(GREETING).config, n_head=1, n_kv_head=1, n_embd=1024)
     save("sft", GPT(config))
     with pytest.raises(UserError, match="int8 weights need the compiled decoder"):
         main("--dtype=int8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import shutil
 import subprocess
@@ -31,7 +32,11 @@ CONFIGS = (
     GPTConfig(sequence_len=64, vocab_size=129, n_layer=2, n_head=2, n_embd=256, token_shift=0.5),
     GPTConfig(sequence_len=64, vocab_size=70, n_layer=1, n_head=1, n_embd=320),
     GPTConfig(sequence_len=64, vocab_size=33, n_layer=1, n_head=1, n_embd=2),
-)
+    GPTConfig(sequence_len=64, vocab_size=99, n_layer=4, n_head=4, n_kv_head=2, n_embd=64,
+              **MODELS["modern"]),
+    GPTConfig(sequence_len=64, vocab_size=90, n_layer=2, n_head=2, n_embd=96,
+              **MODELS["portable"]),
+)  # fmt: skip
 WEIGHTS = ("float32", "bfloat16", "int8")
 # Largest difference of a logit from the fp32 model's, for logits of standard deviation 1: sums in
 # another order; 8 bits of mantissa; 127 steps for the largest weight of a row.
@@ -54,7 +59,7 @@ def random_tokens(config: GPTConfig, count: int, seed: int = 0) -> list[int]:
 
 
 @needs_kernels
-@pytest.mark.parametrize("instructions", ["best", "no-bf16", "avx2"])
+@pytest.mark.parametrize("instructions", ["best", "no-tiles", "no-bf16", "avx2"])
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("config", CONFIGS)
 def test_logits_are_those_of_the_model(config: GPTConfig, weights: Any, instructions: Any) -> None:
@@ -106,6 +111,39 @@ def test_a_row_gets_the_same_bits_in_any_company_and_any_chunks(
                 last[i] = logits.clone()
     for i, logits in enumerate(alone):
         assert torch.equal(logits[0], last[i])
+
+
+@needs_kernels
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_a_window_ends_where_the_models_window_ends(weights: Any) -> None:
+    config = GPTConfig(
+        sequence_len=512, vocab_size=70, n_layer=2, n_head=2, n_embd=64, window_pattern="SL"
+    )
+    assert config.windows == (128, None)
+    model = random_model(config)
+    tokens = random_tokens(config, 170)
+    decoder = CompiledDecoder(model, weights=weights)
+    row = decoder.open(170)
+    decoder.feed([Chunk(row, 0, tokens[:120])])
+    steps = [decoder.feed([Chunk(row, 120 + i, [t])]).clone() for i, t in enumerate(tokens[120:])]
+    expected = model(torch.tensor([tokens]))[0, 120:]
+    torch.testing.assert_close(torch.cat(steps), expected, rtol=0, atol=TOLERANCE[weights])
+    # The window shows: without it the last logits are others.
+    everything = random_model(dataclasses.replace(config, window_pattern="L"))
+    assert not torch.allclose(everything(torch.tensor([tokens]))[0, -1], expected[-1], atol=0.1)
+
+
+@needs_kernels
+@pytest.mark.parametrize("config", CONFIGS)
+def test_products_of_bytes_are_exact_in_tiles_and_in_registers(config: GPTConfig) -> None:
+    model = random_model(config)
+    tokens = random_tokens(config, 40)
+    found = []
+    for instructions in ("best", "no-tiles"):
+        decoder = CompiledDecoder(model, weights="int8", instructions=instructions)
+        row = decoder.open(40)
+        found.append(decoder.feed([Chunk(row, 0, tokens)]).clone())
+    assert torch.equal(*found)
 
 
 @needs_kernels
@@ -242,7 +280,7 @@ def test_logits_that_are_no_numbers_still_give_a_token(setting: SamplingSettings
 
 @needs_kernels
 def test_the_compiled_decoder_takes_the_precision_of_the_model() -> None:
-    model = random_model(CONFIGS[0])
+    model = random_model(CONFIGS[2])
     for dtype, weights in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
         decoder = make_decoder(model.cast_matrices(dtype))
         assert isinstance(decoder, CompiledDecoder)
@@ -270,8 +308,6 @@ def test_without_the_compiled_decoder_the_plain_one_is_taken_with_a_notice(
     ("options", "named"),
     [
         ({"n_head": 1, "n_embd": 1024}, "heads of 1024 features"),
-        ({"n_head": 2, "n_embd": 32, **MODELS["portable"]}, "mlp, logit_softcap"),
-        ({"n_head": 2, "n_embd": 32, **MODELS["modern"]}, "qk_scale"),
     ],
 )
 def test_a_model_that_the_kernels_do_not_know_is_decoded_the_plain_way_with_one_notice(

@@ -94,6 +94,10 @@ pub struct Span<E> {
     pub num_queries: usize,
     pub head: usize,
     pub heads: Heads,
+    /// How many positions before its own each one attends to.
+    pub window: usize,
+    /// Factor of the products of normed queries and keys.
+    pub scale: f32,
     /// (tokens, queries + 2 keys heads, size) fp32: projections of the new tokens.
     pub projected: Shared<f32>,
     /// (positions, size / 2) fp32.
@@ -259,7 +263,7 @@ pub unsafe fn attend_f32(isa: Isa, span: &Span<f32>, out: Shared<f32>) {
 /// As `attend_f32`.
 pub unsafe fn attend_bf16(isa: Isa, span: &Span<u16>, out: Shared<f32>) {
     #[cfg(target_arch = "x86_64")]
-    if isa == Isa::Avx512Bf16 {
+    if isa.multiplies_bf16() {
         return dotted(span, out);
     }
     plain_bf16(isa, span, out)
@@ -297,13 +301,17 @@ unsafe fn attend_body<E: Cached, O: Number, M: Method<E>>(span: &Span<E>, out: S
         let sin = span.sin.add(position * size / 2);
         rotate_and_norm(projected.add((queries + span.head) * size), cos, sin, turned);
         store(span, position, turned, projected.add((queries + keys + span.head) * size));
-        let num_blocks = (position + 1).div_ceil(LANES);
-        let scores = &mut scores[..num_blocks * LANES];
+        // Whole blocks, from the one on in which the window begins.
+        let first = position.saturating_sub(span.window);
+        let base = first / LANES * LANES;
+        let (keys_at, values_at) = (keys_at.add(base * size), values_at.add(base * size));
+        let len = position + 1 - base;
+        let scores = &mut scores[..len.next_multiple_of(LANES)];
         for query in span.first_query..span.first_query + span.num_queries {
             rotate_and_norm(projected.add(query * size), cos, sin, turned);
             M::score(keys_at, turned, scores, values_at);
-            let total = weigh(scores, position + 1, size);
-            let weights = &scores[..(position + 1).next_multiple_of(E::PAIR)];
+            let total = weigh(scores, first - base, len, span.scale);
+            let weights = &scores[..len.next_multiple_of(E::PAIR)];
             M::mix(values_at, weights, mixed, span.next_keys);
             let (out, scale) = (out.at((t * queries + query) * size), 1.0 / total);
             for (i, &y) in mixed.iter().enumerate() {
@@ -330,16 +338,16 @@ unsafe fn store<E: Cached>(span: &Span<E>, position: usize, key: &[f32], value: 
     }
 }
 
-/// Products of a query with keys become unnormalised softmax weights of the first `len` positions,
-/// 0 behind them; returns their sum.
+/// Products of a query with keys become unnormalised softmax weights of the positions from `first`
+/// to `len`, 0 around them; returns their sum.
 #[inline(always)]
-fn weigh(scores: &mut [f32], len: usize, size: usize) -> f32 {
-    let scale = 1.0 / (size as f32).sqrt();
+fn weigh(scores: &mut [f32], first: usize, len: usize, scale: f32) -> f32 {
     let mut largest = [f32::NEG_INFINITY; LANES];
     for (block, scores) in scores.chunks_exact_mut(LANES).enumerate() {
         for j in 0..LANES {
             // Behind the end lie other tokens' remains.
-            let is_there = block * LANES + j < len;
+            let place = block * LANES + j;
+            let is_there = first <= place && place < len;
             scores[j] = if is_there { scores[j] * scale } else { f32::NEG_INFINITY };
             largest[j] = larger(scores[j], largest[j]);
         }

@@ -9,9 +9,10 @@ use crate::attention::Heads;
 use crate::isa::Isa;
 use crate::matmul::{Kind, Matrix};
 use crate::model::{Chunk, Layer, Model, Sizes, Tables};
+use crate::options::{Options, Smear, ValueEmbedding};
 use crate::sampling::{choose, Room, Settings};
 
-pub const ABI_VERSION: i32 = 4;
+pub const ABI_VERSION: i32 = 5;
 
 thread_local! {
     static LAST_ERROR: RefCell<String> = const { RefCell::new(String::new()) };
@@ -75,16 +76,27 @@ pub struct CSizes {
     inner_width: u64,
     positions: u64,
     token_shift: f64,
+    /// Factor of normed queries and keys each.
+    qk_scale: f64,
+    softcap: f64,
+    /// 0 = relu2, 1 = gated.
+    is_gated: u64,
+    smear_share: f64,
+    backout_share: f64,
+    /// For each layer how many positions before its own one attends to.
+    windows: *const u64,
     /// 0 fp32, 1 bf16, 2 int8.
     kind: u64,
     num_threads: u64,
-    /// 0 the best instruction set, 1 without bf16 products, 2 AVX2; for tests.
+    /// 0 the best instruction set, 1 without tiles, 2 without bf16 products, 3 AVX2; for tests.
     without: u64,
 }
 
-/// Pack a model. `weights`: for each layer six fp32 matrices (outputs x inputs): query, key, value,
-/// attention output, MLP in, MLP out; then the head. `tables`: embedding, cosines, sines, which
-/// the caller keeps. `handle` gets the model.
+/// Pack a model. `weights`: for each layer fp32 matrices (outputs x inputs): query, key, value,
+/// attention output, with a gated MLP its gate, MLP in, MLP out; then the head. `tables`, which the
+/// caller keeps: embedding, cosines, sines; then what there is, else null: smear gate, the residual
+/// scalars (2, layers), and for each layer its value embedding and that one's gate. `handle` gets
+/// the model.
 ///
 /// # Safety
 /// All pointers are to arrays of the sizes' shapes.
@@ -99,14 +111,15 @@ pub unsafe extern "C" fn nck_model_new(
         let s = &*sizes;
         let best = Isa::detect().ok_or("this processor has no fused multiply-add")?;
         let isa = match (s.without, best) {
-            (1, Isa::Avx512Bf16) => Isa::Avx512,
-            (2, Isa::Avx512Bf16 | Isa::Avx512) => Isa::Avx2,
+            (1, Isa::Amx) => Isa::Avx512Bf16,
+            (2, Isa::Amx | Isa::Avx512Bf16) => Isa::Avx512,
+            (3, best) if best.is_wide() => Isa::Avx2,
             _ => best,
         };
         let kind = match s.kind {
             0 => Kind::F32,
             1 => Kind::Bf16,
-            2 => Kind::I8,
+            2 => Kind::of_bytes(isa, s.width.max(s.inner_width) as usize),
             other => return Err(format!("no precision {other}")),
         };
         let heads = Heads {
@@ -130,30 +143,64 @@ pub unsafe extern "C" fn nck_model_new(
             from_raw_parts(*weights.add(index), outputs * inputs)
         };
         let key_width = heads.keys * heads.size;
+        let is_gated = s.is_gated != 0;
+        let per_layer = if is_gated { 7 } else { 6 };
         let layers = (0..heads.num_layers)
             .map(|layer| {
-                let at = 6 * layer;
+                let at = per_layer * layer;
                 let projections = [
                     matrix(at, width, width),
                     matrix(at + 1, key_width, width),
                     matrix(at + 2, key_width, width),
                 ];
+                let mut mlp_in = vec![matrix(at + 4, inner, width)];
+                if is_gated {
+                    mlp_in.push(matrix(at + 5, inner, width));
+                }
                 Layer {
                     projections: Matrix::pack(kind, &projections, width),
                     attention_out: Matrix::pack(kind, &[matrix(at + 3, width, width)], width),
-                    mlp_in: Matrix::pack(kind, &[matrix(at + 4, inner, width)], width),
-                    mlp_out: Matrix::pack(kind, &[matrix(at + 5, width, inner)], inner),
+                    mlp_in: Matrix::pack(kind, &mlp_in, width),
+                    mlp_out: Matrix::pack(kind, &[matrix(at + per_layer - 1, width, inner)], inner),
                 }
             })
             .collect();
-        let head = matrix(6 * heads.num_layers, sizes.vocabulary, width);
+        let head = matrix(per_layer * heads.num_layers, sizes.vocabulary, width);
         let head = Matrix::pack(kind, &[head], width);
-        let tables = Tables { embedding: *tables, cos: *tables.add(1), sin: *tables.add(2) };
+        let shared = Tables { embedding: *tables, cos: *tables.add(1), sin: *tables.add(2) };
+        let options = options_of(s, tables, is_gated);
         let threads = (s.num_threads as usize).max(1);
-        let model = Model::new(isa, kind, sizes, tables, layers, head, threads)?;
+        let model = Model::new(isa, kind, sizes, options, shared, layers, head, threads)?;
         *handle = Box::into_raw(Box::new(model));
         Ok(())
     })
+}
+
+/// # Safety
+/// As `nck_model_new`.
+unsafe fn options_of(s: &CSizes, tables: *const *const f32, is_gated: bool) -> Options {
+    let num_layers = s.num_layers as usize;
+    let table = |index: usize| {
+        let table = *tables.add(index);
+        (!table.is_null()).then_some(table)
+    };
+    let values = |layer: usize| {
+        Some(ValueEmbedding { table: table(5 + 2 * layer)?, gate: table(6 + 2 * layer)? })
+    };
+    Options {
+        query_scale: (s.qk_scale * s.qk_scale) as f32,
+        softcap: s.softcap as f32,
+        is_gated,
+        windows: from_raw_parts(s.windows, num_layers).iter().map(|&w| w as usize).collect(),
+        scalars: table(4).map(|scalars| {
+            let scalars = from_raw_parts(scalars, 2 * num_layers);
+            let (keep, back) = scalars.split_at(num_layers);
+            keep.iter().copied().zip(back.iter().copied()).collect()
+        }),
+        values: (0..num_layers).map(values).collect(),
+        smear: table(3).map(|gate| Smear { gate, share: s.smear_share as f32 }),
+        backout: (s.backout_share != 0.0).then_some(s.backout_share as f32),
+    }
 }
 
 /// # Safety

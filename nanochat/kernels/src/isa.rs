@@ -2,7 +2,9 @@
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
-    /// AVX-512 with dot products of bf16 pairs.
+    /// What follows, and tiles of bf16 and of bytes.
+    Amx,
+    /// AVX-512 with dot products of bf16 pairs and of bytes (VNNI).
     Avx512Bf16,
     Avx512,
     /// AVX2 with fused multiply-add.
@@ -18,7 +20,10 @@ impl Isa {
         {
             use std::arch::is_x86_feature_detected as has;
             let wide = has!("avx512f") && has!("avx512bw") && has!("avx512vl") && has!("avx512dq");
-            if wide && has!("avx512bf16") {
+            if wide && has!("avx512bf16") && has!("avx512vnni") {
+                if crate::tiles::are_there() {
+                    return Some(Self::Amx);
+                }
                 return Some(Self::Avx512Bf16);
             }
             if wide {
@@ -32,8 +37,24 @@ impl Isa {
         return None;
     }
 
+    /// Whether there are dot products of bf16 pairs.
+    pub fn multiplies_bf16(self) -> bool {
+        matches!(self, Self::Amx | Self::Avx512Bf16)
+    }
+
+    /// Whether there are exact dot products of bytes.
+    pub fn multiplies_bytes(self) -> bool {
+        self.multiplies_bf16()
+    }
+
+    /// Whether there is AVX-512.
+    pub fn is_wide(self) -> bool {
+        matches!(self, Self::Amx | Self::Avx512Bf16 | Self::Avx512)
+    }
+
     pub fn name(self) -> &'static str {
         match self {
+            Self::Amx => "amx",
             Self::Avx512Bf16 => "avx512-bf16",
             Self::Avx512 => "avx512",
             Self::Avx2 => "avx2",
@@ -57,9 +78,10 @@ macro_rules! versions {
                 #[target_feature(enable = "fma,avx2")]
                 #[allow(clippy::too_many_arguments)]
                 unsafe fn narrow($($arg: $type),*) { $body($($arg),*) }
-                match isa {
-                    crate::isa::Isa::Avx512Bf16 | crate::isa::Isa::Avx512 => wide($($arg),*),
-                    _ => narrow($($arg),*),
+                if isa.is_wide() {
+                    wide($($arg),*)
+                } else {
+                    narrow($($arg),*)
                 }
             }
             #[cfg(not(target_arch = "x86_64"))]

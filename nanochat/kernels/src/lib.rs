@@ -9,6 +9,10 @@
 mod amx;
 mod attention;
 #[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod bytes;
+#[cfg(target_arch = "x86_64")]
 mod dot;
 pub mod ffi;
 #[cfg(target_arch = "x86_64")]
@@ -22,12 +26,18 @@ mod math;
 mod matmul;
 mod memory;
 mod model;
+mod options;
+mod past;
 mod pool;
 #[cfg(target_arch = "x86_64")]
 mod rows;
 mod sampling;
+mod scratch;
+mod stream;
 #[cfg(target_arch = "x86_64")]
 mod team;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 #[cfg(target_arch = "x86_64")]
 pub mod train_ffi;
 #[cfg(target_arch = "x86_64")]

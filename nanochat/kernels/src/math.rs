@@ -2,7 +2,6 @@
 
 pub const LANES: usize = 16;
 const NORM_EPS: f32 = f32::EPSILON;
-const SOFTCAP: f32 = 15.0;
 
 #[inline(always)]
 pub fn to_bf16(x: f32) -> u16 {
@@ -70,16 +69,16 @@ pub fn exp(x: f32) -> f32 {
     p * f32::from_bits((rounded.to_bits() << 23).wrapping_add(127 << 23))
 }
 
-/// 15 tanh(x / 15).
+/// cap tanh(x / cap).
 #[inline(always)]
-pub fn softcap(x: f32) -> f32 {
+pub fn softcap(x: f32, cap: f32) -> f32 {
     // tanh is 1 in fp32 beyond 9.02.
-    let a = (x * (1.0 / SOFTCAP)).clamp(-9.1, 9.1);
+    let a = (x / cap).clamp(-9.1, 9.1);
     // tanh of a small number is close to it, and 1 - 2 / (e^2a + 1) would lose its digits.
     let square = a * a;
     let small = (square * 0.133_333_33 - 0.333_333_33).mul_add(square * a, a);
     let large = 1.0 - 2.0 / (exp(2.0 * a) + 1.0);
-    SOFTCAP * if a.abs() < 0.02 { small } else { large }
+    cap * if a.abs() < 0.02 { small } else { large }
 }
 
 #[inline(always)]
@@ -157,7 +156,7 @@ mod tests {
         for i in -40000..40000 {
             let x = i as f32 / 200.0;
             let exact = 15.0 * (x as f64 / 15.0).tanh();
-            assert!((softcap(x) as f64 - exact).abs() < 5e-6, "{x}");
+            assert!((softcap(x, 15.0) as f64 - exact).abs() < 5e-6, "{x}");
         }
     }
 

@@ -4,14 +4,22 @@
 //! is one chain of multiply-adds over the inputs in their order, however many rows are multiplied
 //! together: a row's results are the same bits alone and in a crowd.
 
+#[cfg(target_arch = "x86_64")]
+use crate::bytes;
 use crate::isa::Isa;
 use crate::math::{nearest, softcap, to_bf16, Number};
 use crate::memory::{Buffer, Shared};
+#[cfg(target_arch = "x86_64")]
+use crate::{amx, avx512, tiles};
 
 /// Outputs of a panel: four AVX-512 registers, one cache line of bytes.
 pub const PANEL: usize = 64;
 /// Rows multiplied together: 6 x 4 registers of sums leave room for weights and one input.
 const MAX_TILE: usize = 6;
+/// In tiles: two of them.
+const MAX_BLOCK: usize = 32;
+/// Inputs that are multiplied as bytes are padded with zeros to a multiple of this: a tile's line.
+pub const BYTES_STEP: usize = 64;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -20,6 +28,20 @@ pub enum Kind {
     Bf16,
     /// Weights in 8 bits with a scale for each output, everything else in fp32.
     I8,
+    /// The same weights; activations in 16 bits, which are multiplied as two bytes.
+    I8Split,
+}
+
+impl Kind {
+    /// 8-bit weights of up to so many inputs, as this machine multiplies them best.
+    pub fn of_bytes(isa: Isa, most_inputs: usize) -> Self {
+        #[cfg(target_arch = "x86_64")]
+        if isa.multiplies_bytes() && most_inputs <= bytes::MAX_INPUTS {
+            return Self::I8Split;
+        }
+        let _ = (isa, most_inputs);
+        Self::I8
+    }
 }
 
 /// A weight matrix (outputs x inputs), packed.
@@ -29,6 +51,8 @@ pub struct Matrix {
     pub inputs: usize,
     data: Buffer<u8>,
     scales: Buffer<f32>,
+    /// Each output's sum of 8-bit weights.
+    totals: Buffer<i32>,
 }
 
 impl Matrix {
@@ -41,8 +65,9 @@ impl Matrix {
             kind,
             outputs,
             inputs,
-            data: Buffer::zeroed(num_panels * Self::panel_bytes(kind, inputs)),
+            data: Buffer::dense(num_panels * Self::panel_bytes(kind, inputs)),
             scales: Buffer::zeroed(num_panels * PANEL),
+            totals: Buffer::zeroed(num_panels * PANEL),
         };
         for (panel, rows) in rows.chunks(PANEL).enumerate() {
             matrix.set_panel(panel, rows);
@@ -60,6 +85,7 @@ impl Matrix {
             Kind::F32 => inputs * PANEL * 4,
             Kind::Bf16 => inputs * PANEL * 2,
             Kind::I8 => inputs * PANEL,
+            Kind::I8Split => inputs.next_multiple_of(BYTES_STEP) * PANEL,
         }
     }
 
@@ -83,7 +109,7 @@ impl Matrix {
                     }
                 }
             }
-            Kind::I8 => {
+            Kind::I8 | Kind::I8Split => {
                 let scales = &mut self.scales[panel * PANEL..(panel + 1) * PANEL];
                 let mut inverse = [0.0f32; PANEL];
                 for (lane, row) in rows.iter().enumerate() {
@@ -91,13 +117,26 @@ impl Matrix {
                     scales[lane] = largest / 127.0;
                     inverse[lane] = if largest > 0.0 { 127.0 / largest } else { 0.0 };
                 }
-                for (k, line) in data.chunks_exact_mut(PANEL).enumerate() {
-                    for ((place, row), inverse) in line.iter_mut().zip(rows).zip(inverse) {
-                        *place = nearest(row[k] * inverse) as i8 as u8;
+                let in_line = if self.kind == Kind::I8 { 1 } else { 4 };
+                let totals = &mut self.totals[panel * PANEL..(panel + 1) * PANEL];
+                for (k, line) in data.chunks_exact_mut(PANEL * in_line).enumerate() {
+                    for (lane, (places, row)) in
+                        line.chunks_exact_mut(in_line).zip(rows).enumerate()
+                    {
+                        let row = row.iter().skip(in_line * k);
+                        for (place, weight) in places.iter_mut().zip(row) {
+                            let whole = nearest(weight * inverse[lane]) as i8;
+                            *place = whole as u8;
+                            totals[lane] += whole as i32;
+                        }
                     }
                 }
             }
         }
+    }
+
+    pub fn kind(&self) -> Kind {
+        self.kind
     }
 
     pub fn num_panels(&self) -> usize {
@@ -117,7 +156,8 @@ pub enum Then {
     /// max(y, 0)^2 in bf16 or fp32, as the next product reads it.
     Relu2Bf16(Shared<u16>),
     Relu2F32(Shared<f32>),
-    Softcap(Shared<f32>),
+    /// cap tanh(y / cap)
+    Softcap(Shared<f32>, f32),
 }
 
 /// Activations (rows x inputs): bf16 where the machine multiplies it, else fp32.
@@ -125,11 +165,13 @@ pub enum Then {
 pub enum Inputs {
     F32(Shared<f32>),
     Bf16(Shared<u16>),
+    #[cfg(target_arch = "x86_64")]
+    Split(bytes::Split),
 }
 
 /// Whether a product of this kind wants its activations in bf16.
 pub fn wants_bf16(isa: Isa, kind: Kind) -> bool {
-    kind == Kind::Bf16 && isa == Isa::Avx512Bf16
+    kind == Kind::Bf16 && isa.multiplies_bf16()
 }
 
 /// Multiply `rows` rows with panels `first..last`.
@@ -146,25 +188,38 @@ pub unsafe fn multiply(
     then: Then,
 ) {
     let bytes = Matrix::panel_bytes(matrix.kind, matrix.inputs);
+    let most = most_rows(isa, x);
+    // Puts back at the end what another library may rely on.
+    #[cfg(target_arch = "x86_64")]
+    let _tiles = (isa == Isa::Amx && !matches!(x, Inputs::F32(_))).then(|| amx::Tiles::configure());
     for panel in panels {
         let weights = matrix.data.ptr().add(panel * bytes);
         let scales = matrix.scales.ptr().add(panel * PANEL);
+        let width = PANEL.min(matrix.outputs - panel * PANEL);
         let mut row = 0;
         while row < rows {
-            let tile = (rows - row).min(MAX_TILE);
-            let mut room = std::mem::MaybeUninit::<[[f32; PANEL]; MAX_TILE]>::uninit();
+            let count = (rows - row).min(most);
+            let mut room = std::mem::MaybeUninit::<[[f32; PANEL]; MAX_BLOCK]>::uninit();
             let s = room.as_mut_ptr() as *mut [f32; PANEL];
-            match tile {
-                1 => one_tile::<1>(isa, matrix, x, row, weights, s),
-                2 => one_tile::<2>(isa, matrix, x, row, weights, s),
-                3 => one_tile::<3>(isa, matrix, x, row, weights, s),
-                4 => one_tile::<4>(isa, matrix, x, row, weights, s),
-                5 => one_tile::<5>(isa, matrix, x, row, weights, s),
-                _ => one_tile::<6>(isa, matrix, x, row, weights, s),
+            match x {
+                #[cfg(target_arch = "x86_64")]
+                Inputs::Bf16(x) if isa == Isa::Amx => {
+                    let x = x.at(row * matrix.inputs) as *const u8;
+                    let (bytes, is_cold) = (2 * matrix.inputs, row == 0);
+                    tiles::multiply::<false>(x, count, bytes, weights, is_cold, s as *mut u8);
+                }
+                #[cfg(target_arch = "x86_64")]
+                Inputs::Split(x) => split_block(isa, matrix, x, row, count, panel, s),
+                _ => match count {
+                    1 => one_tile::<1>(isa, matrix, x, row, weights, s),
+                    2 => one_tile::<2>(isa, matrix, x, row, weights, s),
+                    3 => one_tile::<3>(isa, matrix, x, row, weights, s),
+                    4 => one_tile::<4>(isa, matrix, x, row, weights, s),
+                    5 => one_tile::<5>(isa, matrix, x, row, weights, s),
+                    _ => one_tile::<6>(isa, matrix, x, row, weights, s),
+                },
             }
-            let width = PANEL.min(matrix.outputs - panel * PANEL);
-            let sums = std::slice::from_raw_parts_mut(s, tile);
-            for (i, sums) in sums.iter_mut().enumerate() {
+            for (i, sums) in std::slice::from_raw_parts_mut(s, count).iter_mut().enumerate() {
                 if matrix.kind == Kind::I8 {
                     for (j, sum) in sums.iter_mut().enumerate() {
                         *sum *= *scales.add(j);
@@ -173,8 +228,52 @@ pub unsafe fn multiply(
                 let at = (row + i) * matrix.outputs + panel * PANEL;
                 finish(isa, sums.as_ptr(), width, then, at);
             }
-            row += tile;
+            row += count;
         }
+    }
+}
+
+/// Rows that share one reading of a panel.
+fn most_rows(isa: Isa, x: Inputs) -> usize {
+    match x {
+        Inputs::Bf16(_) if isa == Isa::Amx => MAX_BLOCK,
+        #[cfg(target_arch = "x86_64")]
+        Inputs::Split(_) if isa == Isa::Amx => tiles::ROWS,
+        #[cfg(target_arch = "x86_64")]
+        Inputs::Split(_) => bytes::MAX_ROWS,
+        _ => MAX_TILE,
+    }
+}
+
+/// Products of `count` rows of split activations with a panel.
+#[cfg(target_arch = "x86_64")]
+unsafe fn split_block(
+    isa: Isa,
+    matrix: &Matrix,
+    x: bytes::Split,
+    row: usize,
+    count: usize,
+    panel: usize,
+    out: *mut [f32; PANEL],
+) {
+    let mut room = std::mem::MaybeUninit::<[[[i32; PANEL]; 2]; tiles::ROWS]>::uninit();
+    let sums = room.as_mut_ptr() as *mut [[i32; PANEL]; 2];
+    let weights = matrix.data.ptr().add(panel * x.stride * PANEL);
+    let bytes = x.row(row);
+    match count {
+        1 => bytes::multiply::<1>(bytes, x.stride, weights, sums),
+        _ if isa == Isa::Amx => {
+            let sums = sums as *mut u8;
+            tiles::multiply::<true>(bytes, 2 * count, x.stride, weights, row == 0, sums);
+        }
+        2 => bytes::multiply::<2>(bytes, x.stride, weights, sums),
+        _ => bytes::multiply::<3>(bytes, x.stride, weights, sums),
+    }
+    let totals = matrix.totals.ptr().add(panel * PANEL);
+    let scales = matrix.scales.ptr().add(panel * PANEL);
+    for i in 0..count {
+        let row_scale = *x.scales.at(row + i);
+        bytes::join(&*sums.add(i), totals, scales, row_scale, &mut *out.add(i));
     }
 }
 
@@ -195,10 +294,10 @@ unsafe fn finish_body(sums: *const f32, width: usize, then: Then, at: usize) {
         }
         Then::Relu2Bf16(out) => relu2(sums, out.at(at)),
         Then::Relu2F32(out) => relu2(sums, out.at(at)),
-        Then::Softcap(out) => {
+        Then::Softcap(out, cap) => {
             let out = std::slice::from_raw_parts_mut(out.at(at), width);
             for (o, &y) in out.iter_mut().zip(sums) {
-                *o = softcap(y);
+                *o = softcap(y, cap);
             }
         }
     }
@@ -225,152 +324,27 @@ unsafe fn one_tile<const M: usize>(
     let inputs = matrix.inputs;
     match x {
         #[cfg(target_arch = "x86_64")]
-        Inputs::Bf16(x) => wide::dot_pairs::<M>(x.at(row * inputs), inputs, weights, sums),
+        Inputs::Bf16(x) => avx512::dot_pairs::<M>(x.at(row * inputs), inputs, weights, sums),
         #[cfg(not(target_arch = "x86_64"))]
         Inputs::Bf16(_) => unreachable!("only AVX-512 multiplies bf16"),
+        #[cfg(target_arch = "x86_64")]
+        Inputs::Split(_) => unreachable!("split activations have products of their own"),
         Inputs::F32(x) => {
             let x = x.at(row * inputs) as *const f32;
             #[cfg(target_arch = "x86_64")]
-            if isa == Isa::Avx512 || isa == Isa::Avx512Bf16 {
+            if isa.is_wide() {
                 return match matrix.kind {
-                    Kind::F32 => wide::f32s::<M>(x, inputs, weights, sums),
-                    Kind::Bf16 => wide::widened_pairs::<M>(x, inputs, weights, sums),
-                    Kind::I8 => wide::bytes::<M>(x, inputs, weights, sums),
+                    Kind::F32 => avx512::f32s::<M>(x, inputs, weights, sums),
+                    Kind::Bf16 => avx512::widened_pairs::<M>(x, inputs, weights, sums),
+                    Kind::I8 | Kind::I8Split => avx512::bytes::<M>(x, inputs, weights, sums),
                 };
             }
             match matrix.kind {
                 Kind::F32 => plain::<M, f32>(isa, x, inputs, weights, sums),
                 Kind::Bf16 => plain_pairs::<M>(isa, x, inputs, weights, sums),
-                Kind::I8 => plain::<M, i8>(isa, x, inputs, weights, sums),
+                Kind::I8 | Kind::I8Split => plain::<M, i8>(isa, x, inputs, weights, sums),
             }
         }
-    }
-}
-
-/// AVX-512, written out: compilers do not find these instructions.
-#[cfg(target_arch = "x86_64")]
-mod wide {
-    use super::PANEL;
-    use std::arch::x86_64::*;
-
-    type Sums<const M: usize> = [[__m512; 4]; M];
-
-    #[inline(always)]
-    unsafe fn zero<const M: usize>() -> Sums<M> {
-        [[std::mem::zeroed(); 4]; M]
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw")]
-    unsafe fn write<const M: usize>(values: Sums<M>, sums: *mut [f32; PANEL]) {
-        for (m, row) in values.iter().enumerate() {
-            for (j, value) in row.iter().enumerate() {
-                _mm512_storeu_ps((*sums.add(m)).as_mut_ptr().add(16 * j), *value);
-            }
-        }
-    }
-
-    /// bf16 x bf16, two inputs at a time.
-    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    pub unsafe fn dot_pairs<const M: usize>(
-        x: *const u16,
-        inputs: usize,
-        weights: *const u8,
-        sums: *mut [f32; PANEL],
-    ) {
-        let mut acc = zero::<M>();
-        let weights = weights as *const __m512i;
-        for pair in 0..inputs / 2 {
-            let w: [__m512bh; 4] = std::array::from_fn(|j| {
-                std::mem::transmute(_mm512_loadu_si512(weights.add(4 * pair + j)))
-            });
-            for (m, row) in acc.iter_mut().enumerate() {
-                let both = *(x.add(m * inputs + 2 * pair) as *const i32);
-                let a: __m512bh = std::mem::transmute(_mm512_set1_epi32(both));
-                for j in 0..4 {
-                    row[j] = _mm512_dpbf16_ps(row[j], a, w[j]);
-                }
-            }
-        }
-        write(acc, sums);
-    }
-
-    #[target_feature(enable = "avx512f,avx512bw")]
-    pub unsafe fn f32s<const M: usize>(
-        x: *const f32,
-        inputs: usize,
-        weights: *const u8,
-        sums: *mut [f32; PANEL],
-    ) {
-        let mut acc = zero::<M>();
-        let weights = weights as *const f32;
-        for k in 0..inputs {
-            let w: [__m512; 4] =
-                std::array::from_fn(|j| _mm512_loadu_ps(weights.add(k * PANEL + 16 * j)));
-            for (m, row) in acc.iter_mut().enumerate() {
-                let a = _mm512_set1_ps(*x.add(m * inputs + k));
-                for j in 0..4 {
-                    row[j] = _mm512_fmadd_ps(a, w[j], row[j]);
-                }
-            }
-        }
-        write(acc, sums);
-    }
-
-    /// bf16 weights, fp32 activations: the two halves of a lane, one input after the other.
-    #[target_feature(enable = "avx512f,avx512bw")]
-    pub unsafe fn widened_pairs<const M: usize>(
-        x: *const f32,
-        inputs: usize,
-        weights: *const u8,
-        sums: *mut [f32; PANEL],
-    ) {
-        let mut acc = zero::<M>();
-        let weights = weights as *const __m512i;
-        let high = _mm512_set1_epi32(0xffff_0000u32 as i32);
-        for pair in 0..inputs / 2 {
-            let both: [__m512i; 4] =
-                std::array::from_fn(|j| _mm512_loadu_si512(weights.add(4 * pair + j)));
-            for half in 0..2 {
-                let w: [__m512; 4] = std::array::from_fn(|j| {
-                    _mm512_castsi512_ps(if half == 0 {
-                        _mm512_slli_epi32::<16>(both[j])
-                    } else {
-                        _mm512_and_si512(both[j], high)
-                    })
-                });
-                for (m, row) in acc.iter_mut().enumerate() {
-                    let a = _mm512_set1_ps(*x.add(m * inputs + 2 * pair + half));
-                    for j in 0..4 {
-                        row[j] = _mm512_fmadd_ps(a, w[j], row[j]);
-                    }
-                }
-            }
-        }
-        write(acc, sums);
-    }
-
-    #[target_feature(enable = "avx512f,avx512bw")]
-    pub unsafe fn bytes<const M: usize>(
-        x: *const f32,
-        inputs: usize,
-        weights: *const u8,
-        sums: *mut [f32; PANEL],
-    ) {
-        let mut acc = zero::<M>();
-        for k in 0..inputs {
-            let line = weights.add(k * PANEL) as *const __m128i;
-            let w: [__m512; 4] = std::array::from_fn(|j| {
-                _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(line.add(j))))
-            });
-            for (m, row) in acc.iter_mut().enumerate() {
-                let a = _mm512_set1_ps(*x.add(m * inputs + k));
-                for j in 0..4 {
-                    row[j] = _mm512_fmadd_ps(a, w[j], row[j]);
-                }
-            }
-        }
-        write(acc, sums);
     }
 }
 

@@ -4,11 +4,16 @@ use std::alloc::{alloc_zeroed, dealloc, handle_alloc_error, Layout};
 use std::cell::RefCell;
 
 const ALIGNMENT: usize = 64;
+/// A large page: one entry of the processor's table of addresses instead of 512.
+const LARGE_PAGE: usize = 2 << 20;
 
 /// Plain numbers on a cache-line boundary, zero at first. Large ones cost nothing until touched.
 pub struct Buffer<T: Copy> {
     start: *mut T,
     len: usize,
+    /// What was allocated: `start` lies behind it, on the boundary.
+    base: *mut u8,
+    layout: Layout,
 }
 
 unsafe impl<T: Copy + Send> Send for Buffer<T> {}
@@ -16,20 +21,34 @@ unsafe impl<T: Copy + Sync> Sync for Buffer<T> {}
 
 impl<T: Copy> Buffer<T> {
     pub fn zeroed(len: usize) -> Self {
-        if len == 0 {
-            return Self { start: std::ptr::NonNull::dangling().as_ptr(), len };
-        }
-        let layout = Self::layout(len);
-        // SAFETY: the layout is not empty; T is a number, for which zero bytes are a value.
-        let start = unsafe { alloc_zeroed(layout) } as *mut T;
-        if start.is_null() {
-            handle_alloc_error(layout);
-        }
-        Self { start, len }
+        Self::on_boundary(len, ALIGNMENT)
     }
 
-    fn layout(len: usize) -> Layout {
-        Layout::array::<T>(len).and_then(|l| l.align_to(ALIGNMENT)).expect("size overflows")
+    /// For what is read from its beginning to its end again and again: on large pages, if it
+    /// fills some and the system has them. They are handed out whole, so not for what stays empty.
+    pub fn dense(len: usize) -> Self {
+        let num_bytes = len * std::mem::size_of::<T>();
+        if num_bytes < 2 * LARGE_PAGE {
+            return Self::zeroed(len);
+        }
+        let buffer = Self::on_boundary(len, LARGE_PAGE);
+        advise_large_pages(buffer.start as *mut u8, num_bytes);
+        buffer
+    }
+
+    fn on_boundary(len: usize, boundary: usize) -> Self {
+        let num_bytes = len.checked_mul(std::mem::size_of::<T>()).expect("size overflows");
+        // Asked for with the alignment of bytes: for a greater one every byte would be written,
+        // instead of taken from the system as it is touched.
+        let layout = Layout::array::<u8>(num_bytes + boundary).expect("size overflows");
+        // SAFETY: the layout is not empty; T is a number, for which zero bytes are a value.
+        let base = unsafe { alloc_zeroed(layout) };
+        if base.is_null() {
+            handle_alloc_error(layout);
+        }
+        // SAFETY: at most `boundary` bytes further, which were asked for in addition.
+        let start = unsafe { base.add(base.align_offset(boundary)) } as *mut T;
+        Self { start, len, base, layout }
     }
 
     pub fn ptr(&self) -> *const T {
@@ -69,12 +88,23 @@ impl<T: Copy> std::ops::DerefMut for Buffer<T> {
 
 impl<T: Copy> Drop for Buffer<T> {
     fn drop(&mut self) {
-        if self.len > 0 {
-            // SAFETY: allocated with this layout.
-            unsafe { dealloc(self.start as *mut u8, Self::layout(self.len)) }
-        }
+        // SAFETY: allocated with this layout.
+        unsafe { dealloc(self.base, self.layout) }
     }
 }
+
+#[cfg(target_os = "linux")]
+fn advise_large_pages(start: *mut u8, num_bytes: usize) {
+    extern "C" {
+        fn madvise(start: *mut u8, num_bytes: usize, advice: i32) -> i32;
+    }
+    const HUGEPAGE: i32 = 14;
+    // SAFETY: memory of ours; a system without large pages refuses, and all is as it was.
+    let _ = unsafe { madvise(start, num_bytes / LARGE_PAGE * LARGE_PAGE, HUGEPAGE) };
+}
+
+#[cfg(not(target_os = "linux"))]
+fn advise_large_pages(_start: *mut u8, _num_bytes: usize) {}
 
 /// A pointer that the tasks of one job share; each writes to places of its own.
 #[derive(Clone, Copy)]

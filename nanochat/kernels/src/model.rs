@@ -1,15 +1,26 @@
 //! The model: packed weights, rows of keys and values, and the step that extends rows.
 
-use crate::attention::{self, Cached, Heads, Row, Span, MAX_HEAD};
+use crate::attention::{Heads, Row, Span, MAX_HEAD};
+#[cfg(target_arch = "x86_64")]
+use crate::bytes::{self, Split};
 use crate::isa::Isa;
-use crate::math::{rms_norm, Number};
+#[cfg(target_arch = "x86_64")]
+use crate::matmul::BYTES_STEP;
 use crate::matmul::{multiply, wants_bf16, Inputs, Kind, Matrix, Then};
-use crate::memory::{Buffer, Shared};
+use crate::memory::Shared;
+use crate::options::{self, Options};
+use crate::past::{existing, Attend, Rows};
 use crate::pool::Pool;
+#[cfg(target_arch = "x86_64")]
+use crate::scratch::SplitRoom;
+use crate::scratch::{room, Scratch};
+use crate::stream::{copy, embed, norm_one};
 
 /// Tasks of a product for each thread: enough to even out threads that are interrupted.
 const TASKS_PER_THREAD: usize = 4;
 const ATTENTION_TASKS_PER_THREAD: usize = 8;
+/// One token's norm is not worth waking a thread for; 16 are a task.
+const TOKENS_PER_TASK: usize = 16;
 
 #[derive(Clone, Copy, Debug)]
 pub struct Sizes {
@@ -39,6 +50,7 @@ unsafe impl Sync for Tables {}
 pub struct Layer {
     pub projections: Matrix,
     pub attention_out: Matrix,
+    /// With a gate: it, and below it what it gates.
     pub mlp_in: Matrix,
     pub mlp_out: Matrix,
 }
@@ -51,49 +63,11 @@ pub struct Chunk<'a> {
     pub wants_logits: bool,
 }
 
-/// Rows in the precision that goes with the weights.
-enum Rows {
-    F32(Vec<Option<Row<f32>>>),
-    Bf16(Vec<Option<Row<u16>>>),
-}
-
-/// Activations of a step, kept from one to the next.
-#[derive(Default)]
-struct Scratch {
-    residual: Option<Buffer<f32>>,
-    projected: Option<Buffer<f32>>,
-    normed: Activations,
-    mixed: Activations,
-    inner: Activations,
-}
-
-/// A product's inputs, in whichever precision it reads.
-#[derive(Default)]
-struct Activations {
-    single: Option<Buffer<f32>>,
-    brain: Option<Buffer<u16>>,
-}
-
-impl Activations {
-    fn reserve(&mut self, len: usize, is_bf16: bool) -> Inputs {
-        if is_bf16 {
-            Inputs::Bf16(Shared::new(room(&mut self.brain, len)))
-        } else {
-            Inputs::F32(Shared::new(room(&mut self.single, len)))
-        }
-    }
-}
-
-fn room<T: Copy>(buffer: &mut Option<Buffer<T>>, len: usize) -> *mut T {
-    let buffer = buffer.get_or_insert_with(|| Buffer::zeroed(0));
-    buffer.reserve(len);
-    buffer.mut_ptr()
-}
-
 pub struct Model {
     isa: Isa,
     is_bf16: bool,
     sizes: Sizes,
+    options: Options,
     tables: Tables,
     layers: Vec<Layer>,
     head: Matrix,
@@ -107,6 +81,7 @@ impl Model {
         isa: Isa,
         kind: Kind,
         sizes: Sizes,
+        options: Options,
         tables: Tables,
         layers: Vec<Layer>,
         head: Matrix,
@@ -115,18 +90,15 @@ impl Model {
         if sizes.heads.size > MAX_HEAD {
             return Err(format!("heads of {} features; at most {MAX_HEAD}", sizes.heads.size));
         }
-        let rows = match kind {
-            Kind::F32 => Rows::F32(Vec::new()),
-            Kind::Bf16 | Kind::I8 => Rows::Bf16(Vec::new()),
-        };
         Ok(Self {
             isa,
             is_bf16: wants_bf16(isa, kind),
             sizes,
+            options,
             tables,
             layers,
             head,
-            rows,
+            rows: Rows::new(kind),
             scratch: Scratch::default(),
             pool: Pool::new(num_threads),
         })
@@ -147,26 +119,15 @@ impl Model {
     }
 
     pub fn open(&mut self, capacity: usize) -> usize {
-        let heads = self.sizes.heads;
-        match &mut self.rows {
-            Rows::F32(rows) => place(rows, Row::new(heads, capacity)),
-            Rows::Bf16(rows) => place(rows, Row::new(heads, capacity)),
-        }
+        self.rows.open(self.sizes.heads, capacity)
     }
 
     pub fn close(&mut self, row: usize) -> Result<(), String> {
-        match &mut self.rows {
-            Rows::F32(rows) => close_row(rows, row),
-            Rows::Bf16(rows) => close_row(rows, row),
-        }
+        self.rows.close(row)
     }
 
     pub fn copy(&mut self, source: usize, target: usize, length: usize) -> Result<(), String> {
-        let heads = self.sizes.heads;
-        match &mut self.rows {
-            Rows::F32(rows) => copy_row(rows, heads, source, target, length),
-            Rows::Bf16(rows) => copy_row(rows, heads, source, target, length),
-        }
+        self.rows.copy(self.sizes.heads, source, target, length)
     }
 
     /// Append the chunks' tokens to their rows; write the logits (chunks that want them,
@@ -213,7 +174,7 @@ impl Model {
         let Sizes { width, heads, .. } = self.sizes;
         let is_bf16 = self.is_bf16;
         let projected_width = (heads.queries + 2 * heads.keys) * heads.size;
-        let inner_width = self.layers[0].mlp_in.outputs;
+        let inner_width = self.layers[0].mlp_out.inputs;
         let residual = Shared::new(room(&mut self.scratch.residual, num_tokens * width));
         let projected = room(&mut self.scratch.projected, num_tokens * projected_width);
         let projected = Shared::new(projected);
@@ -221,21 +182,50 @@ impl Model {
         let mixed = self.scratch.mixed.reserve(num_tokens * width, is_bf16);
         let inner = self.scratch.inner.reserve(num_tokens * inner_width, is_bf16);
         self.embed(rows, chunks, residual);
+        let Scratch { gated, first, middle, .. } = &mut self.scratch;
+        let of = |is_wanted: bool, buffer, width: usize| {
+            Shared::new(room(buffer, if is_wanted { num_tokens * width } else { 0 }))
+        };
+        let gated = of(self.options.is_gated, gated, 2 * inner_width);
+        let first = of(self.options.scalars.is_some(), first, width);
+        let middle = of(self.options.backout.is_some(), middle, width);
+        if self.options.scalars.is_some() {
+            // SAFETY: both have room for all tokens; so below.
+            unsafe { copy(residual, first, num_tokens * width) }
+        }
         let layers = std::mem::take(&mut self.layers);
         for (index, layer) in layers.iter().enumerate() {
+            if let Some(scalars) = &self.options.scalars {
+                let (keep, back) = scalars[index];
+                self.blend(residual, first, (keep, back), num_tokens);
+            }
             self.norm(residual, normed, num_tokens);
             self.product(&layer.projections, normed, num_tokens, Then::Store(projected));
+            self.add_values(chunks, index, normed, projected);
             self.attend(rows, chunks, index, projected, mixed);
             self.product(&layer.attention_out, mixed, num_tokens, Then::Add(residual));
             self.norm(residual, normed, num_tokens);
             let then = match inner {
+                _ if self.options.is_gated => Then::Store(gated),
                 Inputs::Bf16(out) => Then::Relu2Bf16(out),
                 Inputs::F32(out) => Then::Relu2F32(out),
+                #[cfg(target_arch = "x86_64")]
+                Inputs::Split(_) => unreachable!("split only for a product"),
             };
             self.product(&layer.mlp_in, normed, num_tokens, then);
+            if self.options.is_gated {
+                self.gate(gated, inner, num_tokens, inner_width);
+            }
             self.product(&layer.mlp_out, inner, num_tokens, Then::Add(residual));
+            if self.options.backout.is_some() && index == heads.num_layers / 2 {
+                // SAFETY: as above.
+                unsafe { copy(residual, middle, num_tokens * width) }
+            }
         }
         self.layers = layers;
+        if let Some(share) = self.options.backout {
+            self.blend(residual, middle, (1.0, -share), num_tokens);
+        }
         self.logits(chunks, residual, normed, logits);
         Ok(())
     }
@@ -248,20 +238,25 @@ impl Model {
         residual: Shared<f32>,
     ) {
         let Sizes { width, token_shift, .. } = self.sizes;
+        let smear = self.options.smear;
         let mut t = 0;
         for chunk in chunks {
             let row = rows[chunk.row].as_mut().expect("checked before");
             for (i, &token) in chunk.tokens.iter().enumerate() {
                 let position = chunk.start + i;
                 row.tokens[position] = token;
-                let before =
-                    (position > 0 && token_shift != 0.0).then(|| row.tokens[position - 1] as usize);
+                let before = (position > 0 && (token_shift != 0.0 || smear.is_some()))
+                    .then(|| row.tokens[position - 1] as usize);
                 // SAFETY: tokens are below the vocabulary, t below the step's number of tokens.
                 unsafe {
                     let of = |token: usize| self.tables.embedding.add(token * width);
                     let before = before.map_or(std::ptr::null(), of);
                     let out = residual.at(t * width);
-                    embed(self.isa, of(token as usize), before, token_shift, width, out);
+                    let shifted = if smear.is_some() { std::ptr::null() } else { before };
+                    embed(self.isa, of(token as usize), shifted, token_shift, width, out);
+                    if let Some(smear) = smear.filter(|_| !before.is_null()) {
+                        options::smear(self.isa, out, before, smear, width);
+                    }
                 }
                 t += 1;
             }
@@ -270,19 +265,92 @@ impl Model {
 
     fn norm(&mut self, residual: Shared<f32>, out: Inputs, num_tokens: usize) {
         let (isa, width) = (self.isa, self.sizes.width);
-        // One token is not worth waking a thread for; 16 are a task.
-        let tokens_per_task = 16;
-        self.pool.run(num_tokens.div_ceil(tokens_per_task), &|task| {
-            let last = num_tokens.min((task + 1) * tokens_per_task);
-            for t in task * tokens_per_task..last {
-                // SAFETY: each token has its own place.
-                unsafe { norm_one(isa, residual, out, t, t, width) }
+        self.per_token(num_tokens, &|t| {
+            // SAFETY: each token has its own place.
+            unsafe { norm_one(isa, residual, out, t, t, width) }
+        });
+    }
+
+    /// `x` = keep `x` + back `other`, of all tokens.
+    fn blend(
+        &mut self,
+        x: Shared<f32>,
+        other: Shared<f32>,
+        (keep, back): (f32, f32),
+        num_tokens: usize,
+    ) {
+        let (isa, width) = (self.isa, self.sizes.width);
+        self.per_token(num_tokens, &|t| {
+            // SAFETY: each token has its own place.
+            unsafe { options::blend(isa, x.at(t * width), other.at(t * width), keep, back, width) }
+        });
+    }
+
+    /// A layer's value embeddings, where it has them.
+    fn add_values(
+        &mut self,
+        chunks: &[Chunk],
+        layer: usize,
+        normed: Inputs,
+        projected: Shared<f32>,
+    ) {
+        let Some(embedding) = self.options.values[layer] else { return };
+        let Sizes { width, heads, .. } = self.sizes;
+        let (of_keys, size) = ((heads.keys, heads.size), heads.size);
+        let all = heads.queries + 2 * heads.keys;
+        let tokens = chunks.iter().flat_map(|chunk| chunk.tokens);
+        for (t, &token) in tokens.enumerate() {
+            // SAFETY: each token has its own place; tokens are below the vocabulary.
+            unsafe {
+                let values = projected.at((t * all + heads.queries + heads.keys) * size);
+                let token = token as usize;
+                let (isa, from) = (self.isa, t * width);
+                match normed {
+                    Inputs::F32(x) => {
+                        options::add_values_f32(isa, x.at(from), token, embedding, of_keys, values)
+                    }
+                    Inputs::Bf16(x) => {
+                        options::add_values_bf16(isa, x.at(from), token, embedding, of_keys, values)
+                    }
+                    #[cfg(target_arch = "x86_64")]
+                    Inputs::Split(_) => unreachable!("split only for a product"),
+                }
             }
+        }
+    }
+
+    /// From both halves of a gated MLP to what its last matrix reads.
+    fn gate(&mut self, both: Shared<f32>, out: Inputs, num_tokens: usize, width: usize) {
+        let isa = self.isa;
+        self.per_token(num_tokens, &|t| {
+            // SAFETY: each token has its own place.
+            unsafe {
+                let both = both.at(t * 2 * width);
+                match out {
+                    Inputs::F32(out) => {
+                        options::gate_f32(isa, both, width, Shared::new(out.at(t * width)))
+                    }
+                    Inputs::Bf16(out) => {
+                        options::gate_bf16(isa, both, width, Shared::new(out.at(t * width)))
+                    }
+                    #[cfg(target_arch = "x86_64")]
+                    Inputs::Split(_) => unreachable!("split only for a product"),
+                }
+            }
+        });
+    }
+
+    /// Do something for each token, some of them to a task.
+    fn per_token(&mut self, num_tokens: usize, work: &(dyn Fn(usize) + Sync)) {
+        self.pool.run(num_tokens.div_ceil(TOKENS_PER_TASK), &|task| {
+            let last = num_tokens.min((task + 1) * TOKENS_PER_TASK);
+            (task * TOKENS_PER_TASK..last).for_each(work);
         });
     }
 
     fn product(&mut self, matrix: &Matrix, x: Inputs, rows: usize, then: Then) {
         let isa = self.isa;
+        let x = if matrix.kind() == Kind::I8Split { self.split(matrix, x, rows) } else { x };
         let num_panels = matrix.num_panels();
         let num_tasks = num_panels.min(self.pool.num_threads() * TASKS_PER_THREAD);
         self.pool.run(num_tasks, &|task| {
@@ -291,6 +359,30 @@ impl Model {
             // SAFETY: buffers have room for `rows` rows; each task has its own panels.
             unsafe { multiply(isa, matrix, x, rows, first..last, then) }
         });
+    }
+
+    /// The inputs of a product as it reads them when it multiplies bytes.
+    #[cfg(target_arch = "x86_64")]
+    fn split(&mut self, matrix: &Matrix, x: Inputs, rows: usize) -> Inputs {
+        let Inputs::F32(x) = x else { unreachable!("bytes are split from fp32") };
+        let inputs = matrix.inputs;
+        let stride = inputs.next_multiple_of(BYTES_STEP);
+        let SplitRoom { bytes, scales } = &mut self.scratch.split;
+        let out = Split {
+            bytes: Shared::new(room(bytes, 2 * rows * stride)),
+            scales: Shared::new(room(scales, rows)),
+            stride,
+        };
+        self.per_token(rows, &|row| {
+            // SAFETY: this kind of weights is for machines with AVX-512; rows have places.
+            unsafe { bytes::split(x.at(row * inputs), inputs, row, out) }
+        });
+        Inputs::Split(out)
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    fn split(&mut self, _matrix: &Matrix, x: Inputs, _rows: usize) -> Inputs {
+        x
     }
 
     fn attend<E: Attend>(
@@ -303,6 +395,8 @@ impl Model {
     ) {
         let (isa, heads, tables) = (self.isa, self.sizes.heads, self.tables);
         let group = heads.queries / heads.keys;
+        let window = self.options.windows[layer];
+        let scale = self.options.query_scale / (heads.size as f32).sqrt();
         let mut spans = Vec::with_capacity(chunks.len() * heads.keys);
         let mut t = 0;
         for chunk in chunks {
@@ -316,6 +410,8 @@ impl Model {
                     num_queries: group,
                     head,
                     heads,
+                    window,
+                    scale,
                     // SAFETY: t is below the step's number of tokens.
                     projected: Shared::new(unsafe {
                         projected.at(t * (heads.queries + 2 * heads.keys) * heads.size)
@@ -362,121 +458,12 @@ impl Model {
         }
         if num_wanted > 0 {
             let head = std::mem::replace(&mut self.head, Matrix::empty());
-            let then = Then::Softcap(Shared::new(logits.as_mut_ptr()));
+            let then = match self.options.softcap {
+                0.0 => Then::Store(Shared::new(logits.as_mut_ptr())),
+                cap => Then::Softcap(Shared::new(logits.as_mut_ptr()), cap),
+            };
             self.product(&head, normed, num_wanted, then);
             self.head = head;
         }
     }
-}
-
-/// Attention in a precision of keys and values.
-pub trait Attend: Cached {
-    /// # Safety
-    /// As `attention::attend_f32`; `out` from `offset` on.
-    unsafe fn attend(isa: Isa, span: &Span<Self>, out: Inputs, offset: usize);
-}
-
-impl Attend for f32 {
-    unsafe fn attend(isa: Isa, span: &Span<f32>, out: Inputs, offset: usize) {
-        match out {
-            Inputs::F32(out) => attention::attend_f32(isa, span, Shared::new(out.at(offset))),
-            Inputs::Bf16(_) => unreachable!("fp32 keys go with fp32 products"),
-        }
-    }
-}
-
-impl Attend for u16 {
-    unsafe fn attend(isa: Isa, span: &Span<u16>, out: Inputs, offset: usize) {
-        match out {
-            Inputs::F32(out) => attention::attend_bf16(isa, span, Shared::new(out.at(offset))),
-            #[cfg(target_arch = "x86_64")]
-            Inputs::Bf16(out) => attention::attend_bf16_to_bf16(span, Shared::new(out.at(offset))),
-            #[cfg(not(target_arch = "x86_64"))]
-            Inputs::Bf16(_) => unreachable!("only AVX-512 multiplies bf16"),
-        }
-    }
-}
-
-crate::isa::versions! {
-    fn embed(
-        token: *const f32, before: *const f32, shift: f32, width: usize, out: *mut f32,
-    ) = embed_body;
-}
-
-#[inline(always)]
-unsafe fn embed_body(
-    token: *const f32,
-    before: *const f32,
-    shift: f32,
-    width: usize,
-    out: *mut f32,
-) {
-    let out = std::slice::from_raw_parts_mut(out, width);
-    rms_norm(std::slice::from_raw_parts(token, width), out);
-    if !before.is_null() {
-        let before = std::slice::from_raw_parts(before, width);
-        let scale = crate::math::inverse_rms(before);
-        let (first, second) = before.split_at(width / 2);
-        for (o, &b) in out.iter_mut().zip(second.iter().chain(first)) {
-            *o += shift * (b * scale);
-        }
-    }
-}
-
-crate::isa::versions! {
-    /// Norm of token `from` of the residual stream, as row `to` of a product's inputs.
-    fn norm_one(
-        residual: Shared<f32>, out: Inputs, from: usize, to: usize, width: usize,
-    ) = norm_one_body;
-}
-
-#[inline(always)]
-unsafe fn norm_one_body(residual: Shared<f32>, out: Inputs, from: usize, to: usize, width: usize) {
-    let x = std::slice::from_raw_parts(residual.at(from * width), width);
-    match out {
-        Inputs::F32(out) => {
-            rms_norm(x, std::slice::from_raw_parts_mut(out.at(to * width), width));
-        }
-        Inputs::Bf16(out) => {
-            rms_norm(x, std::slice::from_raw_parts_mut(out.at(to * width), width));
-        }
-    }
-}
-
-fn place<E: Number>(rows: &mut Vec<Option<Row<E>>>, row: Row<E>) -> usize {
-    let free = rows.iter().position(Option::is_none).unwrap_or_else(|| {
-        rows.push(None);
-        rows.len() - 1
-    });
-    rows[free] = Some(row);
-    free
-}
-
-fn existing<E: Number>(rows: &[Option<Row<E>>], row: usize) -> Result<&Row<E>, String> {
-    rows.get(row).and_then(Option::as_ref).ok_or_else(|| format!("no row {row}"))
-}
-
-fn close_row<E: Number>(rows: &mut [Option<Row<E>>], row: usize) -> Result<(), String> {
-    existing(rows, row)?;
-    rows[row] = None;
-    Ok(())
-}
-
-fn copy_row<E: Number>(
-    rows: &mut [Option<Row<E>>],
-    heads: Heads,
-    source: usize,
-    target: usize,
-    length: usize,
-) -> Result<(), String> {
-    if existing(rows, source)?.capacity < length || existing(rows, target)?.capacity < length {
-        return Err(format!("{length} tokens do not fit"));
-    }
-    if source == target {
-        return Ok(());
-    }
-    let mut taken = rows[target].take().expect("exists");
-    taken.copy_from(heads, rows[source].as_ref().expect("exists"), length);
-    rows[target] = Some(taken);
-    Ok(())
 }
