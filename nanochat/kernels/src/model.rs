@@ -77,6 +77,7 @@ pub struct Model {
 }
 
 impl Model {
+    #[allow(clippy::too_many_arguments)]
     pub fn new(
         isa: Isa,
         kind: Kind,
