@@ -195,6 +195,23 @@ impl View {
         self.start.add(row * self.stride + column)
     }
 
+    /// The 32 rows from `row` on as a left operand. Where there are fewer, they are copied to `spare`,
+    /// room for 32 rows, with zeros behind.
+    ///
+    /// # Safety
+    /// `row` is one of the rows; the number of columns is a multiple of 32.
+    pub unsafe fn left(&self, row: usize, spare: *mut u16) -> Left {
+        if row + BLOCK <= self.rows {
+            return Left::rows(self.at(row, 0), self.stride);
+        }
+        std::ptr::write_bytes(spare, 0, BLOCK * self.columns);
+        for r in row..self.rows {
+            let to = spare.add((r - row) * self.columns);
+            std::ptr::copy_nonoverlapping(self.at(r, 0), to, self.columns);
+        }
+        Left::rows(spare, self.columns)
+    }
+
     /// `count` rows from `first` on.
     ///
     /// # Safety

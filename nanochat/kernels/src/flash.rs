@@ -11,6 +11,7 @@ use crate::amx::{
 };
 use crate::linear::round_row;
 use crate::memory::{with_local, Shared};
+use crate::rows::dot;
 use crate::team;
 use crate::wide::exp;
 
@@ -86,20 +87,6 @@ impl Carver {
     }
 }
 
-/// The block's 32 rows; the last ones of all are copied, with zeros behind.
-unsafe fn left(x: &View, block: usize, spare: *mut u16) -> Left {
-    let first = block * BLOCK;
-    if first + BLOCK <= x.rows {
-        return Left::rows(x.start.add(first * x.stride), x.stride);
-    }
-    std::ptr::write_bytes(spare, 0, BLOCK * x.columns);
-    for row in first..x.rows {
-        let to = spare.add((row - first) * x.columns);
-        std::ptr::copy_nonoverlapping(x.start.add(row * x.stride), to, x.columns);
-    }
-    Left::rows(spare, x.columns)
-}
-
 unsafe fn pack_all(x: &View, out: *mut u16, by_rows: bool) {
     let (count, len) = if by_rows {
         (x.rows.div_ceil(BLOCK), x.columns / BLOCK * STEP_LEN)
@@ -146,7 +133,7 @@ pub unsafe fn forward(
             for block in 0..s.blocks() {
                 let first = s.first_block(block);
                 let count = block + 1 - first;
-                let rows = left(&queries, block, spare);
+                let rows = queries.left(block * BLOCK, spare);
                 for panel in 0..count {
                     let right = keys.add((first + panel) * steps * STEP_LEN);
                     multiply(rows, right, steps, scores.add(panel * BLOCK), length, false);
@@ -281,8 +268,8 @@ pub unsafe fn backward(
                 for block in first_waiting..last_waiting {
                     let first = s.first_block(block);
                     let count = block + 1 - first;
-                    let query_rows = left(&queries, block, spares[0]);
-                    let gradient_rows = left(&gradients, block, spares[1]);
+                    let query_rows = queries.left(block * BLOCK, spares[0]);
+                    let gradient_rows = gradients.left(block * BLOCK, spares[1]);
                     for panel in 0..count {
                         let at = (first + panel) * steps * STEP_LEN;
                         let column = panel * BLOCK;
@@ -370,18 +357,6 @@ pub unsafe fn backward(
             }
         });
     });
-}
-
-/// The sum of products of two rows of bf16 numbers.
-#[target_feature(enable = "avx512f")]
-unsafe fn dot(a: *const u16, b: *const u16, len: usize) -> f32 {
-    let mut sum = _mm512_setzero_ps();
-    for i in (0..len).step_by(16) {
-        let x = amx::widen(_mm256_loadu_si256(a.add(i) as *const __m256i));
-        let y = amx::widen(_mm256_loadu_si256(b.add(i) as *const __m256i));
-        sum = _mm512_fmadd_ps(x, y, sum);
-    }
-    _mm512_reduce_add_ps(sum)
 }
 
 /// Weights from products and their log-sum-exp, and the gradients of the products:

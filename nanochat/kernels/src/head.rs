@@ -216,7 +216,7 @@ unsafe fn rows_of_chunk(
             let by_pairs = places.by_pairs.at(group * s.group_len());
             let used = s.used.saturating_sub(group * GROUP).min(GROUP);
             for block in 0..blocks {
-                let left = left(&hidden, block, spare);
+                let left = hidden.left(block * BLOCK, spare);
                 for panel in 0..GROUP_PANELS {
                     let right = by_rows.add(panel * steps * STEP_LEN);
                     multiply(left, right, steps, logits.add(panel * BLOCK), GROUP, false);
@@ -265,18 +265,6 @@ unsafe fn rows_of_chunk(
             *places.losses.at(in_chunk) = (factor * (total.ln() - logit)) as f64;
         }
     });
-}
-
-/// The block's 32 rows; the last ones are copied, with zeros behind.
-unsafe fn left(x: &View, block: usize, spare: *mut u16) -> Left {
-    let first = block * BLOCK;
-    if first + BLOCK <= x.rows {
-        return Left::rows(x.start.add(first * x.stride), x.stride);
-    }
-    std::ptr::write_bytes(spare, 0, BLOCK * x.columns);
-    let count = (x.rows - first) * x.columns;
-    std::ptr::copy_nonoverlapping(x.start.add(first * x.stride), spare, count);
-    Left::rows(spare, x.columns)
 }
 
 /// What `exponentials` has computed for one number.

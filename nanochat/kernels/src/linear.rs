@@ -71,19 +71,6 @@ fn twice_root(h: __m512) -> __m512 {
     _mm512_add_ps(root, root)
 }
 
-/// 32 rows of `x` from `row` on as a left operand; the last ones are copied, with zeros behind.
-unsafe fn left_rows(x: &View, row: usize, spare: *mut u16) -> Left {
-    if row + BLOCK <= x.rows {
-        return Left::rows(x.start.add(row * x.stride), x.stride);
-    }
-    std::ptr::write_bytes(spare, 0, BLOCK * x.columns);
-    for r in row..x.rows {
-        let from = x.start.add(r * x.stride);
-        std::ptr::copy_nonoverlapping(from, spare.add((r - row) * x.columns), x.columns);
-    }
-    Left::rows(spare, x.columns)
-}
-
 /// `y` (M, N) = x (M, K) w^T, then `then`. K is a multiple of 32.
 ///
 /// # Safety
@@ -134,7 +121,7 @@ unsafe fn product(
                     for panel in 0..panels {
                         let mut right = packed.at(panel * panel_len) as *const u16;
                         for (i, ((left, _), &steps)) in pairs.iter().zip(&steps).enumerate() {
-                            let left = left_rows(left, row, spare.add(i * BLOCK * widest));
+                            let left = left.left(row, spare.add(i * BLOCK * widest));
                             multiply(left, right, steps, sums, BLOCK, i > 0);
                             right = right.add(steps * STEP_LEN);
                         }

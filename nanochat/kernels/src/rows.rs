@@ -23,9 +23,12 @@ unsafe fn save(out: *mut u16, low: __m512, high: __m512) {
 }
 
 /// The sum of products of two rows of `len` numbers, a multiple of 32.
+///
+/// # Safety
+/// AVX-512; the rows have these lengths.
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn dot(a: *const u16, b: *const u16, len: usize) -> f32 {
+pub unsafe fn dot(a: *const u16, b: *const u16, len: usize) -> f32 {
     let (mut first, mut second) = (_mm512_setzero_ps(), _mm512_setzero_ps());
     for i in (0..len).step_by(32) {
         let ((a0, a1), (b0, b1)) = (load(a.add(i)), load(b.add(i)));
