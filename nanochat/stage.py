@@ -297,7 +297,7 @@ def _how(plan: Plan, runtime: Runtime) -> str:
     if plan.compile:
         return "compiled"
     is_native = runtime.device.type == "cpu" and fused_native.trains_in(runtime.compute_dtype)
-    return "AMX kernels" if is_native else "uncompiled"
+    return "compiled kernels" if is_native else "uncompiled"
 
 
 def _announce_writes(run_dir: Path, plan: Plan, model: GPT, runtime: Runtime) -> None:

@@ -6,8 +6,8 @@
 
 use std::arch::x86_64::*;
 
-use crate::amx::{
-    self, multiply, pack_columns, pack_pairs, pack_rows, Left, View, BLOCK, STEP_LEN,
+use crate::blocks::{
+    pack_columns, pack_pairs, pack_rows, round, Left, Unit, View, BLOCK, STEP_LEN,
 };
 use crate::linear::round_row;
 use crate::memory::{with_local, Shared};
@@ -107,7 +107,7 @@ unsafe fn pack_all(x: &View, out: *mut u16, by_rows: bool) {
 /// exponentials of each query's scores.
 ///
 /// # Safety
-/// AMX is there; the arrays have these sizes.
+/// A `Unit` is there; the arrays have these sizes.
 pub unsafe fn forward(
     threads: usize,
     s: Sizes,
@@ -116,7 +116,7 @@ pub unsafe fn forward(
     lse: Shared<f32>,
 ) {
     team::run(threads, s.sequences * s.heads, &|task| unsafe {
-        let _tiles = amx::Tiles::configure();
+        let unit = Unit::start();
         let (length, steps) = (s.row(), s.size / BLOCK);
         let bytes = 4 * s.packed() + BLOCK * (length * 6 + s.size * 6) + 512;
         with_local(bytes, |scratch| {
@@ -136,7 +136,7 @@ pub unsafe fn forward(
                 let rows = queries.left(block * BLOCK, spare);
                 for panel in 0..count {
                     let right = keys.add((first + panel) * steps * STEP_LEN);
-                    multiply(rows, right, steps, scores.add(panel * BLOCK), length, false);
+                    unit.multiply(rows, right, steps, scores.add(panel * BLOCK), length, false);
                 }
                 let mut totals = [0.0f32; BLOCK];
                 let there = BLOCK.min(s.positions - block * BLOCK);
@@ -154,7 +154,7 @@ pub unsafe fn forward(
                 for panel in 0..steps {
                     let right = values.add((panel * s.blocks() + first) * STEP_LEN);
                     let sums = sums.add(panel * BLOCK);
-                    multiply(weighted, right, count, sums, s.size, false);
+                    unit.multiply(weighted, right, count, sums, s.size, false);
                 }
                 for (r, total) in totals[..there].iter().enumerate() {
                     let row = sums.add(r * s.size);
@@ -203,7 +203,7 @@ unsafe fn softmax(
         };
         let (low, high) = (weight(i), weight(i + 16));
         total = _mm512_add_ps(total, _mm512_add_ps(low, high));
-        _mm512_storeu_si512(out.add(i) as *mut __m512i, amx::round(low, high));
+        _mm512_storeu_si512(out.add(i) as *mut __m512i, round(low, high));
     }
     (largest, _mm512_reduce_add_ps(total))
 }
@@ -229,7 +229,7 @@ pub unsafe fn backward(
     d: [Shared<u16>; 3],
 ) {
     team::run(threads, s.sequences * s.heads, &|task| unsafe {
-        let _tiles = amx::Tiles::configure();
+        let unit = Unit::start();
         let (length, steps, blocks) = (s.row(), s.size / BLOCK, s.blocks());
         let waiting = WAITING.min(blocks);
         let bytes = 6 * s.packed()
@@ -273,7 +273,7 @@ pub unsafe fn backward(
                     for panel in 0..count {
                         let at = (first + panel) * steps * STEP_LEN;
                         let column = panel * BLOCK;
-                        multiply(
+                        unit.multiply(
                             query_rows,
                             keys.add(at),
                             steps,
@@ -282,7 +282,7 @@ pub unsafe fn backward(
                             false,
                         );
                         let out = dweights.add(column);
-                        multiply(gradient_rows, values.add(at), steps, out, length, false);
+                        unit.multiply(gradient_rows, values.add(at), steps, out, length, false);
                     }
                     for r in 0..BLOCK {
                         let position = block * BLOCK + r;
@@ -310,7 +310,7 @@ pub unsafe fn backward(
                     for panel in 0..steps {
                         let right = key_pairs.add((panel * blocks + first) * STEP_LEN);
                         let sums = block_sums.add(panel * BLOCK);
-                        multiply(dscores, right, count, sums, s.size, false);
+                        unit.multiply(dscores, right, count, sums, s.size, false);
                     }
                     for r in 0..BLOCK.min(s.positions - block * BLOCK) {
                         let at = s.place(task) + (block * BLOCK + r) * stride;
@@ -345,7 +345,7 @@ pub unsafe fn backward(
                             let at = panel * count + from - first_waiting;
                             let sums = sums.add(block * BLOCK * s.size + panel * BLOCK);
                             let right = pairs.add(at * STEP_LEN);
-                            multiply(rows, right, to - from, sums, s.size, !is_first);
+                            unit.multiply(rows, right, to - from, sums, s.size, !is_first);
                         }
                     }
                 }
@@ -380,7 +380,7 @@ unsafe fn weigh_again(
     };
     for i in (0..len).step_by(32) {
         let ((low, dlow), (high, dhigh)) = (half(i), half(i + 16));
-        _mm512_storeu_si512(weights.add(i) as *mut __m512i, amx::round(low, high));
-        _mm512_storeu_si512(dscores.add(i) as *mut __m512i, amx::round(dlow, dhigh));
+        _mm512_storeu_si512(weights.add(i) as *mut __m512i, round(low, high));
+        _mm512_storeu_si512(dscores.add(i) as *mut __m512i, round(dlow, dhigh));
     }
 }

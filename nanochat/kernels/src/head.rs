@@ -11,8 +11,8 @@
 use std::arch::x86_64::*;
 use std::cell::RefCell;
 
-use crate::amx::{
-    self, multiply, pack_columns, pack_pairs, pack_rows, Left, View, BLOCK, STEP_LEN,
+use crate::blocks::{
+    pack_columns, pack_pairs, pack_rows, round, widen, Left, Unit, View, BLOCK, STEP_LEN,
 };
 use crate::linear::round_row;
 use crate::memory::{with_local, Buffer, Shared};
@@ -91,7 +91,7 @@ thread_local! {
 /// Sum of the weighted losses; the gradients are written to `data`.
 ///
 /// # Safety
-/// AMX is there; the arrays have these sizes.
+/// A `Unit` is there; the arrays have these sizes.
 pub unsafe fn loss(threads: usize, s: Sizes, data: Data) -> f64 {
     ROOM.with(|room| unsafe { loss_in(&mut room.borrow_mut(), threads, s, data) })
 }
@@ -168,9 +168,10 @@ unsafe fn loss_in(room: &mut Room, threads: usize, s: Sizes, data: Data) -> f64 
         let count = chunk_rows.min(s.rows - first);
         let per_task = count.div_ceil(threads).next_multiple_of(BLOCK).min(TASK_ROWS);
         team::run(threads, count.div_ceil(per_task), &|task| unsafe {
-            let _tiles = amx::Tiles::configure();
+            let unit = Unit::start();
             let start = task * per_task;
-            rows_of_chunk(s, data, places, first, start..(start + per_task).min(count), chunk_rows);
+            let rows = start..(start + per_task).min(count);
+            rows_of_chunk(&unit, s, data, places, first, rows, chunk_rows);
         });
         total += (0..count).map(|row| unsafe { *places.losses.at(row) }).sum::<f64>();
         let scaled = View::new(places.scaled.at(0), count, s.width);
@@ -181,10 +182,10 @@ unsafe fn loss_in(room: &mut Room, threads: usize, s: Sizes, data: Data) -> f64 
         });
         let blocks = s.vocabulary.div_ceil(BLOCK);
         team::run(threads, blocks.div_ceil(TASK_BLOCKS), &|task| unsafe {
-            let _tiles = amx::Tiles::configure();
+            let unit = Unit::start();
             let start = task * TASK_BLOCKS;
             let blocks = start..(start + TASK_BLOCKS).min(blocks);
-            weights_of_chunk(s, data, places, first, count, blocks, chunk_rows);
+            weights_of_chunk(&unit, s, data, places, first..first + count, blocks, chunk_rows);
         });
     }
     total
@@ -192,6 +193,7 @@ unsafe fn loss_in(room: &mut Room, threads: usize, s: Sizes, data: Data) -> f64 
 
 /// Logits, losses, `u` and the gradient of some rows of a chunk that begins at row `first`.
 unsafe fn rows_of_chunk(
+    unit: &Unit,
     s: Sizes,
     data: Data,
     places: Places,
@@ -219,7 +221,7 @@ unsafe fn rows_of_chunk(
                 let left = hidden.left(block * BLOCK, spare);
                 for panel in 0..GROUP_PANELS {
                     let right = by_rows.add(panel * steps * STEP_LEN);
-                    multiply(left, right, steps, logits.add(panel * BLOCK), GROUP, false);
+                    unit.multiply(left, right, steps, logits.add(panel * BLOCK), GROUP, false);
                 }
                 for r in 0..BLOCK {
                     let (row, out) = (block * BLOCK + r, u.add(r * GROUP));
@@ -245,7 +247,7 @@ unsafe fn rows_of_chunk(
                 for panel in 0..steps {
                     let right = by_pairs.add(panel * GROUP_PANELS * STEP_LEN);
                     let out = gradient.add(block * BLOCK * s.width + panel * BLOCK);
-                    multiply(left, right, GROUP_PANELS, out, s.width, group > 0);
+                    unit.multiply(left, right, GROUP_PANELS, out, s.width, group > 0);
                 }
             }
         }
@@ -288,7 +290,7 @@ unsafe fn exponentials(line: *const f32, out: *mut u16, used: usize, cap: f32) -
             _mm512_mul_ps(e, _mm512_fnmadd_ps(t, t, one))
         };
         let (low, high) = (half(i), half(i + 16));
-        _mm512_storeu_si512(out.add(i) as *mut __m512i, amx::round(low, high));
+        _mm512_storeu_si512(out.add(i) as *mut __m512i, round(low, high));
     }
     _mm512_reduce_add_ps(total)
 }
@@ -303,7 +305,7 @@ unsafe fn scale_and_pull(
 ) {
     let (scale, pull) = (_mm512_set1_ps(scale), _mm512_set1_ps(pull));
     for i in (0..width).step_by(16) {
-        let w = amx::widen(_mm256_loadu_si256(w.add(i) as *const __m256i));
+        let w = widen(_mm256_loadu_si256(w.add(i) as *const __m256i));
         let x = _mm512_mul_ps(_mm512_loadu_ps(line.add(i)), scale);
         _mm512_storeu_ps(line.add(i), _mm512_fnmadd_ps(w, pull, x));
     }
@@ -314,24 +316,24 @@ unsafe fn scale_and_pull(
 unsafe fn scaled_row(x: *const u16, factor: f32, out: *mut u16, width: usize) {
     let factor = _mm512_set1_ps(factor);
     for i in (0..width).step_by(32) {
-        let low = amx::widen(_mm256_loadu_si256(x.add(i) as *const __m256i));
-        let high = amx::widen(_mm256_loadu_si256(x.add(i + 16) as *const __m256i));
-        let rounded = amx::round(_mm512_mul_ps(low, factor), _mm512_mul_ps(high, factor));
+        let low = widen(_mm256_loadu_si256(x.add(i) as *const __m256i));
+        let high = widen(_mm256_loadu_si256(x.add(i + 16) as *const __m256i));
+        let rounded = round(_mm512_mul_ps(low, factor), _mm512_mul_ps(high, factor));
         _mm512_storeu_si512(out.add(i) as *mut __m512i, rounded);
     }
 }
 
 /// Add a chunk's part to the gradients of some blocks of tokens; after the last one, round them.
 unsafe fn weights_of_chunk(
+    unit: &Unit,
     s: Sizes,
     data: Data,
     places: Places,
-    first: usize,
-    count: usize,
+    chunk: std::ops::Range<usize>,
     blocks: std::ops::Range<usize>,
     chunk_rows: usize,
 ) {
-    let steps = count.div_ceil(BLOCK);
+    let steps = chunk.len().div_ceil(BLOCK);
     for step in (0..steps).step_by(CHUNK_STEPS) {
         let num_steps = CHUNK_STEPS.min(steps - step);
         for panel in 0..s.steps() {
@@ -339,21 +341,21 @@ unsafe fn weights_of_chunk(
             for block in blocks.clone() {
                 let left = places.u.at((block * (chunk_rows / BLOCK) + step) * STEP_LEN);
                 let sums = places.sums.at(block * BLOCK * s.width + panel * BLOCK);
-                let add = first > 0 || step > 0;
-                multiply(Left::packed(left), right, num_steps, sums, s.width, add);
+                let add = chunk.start > 0 || step > 0;
+                unit.multiply(Left::packed(left), right, num_steps, sums, s.width, add);
             }
         }
     }
     let tokens = blocks.start * BLOCK..(blocks.end * BLOCK).min(s.vocabulary);
-    for row in 0..count {
-        let target = *data.targets.at(first + row) as usize;
+    for (place, row) in chunk.clone().enumerate() {
+        let target = *data.targets.at(row) as usize;
         if tokens.contains(&target) {
-            let h = data.hidden.at((first + row) * s.width);
+            let h = data.hidden.at(row * s.width);
             let sums = places.sums.at(target * s.width);
-            take_off(sums, h, *places.pull.at(row), s.width);
+            take_off(sums, h, *places.pull.at(place), s.width);
         }
     }
-    if first + count == s.rows {
+    if chunk.end == s.rows {
         for token in tokens {
             let at = token * s.width;
             round_row(places.sums.at(at), s.width, data.weight_gradient.at(at));
@@ -365,7 +367,7 @@ unsafe fn weights_of_chunk(
 unsafe fn take_off(sums: *mut f32, x: *const u16, factor: f32, width: usize) {
     let factor = _mm512_set1_ps(factor);
     for i in (0..width).step_by(16) {
-        let x = amx::widen(_mm256_loadu_si256(x.add(i) as *const __m256i));
+        let x = widen(_mm256_loadu_si256(x.add(i) as *const __m256i));
         let sum = _mm512_loadu_ps(sums.add(i));
         _mm512_storeu_ps(sums.add(i), _mm512_fnmadd_ps(x, factor, sum));
     }

@@ -1,5 +1,6 @@
 //! The decoding step of nanochat's model on a CPU: embedding, attention to remembered keys and
-//! values, products with packed weights, logits. And kernels for training where there is AMX:
+//! values, products with packed weights, logits. And kernels for training where there is
+//! AMX or AVX-512 BF16:
 //! `train_ffi` is their face.
 //!
 //! `nanochat.gpt.GPT` says what is computed and is the oracle in the tests. In decoding a result never
@@ -10,6 +11,8 @@ mod amx;
 mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod blocks;
 #[cfg(target_arch = "x86_64")]
 mod bytes;
 #[cfg(target_arch = "x86_64")]
@@ -27,6 +30,8 @@ mod matmul;
 mod memory;
 mod model;
 mod options;
+#[cfg(target_arch = "x86_64")]
+mod pairs;
 mod past;
 mod pool;
 #[cfg(target_arch = "x86_64")]

@@ -5,8 +5,8 @@
 
 use std::arch::x86_64::*;
 
-use crate::amx::{
-    self, multiply, pack_columns, pack_pairs, pack_rows, Left, View, BLOCK, STEP_LEN,
+use crate::blocks::{
+    pack_columns, pack_pairs, pack_rows, round, widen, Left, Unit, View, BLOCK, STEP_LEN,
 };
 use crate::memory::{with_local, with_shared, Shared};
 use crate::team;
@@ -53,14 +53,14 @@ unsafe fn finish(
             }
             Then::Relu2Gradient(h) => {
                 let h = _mm512_maskz_loadu_epi16(mask, h.at(at + r * stride) as *const i16);
-                let first = amx::widen(_mm512_castsi512_si256(h));
-                let second = amx::widen(_mm512_extracti64x4_epi64::<1>(h));
+                let first = widen(_mm512_castsi512_si256(h));
+                let second = widen(_mm512_extracti64x4_epi64::<1>(h));
                 low = _mm512_mul_ps(low, twice_root(first));
                 high = _mm512_mul_ps(high, twice_root(second));
             }
         }
         let line = out.at(at + r * stride) as *mut i16;
-        _mm512_mask_storeu_epi16(line, mask, amx::round(low, high));
+        _mm512_mask_storeu_epi16(line, mask, round(low, high));
     }
 }
 
@@ -74,7 +74,7 @@ fn twice_root(h: __m512) -> __m512 {
 /// `y` (M, N) = x (M, K) w^T, then `then`. K is a multiple of 32.
 ///
 /// # Safety
-/// AMX is there; the matrices have these shapes.
+/// A `Unit` is there; the matrices have these shapes.
 pub unsafe fn forward(threads: usize, x: View, w: View, y: Shared<u16>, then: Then) {
     product(threads, &[(x, w)], pack_rows, w.rows, y, then);
 }
@@ -110,7 +110,7 @@ unsafe fn product(
             }
         });
         team::run(threads, rows.div_ceil(TASK_ROWS), &|task| unsafe {
-            let _tiles = amx::Tiles::configure();
+            let unit = Unit::start();
             let spare_len = pairs.len() * BLOCK * widest;
             with_local(BLOCK * BLOCK * 4 + spare_len * 2, |scratch: *mut u8| {
                 let sums = scratch as *mut f32;
@@ -122,7 +122,7 @@ unsafe fn product(
                         let mut right = packed.at(panel * panel_len) as *const u16;
                         for (i, ((left, _), &steps)) in pairs.iter().zip(&steps).enumerate() {
                             let left = left.left(row, spare.add(i * BLOCK * widest));
-                            multiply(left, right, steps, sums, BLOCK, i > 0);
+                            unit.multiply(left, right, steps, sums, BLOCK, i > 0);
                             right = right.add(steps * STEP_LEN);
                         }
                         let column = panel * BLOCK;
@@ -152,7 +152,7 @@ pub unsafe fn backward_weight(threads: usize, dy: View, x: View, dw: Shared<u16>
     with_shared(parts * height * stride, |sums: *mut f32| {
         let sums = Shared::new(sums);
         team::run(threads, parts, &|part| unsafe {
-            let _tiles = amx::Tiles::configure();
+            let unit = Unit::start();
             let sums = sums.at(part * height * stride);
             let (start, end) = (part * per_part, rows.min((part + 1) * per_part));
             with_local(2 * (blocks + panels) * CHUNK_STEPS * STEP_LEN, |packed: *mut u8| {
@@ -179,7 +179,7 @@ pub unsafe fn backward_weight(threads: usize, dy: View, x: View, dw: Shared<u16>
                         for panel in 0..panels {
                             let right = right.add(panel * CHUNK_STEPS * STEP_LEN);
                             let c = sums.add(block * BLOCK * stride + panel * BLOCK);
-                            multiply(rows, right, count, c, stride, first > start);
+                            unit.multiply(rows, right, count, c, stride, first > start);
                         }
                     }
                 }
@@ -214,6 +214,6 @@ pub unsafe fn round_row(sums: *const f32, len: usize, out: *mut u16) {
         let mask = if left >= 32 { u32::MAX } else { (1u32 << left) - 1 };
         let low = _mm512_maskz_loadu_ps(mask as u16, sums.add(i));
         let high = _mm512_maskz_loadu_ps((mask >> 16) as u16, sums.wrapping_add(i + 16));
-        _mm512_mask_storeu_epi16(out.add(i) as *mut i16, mask, amx::round(low, high));
+        _mm512_mask_storeu_epi16(out.add(i) as *mut i16, mask, round(low, high));
     }
 }

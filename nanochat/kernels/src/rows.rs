@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use crate::amx::{round, widen};
+use crate::blocks::{round, widen};
 use crate::memory::Shared;
 use crate::team;
 

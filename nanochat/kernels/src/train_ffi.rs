@@ -2,7 +2,7 @@
 
 use std::ffi::c_void;
 
-use crate::amx;
+use crate::blocks::{self, Unit};
 use crate::ffi::guarded;
 use crate::flash;
 use crate::head;
@@ -11,12 +11,12 @@ use crate::memory::Shared;
 use crate::rows::{self, Turned};
 use crate::team;
 
-type View = amx::View;
+type View = blocks::View;
 
 /// Whether the functions below can be called here: 1 or 0.
 #[no_mangle]
 pub extern "C" fn nck_can_train() -> i32 {
-    amx::is_there() as i32
+    Unit::is_there() as i32
 }
 
 /// Borrow the threads of the OpenMP library whose `GOMP_parallel` this is; null = none.
