@@ -1,4 +1,4 @@
-"""The parts of `fused` and more, through the compiled training kernels (bf16, CPUs that multiply it).
+"""The parts of `fused` and more, through the training kernels (bf16, CPUs that multiply it).
 
 Each function computes what its plain formula does, which is its oracle in the tests; callers ask
 `takes` first. Legend as in `fused`; N = outputs, K = inputs of a linear layer, V = vocabulary.

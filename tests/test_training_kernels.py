@@ -19,7 +19,9 @@ from nanochat.precision import MasterWeights
 from nanochat.presets import MODELS
 from nanochat.scaling import model_config
 
-pytestmark = pytest.mark.skipif(training.load() is None, reason="no AMX or AVX-512 BF16, or no compiled kernels")
+pytestmark = pytest.mark.skipif(
+    training.load() is None, reason="no AMX and no AVX-512 BF16, or no kernels"
+)
 ROUNDING = 2**-8  # of a bf16 number, relative: what inputs, outputs and weights are rounded to
 
 

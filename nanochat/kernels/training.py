@@ -1,4 +1,4 @@
-"""The training kernels on tensors: bf16, CPUs with AMX or AVX-512 BF16; `nanochat.fused` defines them.
+"""The training kernels on tensors: bf16, CPUs with AMX or AVX-512 BF16. `fused` defines them.
 
 Legend: M = rows, N = outputs, K = inputs of a linear layer; B = sequences, T = positions, H =
 heads, D = head size. Arguments are contiguous bf16 tensors where nothing else is said. Widths are
