@@ -10,99 +10,25 @@ the same tokens everywhere, so that calling the tool is copying.
 
 import random
 from collections.abc import Sequence
-from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import ClassVar
 
-from nanochat.assets import Asset, Url, require
 from nanochat.common import UserError
 from nanochat.conversation import Conversation, Message, Part, chat
 from nanochat.sources.world.spelling import (
     draw_word_and_letter,
-    held_out_words,
     pick_letter,
     spell,
     times,
-    training_words,
 )
 from nanochat.sources.world.split import pick
 from nanochat.tools import calculate
 from tasks import spelling_phrasings
-from tasks.common import EvalType, Task, same_final_answer
+from tasks.common import EvalType, same_final_answer
+from tasks.words import WordTask
 
-# 370,000 English words, one a line.
-WORD_LIST = Asset(
-    name="words",
-    place="words_alpha.txt",
-    source=Url(
-        "https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/words_alpha.txt"
-    ),
-    license="Unlicense",
-    approximate_bytes=4_300_000,
-)
 SHUFFLE_SEED = 42  # of the 2025 nanochat, for the order of SimpleSpelling
 
 COMPACT_QUOTES = ("'", "'", '"', '"', "")  # around the word; without any, 1 in 5
-
-Style = Literal["full", "compact"]
-Split = Literal["train", "test"]
-
-
-def load_words() -> tuple[str, ...]:
-    """Return the words of words_alpha.txt; UserError with the command that fetches it."""
-    if not WORD_LIST.path.exists():
-        require(WORD_LIST)
-    words = tuple(WORD_LIST.path.read_text(encoding="utf-8").split())
-    if not words:
-        raise UserError(f"{WORD_LIST.path} holds no words; delete it and fetch it again")
-    return words
-
-
-class _WordTask(Task):
-    """A task about words: the given ones, or those that belong to its style.
-
-    The full style has the list in the base folder, read on first use; the compact style has
-    words of its own for each split.
-    """
-
-    def __init__(
-        self,
-        size: int = 1000,
-        split: Split = "train",
-        *,
-        style: Style = "full",
-        words: Sequence[str] | None = None,
-        **slicing: Any,
-    ) -> None:
-        super().__init__(**slicing)
-        self.size, self.split, self.style = size, split, style
-        self._given = words
-
-    @cached_property
-    def words(self) -> tuple[str, ...]:
-        """Return the words that items are made of."""
-        return self.read_words()
-
-    def read_words(self) -> tuple[str, ...]:
-        """Return the words in the order in which items draw from them."""
-        if self._given is not None:
-            return tuple(self._given)
-        if self.style == "full":
-            return load_words()
-        return training_words() if self.split == "train" else held_out_words()
-
-    def assets(self) -> tuple[Asset, ...]:
-        """Return the word list, if the words are its."""
-        return (WORD_LIST,) if self.style == "full" and self._given is None else ()
-
-    def num_rows(self) -> int:
-        """Return the number of items asked for."""
-        return self.size
-
-    def random_of(self, index: int) -> random.Random:
-        """Return the random numbers of item `index`."""
-        # The seed is a text: as numbers, that of test item i would be that of training item i + 1,
-        # because random.Random takes the magnitude.
-        return random.Random(f"{self.split} {index if self.split == 'train' else -(index + 1)}")
 
 
 def count_letter(word: str, letter: str, quote: str) -> tuple[Part, Part]:
@@ -141,7 +67,7 @@ def _compact_answer(word: str, letter: str) -> tuple[Part, ...]:
     return Part("text", "We count."), call, result, Part("text", closing)
 
 
-class SpellingBee(_WordTask):
+class SpellingBee(WordTask):
     """How often a letter comes in a word; right is the number after "#### ".
 
     Item i of "train" is made from the seed i, of "test" from -(i + 1).
@@ -188,7 +114,7 @@ class SpellingBee(_WordTask):
         return same_final_answer(conversation, completion)
 
 
-class SimpleSpelling(_WordTask):
+class SimpleSpelling(WordTask):
     """Training: spell a word as `word:w,o,r,d`. The words come in an order shuffled once."""
 
     name = "SimpleSpelling"

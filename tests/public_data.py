@@ -19,7 +19,7 @@ from tasks.customjson import IDENTITY
 from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval
 from tasks.mmlu import MMLU
-from tasks.spellingbee import WORD_LIST
+from tasks.words import WORD_LIST
 
 NUM_AUXILIARY_TRAIN = 99_842
 SHARED = Path(__file__).parents[2] / "shared" / "data"

@@ -25,7 +25,7 @@ from tasks.arc import ARC
 from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval
 from tasks.mmlu import MMLU
-from tasks.spellingbee import WORD_LIST
+from tasks.words import WORD_LIST
 
 NUM_ROWS = 4
 LONG = " ".join(f"word{i}" for i in range(20))

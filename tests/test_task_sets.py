@@ -17,8 +17,8 @@ from nanochat.sources.hub_rows import HubRows
 from scripts import chat_sft, mid_train
 from tasks import mixtures, public
 from tasks.customjson import IDENTITY
-from tasks.spellingbee import WORD_LIST
 from tasks.task_sets import choose_task_set, require_tasks, split_chats
+from tasks.words import WORD_LIST
 
 # Rows of the splits, as the hub gives them.
 ROWS = {
