@@ -10,7 +10,8 @@
                                             with --shard=full, by torch.distributed.checkpoint
         manifest.json                       size and SHA-256 of every file above, written last
 
-A folder is written under a temporary name, flushed to disk and renamed. No pickle anywhere.
+A folder is written under a temporary name, flushed to disk and renamed. No pickle, but for the
+table of contents in sharded/, whose format is PyTorch's.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ _MANIFEST = "manifest.json"
 _TOKENIZER_FILES = ("tokenizer.json", "token_bytes.npy")
 _SHARDED = "sharded"
 _TRAINING_FILES = re.compile(r"(optimizer|extra)_rank\d+(_of\d+)?\.safetensors|sharded/.*")
+_RANK = re.compile(r"_rank(\d+)")
 _COMMANDS = {
     "base": "python -m scripts.base_train",
     "mid": "python -m scripts.mid_train",
@@ -121,7 +123,7 @@ class Checkpoint:
         The rank's own file when `size` processes wrote the checkpoint; else the whole tensors,
         put together from all files, of which the optimizer cuts its part.
         """
-        names = sorted(name for name in self.files if name.startswith("optimizer_"))
+        names = self._files_by_rank("optimizer_")
         if not names and self.is_sharded:
             raise UserError(f"{self.path} was saved with --shard=full; resume it with that flag")
         if not names:
@@ -138,12 +140,16 @@ class Checkpoint:
 
     def load_extra(self, rank: int) -> dict[str, Extra]:
         """What this rank saved as `extra`, in the types it was given; rank 0's for a new rank."""
-        names = sorted(name for name in self.files if name.startswith("extra_"))
+        names = self._files_by_rank("extra_")
         if not names:
             return {}
         with safe_open(self.path / names[rank if rank < len(names) else 0], "pt") as file:
             kinds = json.loads(file.metadata()["kinds"])
             return {name: _from_tensor(file.get_tensor(name), kinds[name]) for name in kinds}
+
+    def _files_by_rank(self, prefix: str) -> list[str]:
+        names = [name for name in self.files if name.startswith(prefix)]
+        return sorted(names, key=lambda name: int(_RANK.findall(name)[0]))
 
     @property
     def is_sharded(self) -> bool:

@@ -134,6 +134,7 @@ def train_on_conversations(
             "validation",
             config.eval_every,
             Validation(validation_batches, token_bytes, runtime.world, config.bpb_limit),
+            judges=True,
         ),
         Hook("samples", 0, sample),
     ]

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
@@ -204,8 +205,13 @@ class FullShard:
     # ---- checkpoints --------------------------------------------------------------------------
 
     def save(self, folder: Path) -> None:
-        """Write weights and states, each rank its shards."""
-        save(self._tensors(), checkpoint_id=folder)
+        """Write weights and states, each rank its shards. OSError on all ranks if one has one."""
+        try:
+            save(self._tensors(), checkpoint_id=folder)
+        except CheckpointException as error:  # no Exception: nobody who writes files catches it
+            causes = [cause for cause, _ in error.failures.values()]
+            problem = next((cause for cause in causes if isinstance(cause, OSError)), None)
+            raise problem or OSError(str(error)) from error
 
     def load(self, folder: Path) -> None:
         """Read what any number of ranks has saved, each rank its shards."""

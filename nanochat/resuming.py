@@ -9,15 +9,17 @@ from typing import Any
 
 from nanochat import checkpoint_manager
 from nanochat.common import UserError
+from nanochat.run_folder import DAMAGED, pass_over
 from nanochat.runtime import World
 from nanochat.sources import changed_data
 
 logger = logging.getLogger(__name__)
 
 PREVIOUS = "previous"  # folder of the run that was started over
-_RUN_FILES = ("step_*", "metrics.jsonl", "tensorboard")
+_RUN_FILES = ("step_*", f"{DAMAGED}*", "metrics.jsonl", "tensorboard")
 
-# Settings that say how a run is carried out, not what it computes: a resumed run may differ.
+# Settings that say how a run is carried out, not what it computes: a resumed run may differ. Those
+# that `scripts/stages.sh` calls free are among them.
 _FREE = frozenset(
     {
         "run",
@@ -32,6 +34,7 @@ _FREE = frozenset(
         "background_save",
         "max_minutes",
         "spike_limit",
+        "bpb_limit",
         "log_every",
     }
 )
@@ -113,6 +116,7 @@ def _look(
             run_dir,
             "; ".join(different.values()),
         )
+    pass_over(run_dir, newest.step)
     return newest
 
 

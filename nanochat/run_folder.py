@@ -7,6 +7,7 @@ them whole or not at all.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -22,6 +23,8 @@ from nanochat.runtime import World
 logger = logging.getLogger(__name__)
 
 TEMPORARY = "tmp."  # prefix of folders being written or removed; `step_folders` skips them
+REPLACED = f"{TEMPORARY}replaced."  # of a step while a newer folder takes its name
+DAMAGED = "damaged."  # of steps that a run has passed over
 _STEP_FOLDER = re.compile(r"step_(\d{6,})")
 _LOCK = ".lock"
 
@@ -50,7 +53,8 @@ def step_folders(run_dir: Path) -> list[Path]:
 def lock_run(run_dir: Path, world: World | None = None) -> Iterator[None]:
     """Hold a run's folder for writing; UserError, on all ranks, if another process does.
 
-    The lock ends with the process, however it ends. Leftovers of a killed save are removed.
+    The lock ends with the process, however it ends. Leftovers of a killed save are removed, but
+    for a step whose successor of the same name did not appear: it gets its name back.
     """
     world = world or World()
     with contextlib.ExitStack() as stack:
@@ -66,17 +70,45 @@ def lock_run(run_dir: Path, world: World | None = None) -> Iterator[None]:
                     f"{run_dir} is in use by process {file.read().strip()}; wait for it, stop it, "
                     "or give this run another --model-tag"
                 )
-            else:
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise
+                # Some cluster file systems have no locks; without one a single run is still right.
+                logger.warning("%s cannot be locked (%s); start one run in it", run_dir, error)
+            if problem is None:
                 file.truncate(0)
                 file.write(f"{os.getpid()} on {socket.gethostname()}\n")
                 file.flush()
-                for leftover in run_dir.glob(f"{TEMPORARY}*"):
-                    logger.info("removing %s, left behind by an interrupted save", leftover)
-                    remove_folder(leftover)
+                _clean_up(run_dir)
         problem = world.gather_objects(problem)[0]
         if problem:
             raise UserError(problem)
         yield
+
+
+def _clean_up(run_dir: Path) -> None:
+    """Undo or finish what a killed process was doing to step folders."""
+    for replaced in run_dir.glob(f"{REPLACED}*"):
+        step = replaced.with_name(replaced.name.removeprefix(REPLACED))
+        if not step.exists():
+            logger.info("%s is back: an interrupted save did not replace it", step)
+            os.replace(replaced, step)
+    for leftover in run_dir.glob(f"{TEMPORARY}*"):
+        logger.info("removing %s, left behind by an interrupted save", leftover)
+        remove_folder(leftover)
+
+
+def pass_over(run_dir: Path, newest: int) -> None:
+    """Take the damaged steps after `newest` out of the way of a run that goes on from there.
+
+    They are kept under another name, where neither retention nor a reader takes them for steps.
+    """
+    for path in step_folders(run_dir):
+        if step_of(path) > newest:
+            aside = path.with_name(f"{DAMAGED}{path.name}")
+            remove_folder(aside)
+            os.replace(path, aside)
+            logger.warning("%s is damaged and was renamed to %s", path, aside.name)
 
 
 def prune(run_dir: Path, keep_last: int, *, keep: Collection[int] = ()) -> list[Path]:
@@ -91,18 +123,27 @@ def prune(run_dir: Path, keep_last: int, *, keep: Collection[int] = ()) -> list[
 
 def publish_folder(temporary: Path, final: Path) -> None:
     """Make a complete folder visible, replacing one of the same name."""
-    old = _set_aside(final)
+    old = final.with_name(f"{REPLACED}{final.name}")
+    remove_folder(old)
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(final, old)
     os.replace(temporary, final)
     _sync_folder(final.parent)
-    if old is not None:
-        shutil.rmtree(old)
+    remove_folder(old)
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a folder, if it is there; from outside it disappears in one step."""
+    """Delete a folder, if it is there; from outside it disappears in one step.
+
+    What the system does not delete yet (a file that is open elsewhere, on NFS) costs a warning.
+    """
     old = _set_aside(path)
-    if old is not None:
+    if old is None:
+        return
+    try:
         shutil.rmtree(old)
+    except OSError as error:
+        logger.warning("%s is not deleted yet (%s); the next run does it", old, error)
 
 
 def _set_aside(path: Path) -> Path | None:

@@ -105,7 +105,7 @@ class CheckpointSaver:
                 write_shards=write_shards,
             )
             if keep_last is not None and self._world.is_main:
-                prune(self.run_dir, keep_last, keep=keep)
+                prune(self.run_dir, keep_last, keep={step, *keep})
             seconds = time.perf_counter() - started
             self._note(SaveCost(step, stalled if self._in_background else seconds, seconds))
 

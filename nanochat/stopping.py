@@ -44,6 +44,11 @@ class StopRequest:
         self._max_minutes = max_minutes
         self._seconds = seconds_since_start or _process_seconds
 
+    @property
+    def has_limit(self) -> bool:
+        """Whether the clock may ask."""
+        return self._max_minutes > 0
+
     def reason(self, *, longest_stretch: float = 0.0, longest_save: float | None = None) -> str:
         """Why to stop now; "" to go on.
 

@@ -30,6 +30,7 @@ from nanochat.optimizers import Optimizer, OptimizerConfig, build_optimizer
 from nanochat.plan import Plan, StepLoader
 from nanochat.precision import MasterWeights
 from nanochat.progress import Progress
+from nanochat.run_folder import step_name
 from nanochat.runtime import Runtime, keep_freed_memory
 from nanochat.saving import CheckpointSaver, not_finite
 from nanochat.stopping import StoppedError, StopRequest
@@ -51,6 +52,8 @@ class Hook:
     action: Callable[[Trainer], dict[str, float]]
     """Returns values for metrics.jsonl; smaller is better for names that end in bpb or loss."""
     at_start: bool = True
+    judges: bool = False
+    """Whether it raises when the model is not worth keeping; such hooks come first."""
 
     def is_due(self, step: int, is_last: bool) -> bool:
         """Whether to act at this boundary."""
@@ -139,6 +142,7 @@ class Trainer:
         self._saved_step = -1
         self._asked_at: float | None = None
         self._longest_stretch = 0.0
+        self._acted: set[str] = set()
 
     # ---- the loop -----------------------------------------------------------------------------
 
@@ -187,6 +191,9 @@ class Trainer:
             for index, hook in enumerate(due):
                 if index:
                     self._stop_if_asked()  # what was measured so far is measured again
+                if step > 0 and not hook.judges and (is_last or self._may_exceed_limit(hook)):
+                    self.save()  # nothing that goes wrong in it costs what was trained
+                self._acted.add(hook.name)
                 with self.weights.gathered(), fp8.paused(self.model):
                     values |= hook.action(self)
             if values:
@@ -205,6 +212,10 @@ class Trainer:
                 )
             else:
                 self.save()
+
+    def _may_exceed_limit(self, hook: Hook) -> bool:
+        """Whether time is limited and nobody knows yet how much of it the hook takes."""
+        return self.stop.has_limit and hook.name not in self._acted
 
     def accumulate_gradients(self) -> tuple[Batch, Tensor]:
         """Take a step's rows and add up the gradients of their losses.
@@ -353,13 +364,28 @@ class Trainer:
     def _give_up(self, what: str) -> NoReturn:
         """End the run with what went wrong, where the last good checkpoint is, and what to try."""
         self.saver.wait()
-        saved = checkpoint_manager.saved_steps(self.saver.run_dir)
-        newest = f"step {saved[-1]}" if saved else "none yet"
         raise UserError(
-            f"{what}; the last good checkpoint is {newest}. Lower --matrix-lr and --embedding-lr "
-            "or set --grad-clip, and go on from there with --resume; if the loss rises because the "
-            "text has changed its kind, go on with --resume --spike-limit=0, which lets a rise pass"
+            f"{what}; the last good checkpoint is {self._last_good()}. Lower --matrix-lr and "
+            "--embedding-lr or set --grad-clip, and go on from there with --resume; if the loss "
+            "rises because the text has changed its kind, go on with --resume --spike-limit=0, "
+            "which lets a rise pass"
         )
+
+    def _last_good(self) -> str:
+        """The newest sound checkpoint from before the loss began to rise."""
+        risen: list[str] = []
+        for step in reversed(checkpoint_manager.saved_steps(self.saver.run_dir)):
+            path = self.saver.run_dir / step_name(step)
+            try:
+                loop = checkpoint_manager.open_checkpoint(path).state["loop"]
+            except checkpoint_manager.DamagedCheckpointError:
+                continue
+            if not TrainState(**loop).is_suspect(self.plan.spike_limit):
+                names = " and ".join(risen)
+                rest = f"; delete {names} first, saved on the way up" if risen else ""
+                return f"step {step}{rest}"
+            risen.append(path.name)
+        return "none yet"
 
     def _write(self, step: int, **values: float) -> None:
         if self.metrics is not None and values:

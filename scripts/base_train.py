@@ -147,6 +147,7 @@ def main(config: Config) -> int:
                 "validation",
                 config.eval_every,
                 Validation(validation_batches, token_bytes, rt.world, config.bpb_limit),
+                judges=True,
             ),
             Hook("samples", config.sample_every, sample, at_start=False),
         ]

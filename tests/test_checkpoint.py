@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import os
 import shutil
@@ -15,6 +16,7 @@ import torch
 
 from nanochat import checkpoint_manager, run_folder
 from nanochat.checkpoint_manager import (
+    Checkpoint,
     DamagedCheckpointError,
     find_checkpoint,
     list_checkpoints,
@@ -347,6 +349,59 @@ def test_leftover_temporary_folders_are_removed_when_the_run_is_locked():
     assert find_checkpoint("base").step == 10
 
 
+def test_a_step_killed_while_it_is_replaced_comes_back(monkeypatch, caplog):
+    """Both copies are whole, and neither has the name of a step."""
+    caplog.set_level(logging.INFO)
+    path = save(10)
+    replace = os.replace
+
+    def die_between(source, target):
+        replace(source, target)
+        if source == path:
+            raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", die_between)
+        with pytest.raises(KilledError):
+            save(10, model={"weight": torch.ones(2)})
+    assert not path.exists()
+    with lock_run(path.parent):
+        assert_same(find_checkpoint("base").load_model(), MODEL)
+    assert f"{path} is back" in caplog.text
+    assert [p.name for p in path.parent.iterdir() if p.is_dir()] == [path.name]
+
+
+def test_what_cannot_be_deleted_yet_costs_a_warning_not_the_save(monkeypatch, caplog):
+    path = save(10)
+
+    def refuse(folder, **options):
+        raise OSError(errno.EBUSY, "Device or resource busy", ".nfs01")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", refuse)
+        save(10)
+        save(20)
+        assert [p.name for p in prune(path.parent, 1)] == ["step_000010"]
+    assert find_checkpoint("base").step == 20
+    assert any("not deleted yet" in line for line in warnings(caplog))
+    with lock_run(path.parent):
+        assert [p.name for p in path.parent.glob("*step*")] == ["step_000020"]
+
+
+def test_ranks_beyond_a_hundred_have_their_own_files(tmp_path):
+    """Names are sorted by number: as texts, rank 100 comes before rank 11."""
+    names = [f"extra_rank{rank:02d}.safetensors" for rank in range(102)]
+    for rank, name in enumerate(names):
+        (tmp_path / name).write_bytes(checkpoint_manager._serialize_extra({"rank": rank}))
+    checkpoint = Checkpoint(tmp_path, 1, "d2", {}, tuple(sorted(names)))
+    assert [checkpoint.load_extra(rank)["rank"] for rank in (11, 99, 100, 101)] == [
+        11,
+        99,
+        100,
+        101,
+    ]
+
+
 # ---- one writer -------------------------------------------------------------------------------
 
 
@@ -383,6 +438,18 @@ def test_a_lock_ends_with_its_block(tmp_path):
         raise KeyError
     with lock_run(tmp_path / "new" / "run"):
         pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_without_locks_a_run_goes_on_with_a_warning(tmp_path, monkeypatch, caplog, number):
+    def refuse(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with lock_run(tmp_path):
+        pass
+    (line,) = warnings(caplog)
+    assert f"{tmp_path} cannot be locked" in line
 
 
 # ---- full disk --------------------------------------------------------------------------------

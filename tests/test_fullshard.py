@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 from pathlib import Path
+from traceback import StackSummary
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
+from nanochat import fullshard
 from nanochat.checkpoint_manager import newest_checkpoint
 from nanochat.common import UserError, read_json
 from nanochat.engine import sample_prompts  # noqa: F401 - proves that the engine needs no change
@@ -195,3 +199,17 @@ def test_the_modern_model_and_optimizer_learn_the_same_in_shards(tmp_path: Path)
         set(newest_checkpoint(tmp_path / name / "run").load_model()) for name in ("whole", "shards")
     ]
     assert names[0] == names[1] >= {"resid_lambdas", "value_embeds.3.weight"}
+
+
+def test_a_full_disk_is_an_error_of_the_file_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint's exception is none that `save_checkpoint` explains."""
+
+    def run_out(tensors: dict[str, Any], checkpoint_id: Path) -> None:
+        full = OSError(errno.ENOSPC, "No space left on device")
+        raise CheckpointException("write", {1: (full, StackSummary())})
+
+    monkeypatch.setattr(fullshard, "save", run_out)
+    shards = object.__new__(fullshard.FullShard)
+    monkeypatch.setattr(shards, "_tensors", dict, raising=False)
+    with pytest.raises(OSError, match="No space left"):
+        shards.save(Path("sharded"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import signal
 import threading
 import time
@@ -142,6 +143,35 @@ def test_killed_during_an_evaluation_it_ends_as_if_undisturbed(
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
+def test_an_evaluation_that_fails_at_the_end_costs_nothing_that_was_trained(
+    runtime: Runtime, tmp_path: Path
+) -> None:
+    def fail(trainer: Trainer) -> dict[str, float]:
+        raise UserError("no bundle")
+
+    with pytest.raises(UserError, match="no bundle"):
+        make_trainer(tmp_path / "failed", runtime, hooks=[Hook("CORE", 0, fail)]).run()
+    make_trainer(tmp_path / "whole", runtime).run()
+    assert newest(tmp_path / "failed").step == 6
+    assert newest(tmp_path / "failed").weights_hash == newest(tmp_path / "whole").weights_hash
+
+
+def test_with_limited_time_a_run_saves_before_an_evaluation_it_has_not_timed(
+    runtime: Runtime, tmp_path: Path
+) -> None:
+    saved: list[tuple[int, list[int]]] = []
+
+    def look(trainer: Trainer) -> dict[str, float]:
+        trainer.saver.wait()
+        saved.append((trainer.state.step, saved_steps(tmp_path / "run")))
+        return {}
+
+    request = StopRequest(1000.0, seconds_since_start=lambda: 0.0)
+    hooks = [Hook("look", 2, look, at_start=False)]
+    make_trainer(tmp_path, runtime, hooks=hooks, stop=request).run()
+    assert saved == [(2, [2]), (4, [2]), (6, [2, 6])]
+
+
 # ---- bad losses -------------------------------------------------------------------------------
 
 
@@ -216,6 +246,28 @@ def test_a_spike_stops_the_run_and_the_last_good_checkpoint_is_the_newest(
     assert saved.step == kept
     assert saved.rise < 1.0
     assert f"step {kept + 1} is not saved: the loss has risen" in caplog.text
+
+
+def test_a_checkpoint_of_a_stop_on_the_way_up_is_not_called_good(
+    runtime: Runtime, tmp_path: Path
+) -> None:
+    trainer = make_trainer(tmp_path, runtime, steps=80, save_every=10, spike_limit=2.0)
+    trainer.loader = DerailingLoader(runtime.world)
+
+    def stop_on_the_way_up() -> None:
+        if trainer.state.is_suspect(2.0) and not trainer.stop.received:
+            trainer.stop.received.append(signal.SIGTERM)
+
+    trainer.hooks = [Hook("stop", 1, lambda trainer: stop_on_the_way_up() or {})]
+    with pytest.raises(StoppedError):
+        trainer.run()
+    stopped = newest(tmp_path).step
+    again = make_trainer(tmp_path, runtime, steps=80, save_every=10, spike_limit=2.0)
+    again.loader = DerailingLoader(runtime.world)
+    again.resume(newest(tmp_path))
+    advice = rf"good checkpoint is step 30; delete step_0000{stopped} first, saved on the way up"
+    with pytest.raises(UserError, match=advice):
+        again.run()
 
 
 def test_weights_that_are_not_finite_are_found() -> None:
@@ -454,6 +506,46 @@ def test_a_run_that_starts_over_keeps_the_one_before_until_it_has_saved_somethin
     assert look(run_dir, False) is None
     assert saved_steps(run_dir) == []
     assert saved_steps(run_dir / "previous") == [6]
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_what_a_resumed_run_saves_outlives_the_damaged_steps_it_has_passed_over(
+    runtime: Runtime, tmp_path: Path, best: bool
+) -> None:
+    """Else retention takes the damaged one for the newest, and deletes the one just saved."""
+    value = {2: 1.0, 4: 2.0, 6: 3.0}
+    hooks = [Hook("look", 2, lambda t: {"val_bpb": value[t.state.step]}, at_start=False)]
+    plan: dict[str, Any] = {"save_every": 1, "keep_last": 6, "hooks": hooks}
+    make_trainer(tmp_path, runtime, **plan).run()
+    run_dir = tmp_path / "run"
+    for step in (5, 6):
+        with (run_dir / f"step_{step:06d}" / "model.safetensors").open("r+b") as file:
+            file.write(b"damage")
+    found = look(run_dir, True)
+    assert found is not None
+    assert found.step == 4
+    damaged = ["damaged.step_000005", "damaged.step_000006"]
+    assert sorted(path.name for path in run_dir.glob("damaged.*")) == damaged
+    request = StopRequest()
+    plan |= {"keep_last": 1, "keep_best": best, "stop": request}
+    trainer = make_trainer(tmp_path, runtime, **plan)
+    trainer.resume(found)
+    trainer.hooks = []
+    request.received.append(signal.SIGTERM)
+    trainer._step()
+    with pytest.raises(StoppedError, match="step 5"):
+        trainer.run()
+    assert saved_steps(run_dir) == ([2, 5] if best else [5])
+    assert look(run_dir, False) is None
+    assert sorted(path.name for path in (run_dir / "previous").glob("damaged.*")) == damaged
+
+
+def test_what_the_pipeline_calls_free_may_differ_in_a_resumed_run() -> None:
+    stages = Path(__file__).parents[1] / "scripts" / "stages.sh"
+    (flags,) = re.findall(r'^PIPELINE_FREE_FLAGS="([^"]+)"', stages.read_text(), flags=re.MULTILINE)
+    names = {flag.removeprefix("--") for flag in flags.split()}
+    assert "bpb_limit" in names
+    assert names <= resuming._FREE
 
 
 # ---- several ranks ----------------------------------------------------------------------------

@@ -81,7 +81,7 @@ def test_a_stage_that_has_failed_ends_without_its_last_checkpoint(tmp_path: Path
     rows = torch.randint(0, SIZES.vocab_size, (2, SIZES.sequence_len + 1))
     batch = SimpleNamespace(inputs=rows[:, :-1], targets=rows[:, 1:])
     action = Validation(lambda: [batch], torch.ones(SIZES.vocab_size), runtime.world, limit=0.01)
-    hooks = [Hook("validation", 2, action)]
+    hooks = [Hook("validation", 2, action, judges=True)]
     trainer = make_trainer(tmp_path, runtime, hooks=hooks, steps=4, save_every=2)
     with pytest.raises(UserError, match=r"bits per byte .* at step 4, above --bpb-limit=0\.01"):
         trainer.run()
