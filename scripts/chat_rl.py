@@ -17,6 +17,7 @@ import tyro
 
 from nanochat import checkpoint_manager, configurator, runtime, task_eval
 from nanochat.common import UserError
+from nanochat.lineage import LINEAGE, lineage
 from nanochat.rollouts import RolloutLoader, RolloutSettings, check_task, pass_at_k
 from nanochat.runtime import Runtime
 from nanochat.stage import (
@@ -152,6 +153,7 @@ def main(config: Config) -> int:
                 "tasks": tasks,
                 "task": practice.name,
                 "parent": origin(parent, config.source),
+                LINEAGE: lineage(parent, stage="rl", tasks=tasks, task=practice.name),
             },
             optimizer=optimizer_of(parent),
         )
