@@ -33,7 +33,7 @@ from nanochat.tokenizer import Tokenizer
 from nanochat.training import Hook, Trainer
 from tasks import mixtures
 from tasks.common import Task
-from tasks.task_sets import choose_task_set, require_tasks
+from tasks.task_sets import choose_task_set, require_files
 
 logger = logging.getLogger(__name__)
 
@@ -108,8 +108,8 @@ def main(config: Config) -> int:
         parent = checkpoint_manager.find_checkpoint(config.source, config.model_tag, config.step)
         data = config.data or parent.state["data"]
         tasks = choose_task_set(config.tasks, data=data, recorded=parent.state.get("tasks"))
-        require_tasks("rl", tasks)
         practice, held_out = choose(mixtures.rl_tasks(tasks), config.task)
+        require_files("rl", (practice, held_out))
         check_task(practice)
         tokenizer = Tokenizer.from_directory(parent.path)
         model = load_parent(parent).to(rt.device)

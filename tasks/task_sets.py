@@ -52,7 +52,12 @@ def choose_task_set(asked: str | None, *, data: str, recorded: str | None = None
 
 def require_tasks(stage: str, tasks: str, chats: Sequence[str] = ()) -> None:
     """Raise UserError, with what to do, unless all that a stage reads is here."""
-    missing = missing_assets(tasks_of(stage, tasks, chats))
+    require_files(stage, tasks_of(stage, tasks, chats))
+
+
+def require_files(stage: str, tasks: Iterable[Task]) -> None:
+    """Raise UserError, with what to do, unless all that these tasks of a stage read is here."""
+    missing = missing_assets(tasks)
     if missing:
         raise UserError(
             f"the public tasks need files that are not on this machine: {', '.join(missing)}; "
