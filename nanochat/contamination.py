@@ -2,8 +2,8 @@
 
 The measure of GPT-3 (arXiv:2005.14165, appendix C): a problem counts as seen when N words of it
 stand in a row in a training text. N is the 5th percentile of the lengths of the set's problems, at
-least 8 (fewer words meet by chance) and at most 13. Case and punctuation do not count. A problem
-of fewer than N words cannot be checked.
+least 8 (fewer words meet by chance) and at most 13. Case and punctuation do not count, in any
+script. A problem of fewer than N words cannot be checked.
 
 Legend: C = characters of words, W = words, G = runs of N words.
 """
@@ -11,9 +11,12 @@ Legend: C = characters of words, W = words, G = runs of N words.
 from __future__ import annotations
 
 import logging
+import sys
 import time
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +35,7 @@ BATCH_CHARS = 1 << 20  # of texts that are looked at together; larger ones leave
 TABLE_BITS = 24  # of the table that tells most runs apart from those looked for
 # A word of its own between two texts, so that no run of words goes over their border.
 _BORDER = " \x01 "
+_ALL_WORDS = 0x20000  # from this code point on there are hardly any but Chinese characters
 _LOG_SECONDS = 30.0
 
 
@@ -40,27 +44,29 @@ def _random_numbers(seed: int, count: int) -> Hashes:
     return np.asarray(numbers | np.uint64(1), dtype=np.uint64)
 
 
+@cache
+def _word_characters() -> NDArray[np.bool_]:
+    """Whether a character is part of a word, by its code point: letters, digits, their marks."""
+    words = np.zeros(sys.maxunicode + 1, np.bool_)
+    for code in range(_ALL_WORDS):
+        words[code] = unicodedata.category(chr(code))[0] in "LNM"
+    words[_ALL_WORDS:] = True
+    words[ord(_BORDER.strip())] = True
+    return words
+
+
 class _Hasher:
     """Sums of products with fixed random numbers: 64 bits for a word, 64 bits for a run of them."""
 
     def __init__(self) -> None:
-        self._characters = _random_numbers(1, 256)
         self._places = _random_numbers(2, LONGEST_WORD)
         self._words = _random_numbers(3, LONGEST_RUN)
-        # Letters in lower case, digits, and all bytes of other scripts; 0 is between words.
-        table = np.zeros(256, np.uint8)
-        table[1] = 1
-        table[128:] = np.arange(128, 256)
-        for character in range(128):
-            if chr(character).isalnum():
-                table[character] = ord(chr(character).lower())
-        self._table = table
+        self._is_word = _word_characters()
 
     def words(self, text: str) -> Hashes:
         """Hashes (W,) of the words of a text."""
-        bytes_ = np.frombuffer(text.encode("utf-8", "replace"), np.uint8)
-        characters = self._table[bytes_]
-        is_word = characters != 0
+        characters = np.frombuffer(text.casefold().encode("utf-32-le", "replace"), "<u4")
+        is_word = self._is_word[characters]
         edges = np.flatnonzero(np.diff(is_word, prepend=False, append=False))
         starts, ends = edges[::2], edges[1::2]
         if len(starts) == 0:
@@ -69,7 +75,7 @@ class _Hasher:
         first = np.concatenate([[0], np.cumsum(lengths)[:-1]])
         places = np.arange(lengths.sum()) - np.repeat(first, lengths)
         np.minimum(places, LONGEST_WORD - 1, out=places)
-        products = self._characters[characters[is_word]] * self._places[places]
+        products = characters[is_word] * self._places[places]
         return np.asarray(np.add.reduceat(products, first), dtype=np.uint64)
 
     def runs(self, words: Hashes, length: int) -> Hashes:

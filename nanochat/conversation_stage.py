@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -21,6 +22,7 @@ from nanochat.conversation import Conversation
 from nanochat.dataloader import Batch, ConversationLoader, conversation_evaluation_batches
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
+from nanochat.lineage import LINEAGE, lineage
 from nanochat.packing import Task
 from nanochat.runtime import Runtime
 from nanochat.stage import StageConfig, load_parent, optimizer_of, origin, train_stage
@@ -68,6 +70,7 @@ def train_on_conversations(
     source: str,
     rows_per_step: int,
     task_set: str,
+    chats: Sequence[str],
     train_task: Task,
     validation_task: Task,
     metric_tasks: Sequence[task_eval.Task],
@@ -77,7 +80,7 @@ def train_on_conversations(
     """Train `parent`'s model on `train_task`; returns the exit code.
 
     source: the stage that parent came from. rows_per_step: rows of one optimizer step.
-    task_set: name of the tasks, for later stages.
+    task_set: name of the tasks, and chats: files of conversations among them, for later stages.
     """
     if rows_per_step % (config.device_batch_size * runtime.world.size):
         raise UserError(
@@ -168,6 +171,12 @@ def train_on_conversations(
             "data": config.data or parent.state["data"],
             "tasks": task_set,
             "parent": origin(parent, source),
+            LINEAGE: lineage(
+                parent,
+                stage=stage,
+                tasks=task_set,
+                chats=[str(Path(path).absolute()) for path in chats],
+            ),
         },
         optimizer=optimizer_of(parent),
         dry_run_trains=stage == "mid",  # what --dry_run has always meant in midtraining

@@ -9,6 +9,7 @@ from typing import Any
 
 from nanochat import checkpoint_manager
 from nanochat.common import UserError
+from nanochat.lineage import LINEAGE
 from nanochat.run_folder import DAMAGED, pass_over
 from nanochat.runtime import World
 from nanochat.sources import changed_data
@@ -40,6 +41,8 @@ _FREE = frozenset(
 )
 # Compared by a rule of its own.
 DATA_FINGERPRINT = "data_fingerprint"
+# The fingerprint, and what follows from facts that are compared: parent, tasks and settings.
+_NOT_COMPARED = frozenset({DATA_FINGERPRINT, LINEAGE})
 # Settings one may want to change on the way, above all after a loss that went wrong. The run goes
 # on and says so; it is then another run than the one it began as.
 _CHANGEABLE = frozenset(
@@ -151,5 +154,5 @@ def _differences(saved: dict[str, Any], facts: dict[str, Any]) -> dict[str, str]
         name: f"{name} {old.get(name)!r}, not {value!r}"
         for name, value in new.items()
         # A setting that the run does not know is newer than it and has its default.
-        if name not in _FREE | {DATA_FINGERPRINT} and name in old and old[name] != value
+        if name not in _FREE | _NOT_COMPARED and name in old and old[name] != value
     }

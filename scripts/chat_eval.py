@@ -33,13 +33,14 @@ from nanochat.contamination import (
     training_documents,
 )
 from nanochat.dataset import open_source
+from nanochat.lineage import lineage_of
 from nanochat.runtime import World
 from nanochat.stage import check_count, check_positive
 from nanochat.task_eval import Sampling, run_task
 from nanochat.task_results import TaskResult, chat_core, read_records, show_records
 from tasks import mixtures
 from tasks.common import Task, question_of
-from tasks.task_sets import choose_task_set, split_chats
+from tasks.task_sets import choose_task_set, trained_on
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +100,8 @@ class Line:
     no_score: str = ""
     overlap: SetOverlap | None = None
     """Of its problems with the training data, if that was asked for."""
+    not_compared: str = ""
+    """Why that was asked for and cannot be said."""
     unseen: float | None = None
     """Accuracy on the problems that are not in the training data."""
 
@@ -125,8 +128,9 @@ def main(config: Config) -> None:
         all_tasks = mixtures.evaluation_tasks(task_set, unsafe=config.unsafe)
         tasks = choose(all_tasks, config.task_name)
         overlaps: dict[str, SetOverlap] = {}
+        not_compared = ""
         if config.contamination:
-            overlaps = contamination(config, tasks, checkpoint, task_set, rt.world)
+            overlaps, not_compared = contamination(config, tasks, checkpoint, rt.world)
 
         def evaluate(task: Task) -> Line:
             try:
@@ -143,7 +147,9 @@ def main(config: Config) -> None:
                 return Line(task.name, no_score=str(error))
             overlap = overlaps.get(task.name)
             unseen = None if overlap is None else unseen_accuracy(result, overlap, rt.world)
-            return Line(task.name, result, overlap=overlap, unseen=unseen)
+            return Line(
+                task.name, result, overlap=overlap, not_compared=not_compared, unseen=unseen
+            )
 
         lines = []
         for task in tasks:
@@ -207,30 +213,52 @@ def choose(tasks: Sequence[Task], names: str | None) -> list[Task]:
 
 
 def contamination(
-    config: Config, tasks: Sequence[Task], checkpoint: Checkpoint, task_set: str, world: World
-) -> dict[str, SetOverlap]:
+    config: Config, tasks: Sequence[Task], checkpoint: Checkpoint, world: World
+) -> tuple[dict[str, SetOverlap], str]:
     """Which problems of the tasks stand in what the model was trained on, by task.
 
-    Documents: all training shards on this machine. Conversations: the whole mixtures of the
-    stages up to the model's own.
+    Or none, and the reason why this cannot be said: with a part of the training data missing, a
+    count would be too low.
     """
     problems = {task.name: _questions(task, config.max_problems) for task in tasks}
     check = Contamination(problems)
-    share = {"rank": world.rank, "size": world.size}
-    source = open_source(config.data or checkpoint.state["data"])
-    check.read(training_documents(source, **share))
-    stages = {"base": (), "mid": ("mid",), "sft": ("mid", "sft"), "rl": ("mid", "sft")}
-    chats = split_chats(checkpoint.state.get("config", {}).get("chats"))
-    for stage in stages[str(config.source)]:
-        mixture = mixtures.training_mixture(stage, task_set, chats)
-        logger.info("reading %s conversations of %s", f"{len(mixture):,}", stage)
-        check.read(training_conversations(mixture, **share))
-    if config.source == "rl":
-        for training, _ in mixtures.rl_tasks(task_set).values():
-            check.read(training_conversations(training, **share))
+    reason = ""
+    try:
+        _read_training_data(check, config, checkpoint, world)
+    except UserError as error:
+        reason = str(error)
+    # A reason on one rank is one on all, so that none waits for another.
+    reasons = [other for other in world.gather_objects(reason) if other]
+    if reasons:
+        return {}, reasons[0]
     for found in world.gather_objects(check.found()):
         check.add(found)
-    return check.results()
+    return check.results(), ""
+
+
+def _read_training_data(
+    check: Contamination, config: Config, checkpoint: Checkpoint, world: World
+) -> None:
+    """Show it this rank's share of what the model was trained on; UserError unless all is here.
+
+    Documents: all training shards on this machine. Conversations: all those of each stage that
+    the model went through.
+    """
+    lineage = lineage_of(checkpoint)
+    if lineage is None:
+        raise UserError(
+            f"{checkpoint.path} does not say what all its stages were trained on; a model that is "
+            "trained with this version does"
+        )
+    base, *stages = lineage
+    # Opened before any is read: the documents may take hours.
+    source = open_source(config.data or base["data"])
+    conversations = [(entry["stage"], trained_on(entry)) for entry in stages]
+    share = {"rank": world.rank, "size": world.size}
+    check.read(training_documents(source, **share))
+    for stage, task in conversations:
+        logger.info("reading %s conversations of %s", f"{len(task):,}", stage)
+        check.read(training_conversations(task, **share))
 
 
 def _questions(task: Task, max_problems: int | None) -> list[str]:
@@ -270,6 +298,8 @@ def describe(line: Line) -> str:
         f"{result.num_passed}/{result.num_problems}  chance {100 * result.chance:.0f} %  "
         f"{result.seconds:.1f} s"
     )
+    if line.not_compared:
+        text += f"  not compared: {line.not_compared}"
     if overlap is not None:
         text += f"  in training {len(overlap.seen)}/{overlap.num_checked}"
         if line.unseen is not None:
@@ -290,6 +320,8 @@ def row(line: Line, result: TaskResult) -> dict[str, Any]:
         "problems": result.num_problems,
         "seconds": round(result.seconds, 2),
     }
+    if line.not_compared:
+        columns["in training"] = "not compared"
     if line.overlap is not None:
         columns["in training"] = f"{len(line.overlap.seen)} of {line.overlap.num_checked}"
         columns["words in a row"] = line.overlap.run_length
@@ -306,6 +338,8 @@ def _report(
         {"accuracies": [row(line, line.result) for line in lines if line.result is not None]},
     ]
     sections += [{f"No score for {line.name}": line.no_score} for line in lines if line.no_score]
+    reasons = dict.fromkeys(line.not_compared for line in lines if line.not_compared)
+    sections += [{"Not compared with the training data": reason} for reason in reasons]
     if core is not None:
         sections.append({"ChatCORE metric": core})
     report.append(f"Chat evaluation {config.source}", sections)

@@ -17,6 +17,7 @@ import tyro
 
 from nanochat import checkpoint_manager, configurator, runtime, task_eval
 from nanochat.common import UserError
+from nanochat.lineage import LINEAGE, lineage
 from nanochat.rollouts import RolloutLoader, RolloutSettings, check_task, pass_at_k
 from nanochat.runtime import Runtime
 from nanochat.stage import (
@@ -32,7 +33,7 @@ from nanochat.tokenizer import Tokenizer
 from nanochat.training import Hook, Trainer
 from tasks import mixtures
 from tasks.common import Task
-from tasks.task_sets import choose_task_set, require_tasks
+from tasks.task_sets import choose_task_set, require_files
 
 logger = logging.getLogger(__name__)
 
@@ -107,8 +108,8 @@ def main(config: Config) -> int:
         parent = checkpoint_manager.find_checkpoint(config.source, config.model_tag, config.step)
         data = config.data or parent.state["data"]
         tasks = choose_task_set(config.tasks, data=data, recorded=parent.state.get("tasks"))
-        require_tasks("rl", tasks)
         practice, held_out = choose(mixtures.rl_tasks(tasks), config.task)
+        require_files("rl", (practice, held_out))
         check_task(practice)
         tokenizer = Tokenizer.from_directory(parent.path)
         model = load_parent(parent).to(rt.device)
@@ -152,6 +153,7 @@ def main(config: Config) -> int:
                 "tasks": tasks,
                 "task": practice.name,
                 "parent": origin(parent, config.source),
+                LINEAGE: lineage(parent, stage="rl", tasks=tasks, task=practice.name),
             },
             optimizer=optimizer_of(parent),
         )

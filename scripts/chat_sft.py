@@ -57,6 +57,7 @@ def main(config: Config) -> int:
             source=config.source,
             rows_per_step=config.target_examples_per_step,
             task_set=tasks,
+            chats=chats,
             train_task=mixtures.training_mixture("sft", tasks, chats),
             validation_task=mixtures.validation_mixture("sft", tasks, chats),
             metric_tasks=mixtures.metric_tasks(tasks),

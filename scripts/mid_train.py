@@ -46,6 +46,7 @@ def main(config: Config) -> int:
             source=config.source,
             rows_per_step=whole_rows(config.total_batch_size, sequence_len),
             task_set=tasks,
+            chats=chats,
             train_task=mixtures.training_mixture("mid", tasks, chats),
             validation_task=mixtures.validation_mixture("mid", tasks, chats),
             metric_tasks=mixtures.metric_tasks(tasks),

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from nanochat.common import UserError
 from nanochat.conversation import Conversation
-from tasks.common import EvalType, chosen, multiple_choice
+from tasks.common import EvalType, chosen, list_of_texts, multiple_choice
 from tasks.hub import HubTask, text_of
 
 Subset = Literal["ARC-Easy", "ARC-Challenge"]
@@ -25,7 +25,11 @@ class ARC(HubTask):
 
     def conversation(self, row: Mapping[str, Any]) -> Conversation:
         """Return the question with its choices, and the letter of the right one."""
-        texts, letters = row["choices"]["text"], row["choices"]["label"]
+        choices = row["choices"]
+        if not isinstance(choices, Mapping):
+            raise UserError(f"its choices are {choices!r}, not texts with letters")
+        texts = list_of_texts("choices", choices["text"])
+        letters = list_of_texts("letters", choices["label"])
         if len(texts) != len(letters):
             raise UserError(f"it has {len(texts)} choices and {len(letters)} letters")
         answer = row["answerKey"]

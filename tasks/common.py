@@ -150,12 +150,28 @@ class TaskMixture(TaskSequence):
 def multiple_choice(
     question: str, choices: Sequence[str], gold: int, *, letters: Sequence[str] = LETTERS
 ) -> Conversation:
-    """Return a multiple choice question whose answer is the bare letter of choice `gold`."""
+    """Return a multiple choice question whose answer is the bare letter of choice `gold`.
+
+    UserError for what a row of a data set may hold instead: choices or letters that are missing
+    or no texts, a letter twice, an answer that is none of the choices.
+    """
+    choices, letters = list_of_texts("choices", choices), list_of_texts("letters", letters)
     if len(choices) > len(letters):
         raise UserError(f"{len(choices)} choices, but only {len(letters)} letters")
     used = tuple(letters[: len(choices)])
+    if len(set(used)) < len(used):
+        raise UserError(f"its letters are {', '.join(used)}; each must come once")
+    if not isinstance(gold, int) or not 0 <= gold < len(choices):
+        raise UserError(f"its answer is {gold!r}, not a number from 0 to {len(choices) - 1}")
     prompt = "\n".join([*choice_lines(question, choices, used), "", CHOICE_INSTRUCTION])
     return Conversation(chat(prompt, used[gold]).messages, letters=used)
+
+
+def list_of_texts(name: str, values: object) -> list[str]:
+    """Return what must be a list of texts; UserError, with what it is called, for anything else."""
+    if not isinstance(values, list | tuple) or not all(isinstance(text, str) for text in values):
+        raise UserError(f"its {name} are {values!r}, not a list of texts")
+    return list(values)
 
 
 def chosen(conversation: Conversation, completion: str) -> bool:

@@ -11,7 +11,10 @@ from nanochat.execution import check_program, sandbox_problem
 from tasks.common import EvalType
 from tasks.hub import HubTask, text_of
 
-_FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
+# A fenced block: the rest of its first line says the language. Code on one line between fences is
+# matched as well, without groups, so that its second fence begins no block.
+_FENCED = re.compile(r"```[^`\n]+```|```([^`\n]*)\n(.*?)```", re.DOTALL)
+_PYTHON = ("", "python", "py", "python3")  # a block that names no language is taken for Python
 
 
 class HumanEval(HubTask):
@@ -31,7 +34,11 @@ class HumanEval(HubTask):
 
     def reason_to_skip(self) -> str | None:
         """Say why the task cannot be read, or programs cannot be run, on this machine."""
-        return super().reason_to_skip() or sandbox_problem(self.unsafe)
+        missing = super().reason_to_skip()
+        if missing is not None:
+            return missing
+        problem = sandbox_problem(self.unsafe)
+        return None if problem is None else f"skipped: {problem}"
 
     def conversation(self, row: Mapping[str, Any]) -> Conversation:
         """Return the beginning of a function, and the whole of it."""
@@ -55,7 +62,8 @@ class HumanEval(HubTask):
             unsafe=self.unsafe,
         )
         if result.skipped:
-            raise NotScoredError(f"the program of {row['task_id']} was not run: {result.error}")
+            reason = f"the program of {row['task_id']} was not run: {result.error}"
+            raise NotScoredError(f"skipped: {reason}")
         return result.success
 
 
@@ -71,6 +79,12 @@ def imports_of(prompt: str) -> str:
 
 
 def program_in(completion: str) -> str:
-    """Return the first fenced block of a completion, or all of it without one."""
-    found = _FENCED.search(completion)
-    return found.group(1) if found else completion
+    """Return the first fenced block of Python of a completion.
+
+    A block that names no language counts as Python. Without one of these it is the first block of
+    any language, so that an unknown name of Python fails no program; without any block it is the
+    whole completion.
+    """
+    found = [match.groups() for match in _FENCED.finditer(completion) if match.group(2) is not None]
+    python = [code for info, code in found if info.strip().partition(" ")[0].lower() in _PYTHON]
+    return [*python, *(code for _, code in found), completion][0]

@@ -25,7 +25,6 @@ from tasks.embedded_facts import (
     Guesses,
 )
 from tasks.embedded_problems import WordProblems
-from tasks.gsm8k import GSM8K
 from tasks.spellingbee import SimpleSpelling, SpellingBee
 
 EMBEDDED, PUBLIC = TASK_SETS = ("embedded", "public")
@@ -150,7 +149,7 @@ def rl_tasks(tasks: str) -> dict[str, tuple[Task, Task]]:
     """Return what reinforcement learning can train on, by name: (training task, held-out task)."""
     _check("rl", tasks)
     if tasks == PUBLIC:
-        return {"GSM8K": (GSM8K("train"), GSM8K("test"))}
+        return public.rl_tasks()
     size = NUM_EVALUATION_ITEMS
     return {
         # Texts of their own, which nobody showed how to solve; measured with held-out numbers.

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from nanochat.common import UserError
 from nanochat.conversation import Conversation
-from tasks.common import LETTERS, EvalType, chosen, multiple_choice
+from tasks.common import LETTERS, EvalType, chosen, list_of_texts, multiple_choice
 from tasks.hub import HubTask, text_of
 
 
@@ -24,12 +24,10 @@ class MMLU(HubTask):
 
     def conversation(self, row: Mapping[str, Any]) -> Conversation:
         """Return the question with its choices, and the letter of the right one."""
-        choices, gold = row["choices"], row["answer"]
+        choices = list_of_texts("choices", row["choices"])
         if len(choices) != len(LETTERS):
             raise UserError(f"it has {len(choices)} choices, not {len(LETTERS)}")
-        if not isinstance(gold, int) or not 0 <= gold < len(LETTERS):
-            raise UserError(f"its answer is {gold!r}, not a number from 0 to {len(LETTERS) - 1}")
-        return multiple_choice(text_of(row, "question"), choices, gold)
+        return multiple_choice(text_of(row, "question"), choices, row["answer"])
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         """Say whether the chosen letter is the right one."""

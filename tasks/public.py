@@ -23,6 +23,8 @@ VALIDATION_SHARE = 20  # one conversation in so many of a file of one's own
 # Shares of the validation mixture like those of the training mixture.
 MID_VALIDATION_MMLU = 5_200
 MID_VALIDATION_GSM8K = 420
+MID_SPELLING_BEE = 80_000
+RL_SPELLING_BEE = 50_000  # more than a run asks
 
 
 def training_tasks(stage: str, chats: Sequence[str] = ()) -> list[Task]:
@@ -35,7 +37,7 @@ def training_tasks(stage: str, chats: Sequence[str] = ()) -> list[Task]:
             CustomJSON(IDENTITY),
             CustomJSON(IDENTITY),
             SimpleSpelling(200_000),
-            SpellingBee(80_000),
+            SpellingBee(MID_SPELLING_BEE),
         ]
     return [
         ARC("ARC-Easy", "train"),
@@ -67,13 +69,29 @@ def evaluation_tasks(*, unsafe: bool = False) -> list[Task]:
         MMLU("test"),
         GSM8K("test"),
         HumanEval(unsafe=unsafe),
-        SpellingBee(256, "test"),
+        _spelling_bee_test(),
     ]
+
+
+def rl_tasks() -> dict[str, tuple[Task, Task]]:
+    """Return what reinforcement learning can train on, by name: (training task, held-out task).
+
+    All public tasks whose answers are written and which have a training split.
+    """
+    first = MID_SPELLING_BEE  # the items before it were shown with their answers
+    return {
+        "GSM8K": (GSM8K("train"), GSM8K("test")),
+        "SpellingBee": (SpellingBee(first + RL_SPELLING_BEE, start=first), _spelling_bee_test()),
+    }
 
 
 def metric_tasks() -> list[Task]:
     """Return the tasks that are measured now and then while a stage trains."""
     return [MMLU("test"), ARC("ARC-Easy", "test")]
+
+
+def _spelling_bee_test() -> Task:
+    return SpellingBee(256, "test")
 
 
 def _dialogues(split: str, chats: Sequence[str], *, stop: int | None = None) -> list[Task]:

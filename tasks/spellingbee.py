@@ -70,7 +70,7 @@ def _compact_answer(word: str, letter: str) -> tuple[Part, ...]:
 class SpellingBee(WordTask):
     """How often a letter comes in a word; right is the number after "#### ".
 
-    Item i of "train" is made from the seed i, of "test" from -(i + 1).
+    The seed of an item is a text of the split and a number: item 3 of "train" has "train 3".
     """
 
     name = "SpellingBee"

@@ -1,10 +1,13 @@
 """Which task set a run uses, and whether what it reads is on this machine."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from nanochat.assets import PREFETCH, problem_with
 from nanochat.common import UserError
+from tasks import mixtures
 from tasks.common import Task
 from tasks.mixtures import EMBEDDED, PUBLIC, STAGES, TASK_SETS, tasks_of
 
@@ -49,13 +52,43 @@ def choose_task_set(asked: str | None, *, data: str, recorded: str | None = None
 
 def require_tasks(stage: str, tasks: str, chats: Sequence[str] = ()) -> None:
     """Raise UserError, with what to do, unless all that a stage reads is here."""
-    missing = missing_assets(tasks_of(stage, tasks, chats))
+    require_files(stage, tasks_of(stage, tasks, chats))
+
+
+def require_files(stage: str, tasks: Iterable[Task]) -> None:
+    """Raise UserError, with what to do, unless all that these tasks of a stage read is here."""
+    missing = missing_assets(tasks)
     if missing:
         raise UserError(
             f"the public tasks need files that are not on this machine: {', '.join(missing)}; "
             f"fetch them with {PREFETCH} --stage {stage}, or add --tasks=embedded to use the "
             "conversations of the embedded world"
         )
+
+
+def trained_on(record: Mapping[str, Any]) -> Task:
+    """Return the conversations of one entry of a model's lineage: a stage, its tasks and chats.
+
+    UserError unless all of it is on this machine.
+    """
+    stage, tasks, chats = record["stage"], record["tasks"], record.get("chats", ())
+    gone = [path for path in chats if not Path(path).is_file()]
+    if gone:
+        raise UserError(f"{stage} was trained on {', '.join(gone)}, which is not there any more")
+    if stage == "rl":
+        pairs = mixtures.rl_tasks(tasks)
+        if record["task"] not in pairs:
+            raise UserError(f"rl practised {record['task']}, which is no {tasks} task any more")
+        task, _ = pairs[record["task"]]
+    else:
+        task = mixtures.training_mixture(stage, tasks, chats)
+    missing = missing_assets([task])
+    if missing:
+        raise UserError(
+            f"{stage} was trained on files that are not on this machine: {', '.join(missing)}; "
+            f"fetch them with {PREFETCH} {' '.join(missing)}"
+        )
+    return task
 
 
 def split_chats(chats: str | None) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import itertools
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,9 +58,15 @@ def scripted_model(chain: Sequence[int], *, sequence_len: int = 64) -> GPT:
 
 
 def save(
-    stage: str, model: GPT, *, tag: str = "d1", data: str = "embedded", tasks: str | None = None
+    stage: str,
+    model: GPT,
+    *,
+    tag: str = "d1",
+    data: str = "embedded",
+    tasks: str | None = None,
+    **facts: Any,
 ) -> Path:
-    """Write a checkpoint of `model` below NANOCHAT_BASE_DIR."""
+    """Write a checkpoint of `model` below NANOCHAT_BASE_DIR. facts: more entries of its state."""
     with tempfile.TemporaryDirectory() as folder:
         byte_tokenizer().save(folder)
         return checkpoint_manager.save_checkpoint(
@@ -73,6 +80,7 @@ def save(
                 "config": {"eval_tokens": 256},
                 "data": data,
                 "tasks": tasks,
+                **facts,
             },
             extra=None,
             tokenizer_dir=Path(folder),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from nanochat.task_results import Record, read_records
 from scripts import chat_eval
 from tasks import public
 from tasks.arc import ARC
+from tasks.common import Task
+from tasks.customjson import IDENTITY
+from tasks.embedded_problems import WordProblems
 from tasks.gsm8k import GSM8K
 from tasks.humaneval import HumanEval
 from tasks.mmlu import MMLU
@@ -154,7 +158,7 @@ def test_a_row_that_cannot_be_judged_leaves_its_task_without_a_score(
 
 @pytest.mark.usefixtures("tasks_here")
 def test_without_a_sandbox_humaneval_is_skipped_with_the_reason(
-    shards: str, monkeypatch: pytest.MonkeyPatch
+    shards: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save("sft", random_model(), data=shards)
     asked = []
@@ -165,7 +169,9 @@ def test_without_a_sandbox_humaneval_is_skipped_with_the_reason(
 
     monkeypatch.setattr("tasks.humaneval.sandbox_problem", no_walls)
     run("-i", "sft", "-x", "1", "-m", "4")
-    assert section()["No score for HumanEval"] == "neither seccomp nor a pid namespace"
+    reason = "skipped: neither seccomp nor a pid namespace"
+    assert section()["No score for HumanEval"] == reason
+    assert f"HumanEval                no score: {reason}" in capsys.readouterr().out
     assert "ChatCORE metric" not in section()
     run("-i", "sft", "-x", "1", "-m", "4", "-a", "HumanEval", "--unsafe")
     assert [row["task"] for row in section()["accuracies"]] == ["HumanEval"]
@@ -224,18 +230,131 @@ def test_a_broken_row_does_not_stop_the_comparison_of_the_other_tasks(shards: st
 
 def test_conversations_of_the_stages_are_looked_through_too(monkeypatch: Any) -> None:
     """Held-out questions of the embedded world; one of them is put into the training mixture."""
-    save("sft", random_model(2048))
-    held_out = chat_eval.mixtures.evaluation_tasks("embedded")[1]
+    lineage = [{"stage": "base", "data": ""}]
+    lineage += [{"stage": s, "tasks": "embedded", "chats": []} for s in ("mid", "sft")]
+    save("sft", random_model(2048), lineage=lineage)
     monkeypatch.setattr(chat_eval, "open_source", lambda data: NoDocuments())
     monkeypatch.setattr(
         chat_eval.mixtures,
         "training_mixture",
-        lambda stage, tasks, chats: [held_out[3]] if stage == "mid" else [],
+        lambda stage, tasks, chats: WordProblems(500, "test", start=3, stop=3 + (stage == "mid")),
     )
     run("-i", "sft", "-a", "WordProblems", "-x", "10", "-m", "2", "--contamination")
     row = section()["accuracies"][0]
     assert row["in training"] == "1 of 10"
     assert row["accuracy on others"] == 0.0
+
+
+def place_sft_sets() -> None:
+    """What finetuning reads besides conversations: one row of each."""
+    for task, row in (
+        (ARC("ARC-Easy"), ARC_ROW),
+        (ARC("ARC-Challenge"), ARC_ROW),
+        (GSM8K("train"), GSM8K_ROW),
+    ):
+        place(task.rows.asset, [row])
+    place_file(IDENTITY, f"{said('Who are you?')}\n".encode())
+
+
+def said(question: str) -> str:
+    """A line of a file of conversations."""
+    return json.dumps(
+        [{"role": "user", "content": question}, {"role": "assistant", "content": "Yes."}]
+    )
+
+
+@pytest.fixture
+def own_chats(tmp_path: Path) -> Path:
+    """Conversations of one's own, of which one holds the words of the GSM8K questions."""
+    path = tmp_path / "own.jsonl"
+    path.write_text("\n".join([said(f"{LONG} 0?"), said("One more?"), said("And?")]))
+    return path
+
+
+@pytest.fixture
+def other_shards(tmp_path: Path) -> str:
+    """Training documents that hold no question."""
+    folder = tmp_path / "other"
+    folder.mkdir()
+    for number in range(2):
+        pq.write_table(pa.table({"text": ["something"]}), folder / f"shard_{number:05d}.parquet")
+    return str(folder)
+
+
+@pytest.mark.usefixtures("tasks_here")
+def test_an_rl_model_was_trained_on_what_the_stages_before_it_were(
+    own_chats: Path, other_shards: str
+) -> None:
+    """SmolTalk is not here, and neither is anything of midtraining, which there was not."""
+    place_sft_sets()
+    lineage = [
+        {"stage": "base", "data": other_shards},
+        {"stage": "sft", "tasks": "public", "chats": [str(own_chats)]},
+        {"stage": "rl", "tasks": "public", "task": "GSM8K"},
+    ]
+    save("rl", random_model(), data=other_shards, tasks="public", lineage=lineage)
+    run("-i", "rl", "-a", "GSM8K|ARC-Easy", "-m", "2", "--contamination")
+    rows = {row["task"]: row["in training"] for row in section("rl")["accuracies"]}
+    assert rows == {"GSM8K": f"{NUM_ROWS} of {NUM_ROWS}", "ARC-Easy": "0 of 0"}
+
+
+@pytest.mark.usefixtures("tasks_here")
+def test_conversations_are_those_of_training_whatever_is_evaluated(
+    other_shards: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def mixture(stage: str, tasks: str, chats: list[str]) -> Task:
+        asked.append((stage, tasks, chats))
+        return WordProblems(1)
+
+    monkeypatch.setattr(chat_eval.mixtures, "training_mixture", mixture)
+    lineage = [
+        {"stage": "base", "data": other_shards},
+        {"stage": "mid", "tasks": "embedded", "chats": []},
+    ]
+    save("mid", random_model(), tasks="embedded", lineage=lineage)
+    run("-i", "mid", "--tasks=public", "-a", "GSM8K", "-m", "2", "--contamination")
+    assert asked == [("mid", "embedded", [])]
+    assert section("mid")["accuracies"][0]["in training"] == f"0 of {NUM_ROWS}"
+
+
+@pytest.mark.usefixtures("tasks_here")
+@pytest.mark.parametrize(
+    ("stages", "reason"),
+    [
+        (
+            [{"stage": "sft", "tasks": "public", "chats": ["gone.jsonl"]}],
+            "sft was trained on gone.jsonl, which is not there any more",
+        ),
+        (
+            [{"stage": "sft", "tasks": "public", "chats": []}],
+            "sft was trained on files that are not on this machine: .*smol-smoltalk",
+        ),
+        (
+            [{"stage": "rl", "tasks": "public", "task": "Chess"}],
+            "rl practised Chess, which is no public task any more",
+        ),
+        (None, "does not say what all its stages were trained on"),
+    ],
+)
+def test_missing_training_data_leaves_the_scores_as_they_are(
+    stages: list[Any] | None, reason: str, other_shards: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = {"stage": "base", "data": other_shards}
+    lineage = None if stages is None else [base, *stages]
+    save("sft", random_model(), data=other_shards, tasks="public", lineage=lineage)
+    run("-i", "sft", "-a", "GSM8K", "-m", "2", "--contamination")
+    assert re.search(rf"GSM8K .* 0/4 .*  not compared: .*{reason}", capsys.readouterr().out)
+    assert section()["accuracies"][0]["in training"] == "not compared"
+    assert re.search(reason, section()["Not compared with the training data"])
+
+
+@pytest.mark.usefixtures("tasks_here")
+def test_missing_documents_leave_the_scores_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    save("base", random_model(), data="/no/such/folder")
+    run("-i", "base", "-a", "GSM8K", "-m", "2", "--contamination")
+    assert re.search(r"GSM8K .*  not compared: .*/no/such/folder", capsys.readouterr().out)
 
 
 class NoDocuments:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from scripted_model import byte_tokenizer, save
+from public_data import place_file
+from scripted_model import byte_tokenizer, save, scripted_model, tokens_of
 
 from nanochat import checkpoint_manager, configurator
 from nanochat.common import UserError, checkpoints_dir
@@ -16,7 +17,9 @@ from nanochat.conversation import Conversation, chat
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tracking import read_metrics
 from scripts import chat_cli, chat_eval, chat_rl
+from tasks import mixtures, public
 from tasks.common import Task
+from tasks.words import WORD_LIST
 
 
 class SmallLetters(Task):
@@ -50,9 +53,44 @@ def sft_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "rl_tasks",
         lambda tasks: {"SmallLetters": pair, "Letters": (Letters(), Letters())},
     )
-    vocab_size = byte_tokenizer().vocab_size
-    model = GPT(GPTConfig(sequence_len=64, vocab_size=vocab_size, n_layer=1, n_head=2, n_embd=32))
+    save("sft", tiny_model())
+    return tmp_path
+
+
+def tiny_model(sequence_len: int = 64) -> GPT:
+    model = GPT(
+        GPTConfig(
+            sequence_len=sequence_len,
+            vocab_size=byte_tokenizer().vocab_size,
+            n_layer=1,
+            n_head=2,
+            n_embd=32,
+        )
+    )
     model.init_weights(torch.Generator().manual_seed(1))
+    return model
+
+
+class Calls(SmallLetters):
+    """An answer is right when the tool was called and its output is there."""
+
+    name = "Calls"
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        return "1+23" in completion
+
+
+@pytest.fixture
+def calling_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A base folder with an sft model that mostly answers by a call of the tool and a full stop."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(chat_rl.mixtures, "rl_tasks", lambda tasks: {"Calls": (Calls(), Calls())})
+    call = tokens_of("<|assistant_start|>", "<|python_start|>", "1+2", "<|python_end|>")
+    model = scripted_model([*call, *tokens_of("<|output_end|>", ".", "<|assistant_end|>")])
+    with torch.no_grad():
+        # About 9 in 10 at each token: more than half of the answers stay on this way.
+        model.lm_head.weight.mul_(9 / (3 * 320**0.5))
     save("sft", model)
     return tmp_path
 
@@ -95,25 +133,30 @@ def test_reward_rises_and_the_report_tells(sft_model: Path) -> None:
     assert '"Final pass at 1"' in (sft_model / "report/chat-rl.json").read_text()
 
 
-def test_resumed_run_equals_undisturbed_run_bit_for_bit(sft_model: Path) -> None:
-    run()
+def test_resumed_run_equals_undisturbed_run_bit_for_bit(calling_model: Path) -> None:
+    run(max_new_tokens=12)
     folder = checkpoints_dir("rl") / "d1"
     whole = checkpoint_manager.newest_checkpoint(folder)
     assert whole is not None
     assert whole.step == 4
     start = checkpoint_manager.find_checkpoint("sft", None, None)
     assert whole.weights_hash != start.weights_hash
-    rows = [row for row in metrics(sft_model) if "reward" in row or "pass_at_1" in row]
+    rows = [row for row in metrics(calling_model) if "reward" in row or "pass_at_1" in row]
+    steps = [row for row in rows if "reward" in row]
+    assert len(steps) == 4
+    # Answers with a call of the tool and without, shorter than the limit and cut off by it.
+    assert all(0 < row["reward"] < 1 and 0 < row["cut_off"] < 1 for row in steps)
+    assert all(5 < row["answer_tokens"] < 12 for row in steps)
     hash_of_whole = whole.weights_hash
     shutil.rmtree(folder / "step_000004")
 
-    run("--resume")
+    run("--resume", max_new_tokens=12)
 
     resumed = checkpoint_manager.newest_checkpoint(folder)
     assert resumed is not None
     assert resumed.step == 4
     assert resumed.weights_hash == hash_of_whole
-    again = [row for row in metrics(sft_model) if "reward" in row or "pass_at_1" in row]
+    again = [row for row in metrics(calling_model) if "reward" in row or "pass_at_1" in row]
     assert again == rows
 
 
@@ -136,6 +179,29 @@ def test_rl_model_can_be_evaluated_and_talked_to(
     state = checkpoint_manager.find_checkpoint("rl", None, None).state
     assert state["parent"]["stage"] == "sft"
     assert state["task"] == "SmallLetters"
+
+
+def test_spelling_bee_of_the_public_tasks_can_be_practised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It needs the word list; GSM8K is not here."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    place_file(WORD_LIST, b"strawberry\nzebra\n")
+    save("sft", tiny_model(sequence_len=256), tasks="public")
+    assert run("--task=spellingbee", num_iterations=2, max_new_tokens=8, eval_examples=4) == 0
+    assert checkpoint_manager.find_checkpoint("rl").state["task"] == "SpellingBee"
+    with pytest.raises(UserError, match=r"openai/gsm8k.*prefetch --stage rl"):
+        run()
+
+
+def test_the_public_tasks_to_practise_ask_what_midtraining_has_not_shown() -> None:
+    pairs = mixtures.rl_tasks("public")
+    assert list(pairs) == ["GSM8K", "SpellingBee"]
+    shown = [task for task in public.training_tasks("mid") if task.name == "SpellingBee"]
+    practice, held_out = pairs["SpellingBee"]
+    assert practice.start == len(shown[0]) == 80_000
+    assert len(practice) == 50_000
+    assert len(held_out) == 256
 
 
 def test_tasks_that_cannot_be_practised_are_named(sft_model: Path) -> None:

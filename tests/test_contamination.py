@@ -65,6 +65,46 @@ def test_other_scripts_are_compared_too() -> None:
     assert seen([" ".join(words)], " ".join(words[::-1])) == frozenset()
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        PROBLEM.replace("one", "\u201cone\u201d").replace("two", "\u2018two\u2019"),
+        PROBLEM.replace(" ", "\u2014"),  # em dashes
+        PROBLEM.replace(" ", "\u00a0\u2026 "),  # a space that does not break, an ellipsis
+        PROBLEM.replace(" ", "\u3001"),  # ideographic commas
+        PROBLEM.replace(" ", "\uff0c"),  # and one of full width
+    ],
+)
+def test_typographic_punctuation_does_not_count(text: str) -> None:
+    assert seen([PROBLEM], text) == {0}
+    assert seen([text], PROBLEM) == {0}
+
+
+def test_curly_and_straight_apostrophes_are_the_same() -> None:
+    problem = f"I don't know, but {PROBLEM}, isn't it?"
+    assert seen([" ".join(problem.split()[:13])], problem.replace("'", "\u2019")) == {0}
+
+
+def test_case_does_not_count_in_other_scripts() -> None:
+    words = [
+        "\u041f\u0440\u0438\u0432\u0435\u0442",
+        "\u00c9cole",
+        "Stra\u00dfe",
+        "\u03a3\u03af\u03b3\u03bc\u03b1",
+    ]
+    problem = " ".join(f"{words[i % 4]}{i}" for i in range(16))
+    assert problem.upper() != problem != problem.lower()
+    assert seen([problem], problem.upper()) == {0}
+    assert seen([problem], problem.lower()) == {0}
+
+
+def test_marks_are_part_of_their_words() -> None:
+    words = [f"\u0939\u093f\u0928\u094d\u0926\u0940{i}" for i in range(13)]  # with vowel signs
+    assert seen([" ".join(words)], " ".join(words)) == {0}
+    check = Contamination({"set": [" ".join(words[:4])]})  # 4 words, not the 12 of its letters
+    assert check.results()["set"].num_checked == 0
+
+
 def test_problems_that_are_too_short_are_not_checked() -> None:
     check = Contamination({"set": ["Why?", PROBLEM, "And what about this?"]})
     check.read(["Why?", "And what about this?"])

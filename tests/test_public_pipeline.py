@@ -80,7 +80,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, chats: tuple[str, ...]) -> It
             *(*SMALL, "--num_iterations=1", "--examples_per_step=2", "--num_samples=2"),
             *("--max_new_tokens=8", "--eval_examples=2"),
         )
-        run(chat_eval, "-i", "rl", *CPU, "-a", "GSM8K", "-x", "4", "-m", "8")
+        run(chat_eval, "-i", "rl", *CPU, "-a", "GSM8K", "-x", "4", "-m", "8", "--contamination")
         yield folder
 
 
@@ -115,6 +115,17 @@ def test_all_six_tasks_are_scored_and_chat_core_is_their_mean() -> None:
     assert ("ChatCORE metric" in result) == (sandbox_problem() is None)
     # The books and manuals of the training documents hold no grade school problems.
     assert rows["GSM8K"]["in training"] == "0 of 12"
+
+
+def test_the_rl_model_is_compared_with_what_its_stages_read(chats: tuple[str, ...]) -> None:
+    """SmolTalk, which none of them read, is not here."""
+    assert section("rl")["accuracies"][0]["in training"] == "0 of 4"
+    own = {"tasks": "public", "chats": list(chats)}
+    assert checkpoint_manager.find_checkpoint("rl").state["lineage"][1:] == [
+        {"stage": "mid", **own},
+        {"stage": "sft", **own},
+        {"stage": "rl", "tasks": "public", "task": "GSM8K"},
+    ]
 
 
 def test_the_measured_tasks_of_finetuning_are_mmlu_and_arc_easy() -> None:

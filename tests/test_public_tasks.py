@@ -175,11 +175,19 @@ def test_smoltalk_keeps_the_system_message() -> None:
         ("def f(): pass", "def f(): pass"),
         ("Here:\n```python\ndef f():\n    pass\n```\nDone.", "def f():\n    pass\n"),
         ("```\nx = 1\n```\n```python\nx = 2\n```", "x = 1\n"),
+        ("```bash\npip install x\n```\nThen:\n```python\nx = 1\n```\nThat is all.", "x = 1\n"),
+        ('```json\n{"a": 1}\n```\nand\n```\nx = 1\n```', "x = 1\n"),
+        ("```Python3 title=a.py\nx = 1\n```", "x = 1\n"),
+        ("``` py \nx = 1\n```", "x = 1\n"),
+        ("```sage\nx = 1\n```\nprose\n```text\nx = 2\n```", "x = 1\n"),
+        ("Use ```math``` here:\n```python\nx = 1\n```", "x = 1\n"),
         ("```python\nnever closed", "```python\nnever closed"),
         ("", ""),
     ],
 )
-def test_the_program_is_the_first_fenced_block_or_everything(completion: str, program: str) -> None:
+def test_the_program_is_the_first_block_of_python_or_of_anything_or_all(
+    completion: str, program: str
+) -> None:
     assert program_in(completion) == program
 
 
@@ -215,7 +223,7 @@ def test_without_a_sandbox_humaneval_says_why_it_has_no_score(
     task = HumanEval()
     place(task.rows.asset, [HUMANEVAL_ROW])
     monkeypatch.setattr("tasks.humaneval.sandbox_problem", lambda unsafe: "there are no walls here")
-    assert task.reason_to_skip() == "there are no walls here"
+    assert task.reason_to_skip() == "skipped: there are no walls here"
 
 
 # ---- rows that cannot be used ------------------------------------------------------------------
@@ -232,9 +240,37 @@ def test_without_a_sandbox_humaneval_says_why_it_has_no_score(
             "it has 2 choices and 3 letters",
         ),
         (ARC("ARC-Easy"), {"question": "?", "answerKey": "A"}, "it has no column 'choices'"),
+        (ARC("ARC-Easy"), ARC_ROW | {"choices": None}, "its choices are None, not texts with"),
+        (
+            ARC("ARC-Easy"),
+            ARC_ROW | {"choices": {"text": None, "label": ["A", "B", "C"]}},
+            "its choices are None, not a list of texts",
+        ),
+        (
+            ARC("ARC-Easy"),
+            ARC_ROW | {"choices": {"text": ["ice", None, "snow"], "label": ["A", "B", "C"]}},
+            r"its choices are \['ice', None, 'snow'\], not a list of texts",
+        ),
+        (
+            ARC("ARC-Easy"),
+            ARC_ROW | {"choices": {"text": ["ice", "fire", "snow"], "label": None}},
+            "its letters are None, not a list of texts",
+        ),
+        (
+            ARC("ARC-Easy"),
+            ARC_ROW | {"choices": {"text": ["ice", "fire", "snow"], "label": ["A", "B", "B"]}},
+            "its letters are A, B, B; each must come once",
+        ),
+        (ARC("ARC-Easy"), ARC_ROW | {"answerKey": None}, "its answer is None, none of A, B, C"),
         (MMLU("test"), MMLU_ROW | {"answer": None}, "its answer is None, not a number from 0 to 3"),
         (MMLU("test"), MMLU_ROW | {"answer": 4}, "its answer is 4, not a number from 0 to 3"),
         (MMLU("test"), MMLU_ROW | {"choices": ["1", "2"]}, "it has 2 choices, not 4"),
+        (MMLU("test"), MMLU_ROW | {"choices": None}, "its choices are None, not a list of texts"),
+        (
+            MMLU("test"),
+            MMLU_ROW | {"choices": ["1", None, "3", "4"]},
+            r"its choices are \['1', None, '3', '4'\], not a list of texts",
+        ),
         # The form of the hub's own configuration `auxiliary_train`; ours is a split of `all`.
         (MMLU("auxiliary_train"), {"train": MMLU_ROW}, "it has no column 'choices'"),
         (MMLU("test"), MMLU_ROW | {"question": None}, "its question is None, not text"),

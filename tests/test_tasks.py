@@ -103,6 +103,12 @@ def test_multiple_choice_has_the_documented_form():
     assert conversation.letters == ("A", "B")
     with pytest.raises(UserError, match="5 choices, but only 4 letters"):
         multiple_choice("?", ["a"] * 5, 0)
+    with pytest.raises(UserError, match="its answer is 2, not a number from 0 to 1"):
+        multiple_choice("?", ["a", "b"], 2)
+    with pytest.raises(UserError, match="its letters are A, A; each must come once"):
+        multiple_choice("?", ["a", "b"], 0, letters=["A", "A"])
+    with pytest.raises(UserError, match=r"its choices are \['a', None\], not a list of texts"):
+        multiple_choice("?", ["a", None], 0)
 
 
 @pytest.mark.parametrize(
