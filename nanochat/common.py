@@ -82,6 +82,11 @@ def eval_bundle_dir(data: str) -> Path:
     return base_dir() / ("eval_bundle_embedded" if data == "embedded" else "eval_bundle")
 
 
+def eval_bundle_name(data: str) -> str:
+    """The word that keeps a CORE over the tasks of a run on `data` apart from published ones."""
+    return "embedded" if data == "embedded" else ""
+
+
 def checkpoints_dir(stage: str) -> Path:
     """Where a stage keeps its checkpoints, one folder per model tag."""
     return base_dir() / _lookup(_CHECKPOINT_FOLDERS, stage, "stage")

@@ -114,14 +114,18 @@ def train_on_conversations(
     def measure_tasks(trainer: Trainer) -> dict[str, float]:
         values = {}
         for task in metric_tasks:
-            result = task_eval.run_categorical(
-                task,
-                tokenizer,
-                trainer.model,
-                max_problems=config.eval_metrics_max_problems,
-                batch_size=config.device_batch_size,
-                world=runtime.world,
-            )
+            try:
+                result = task_eval.run_categorical(
+                    task,
+                    tokenizer,
+                    trainer.model,
+                    max_problems=config.eval_metrics_max_problems,
+                    batch_size=config.device_batch_size,
+                    world=runtime.world,
+                )
+            except NotScoredError as error:  # training is worth more than a score
+                logger.warning("step %d has no %s: %s", trainer.state.step, task.name, error)
+                continue
             values[f"{task.name}_accuracy"] = result.accuracy
             logger.info("step %d  %s %.1f %%", trainer.state.step, task.name, 100 * result.accuracy)
         return values

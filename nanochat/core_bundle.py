@@ -125,7 +125,10 @@ def load_bundle(folder: Path) -> list[CoreTask]:
     """
     config = folder / "core.yaml"
     if not config.exists():
-        raise UserError(f"no CORE bundle in {folder}: core.yaml is missing")
+        raise UserError(
+            f"no CORE bundle in {folder}: core.yaml is missing; fetch the 22 tasks with "
+            f"python -m scripts.assets prefetch {EVAL_BUNDLE.name}"
+        )
     try:
         entries = list(yaml.safe_load(config.read_text(encoding="utf-8"))["icl_tasks"])
     except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:

@@ -20,8 +20,8 @@ from nanochat.common import UserError
 from nanochat.core_bundle import CoreTask, Item, load_bundle
 from nanochat.core_progress import CoreProgress
 from nanochat.core_scoring import LanguageModel, decide
-from nanochat.core_tokens import Tokenizer
-from nanochat.runtime import Runtime
+from nanochat.core_tokens import Tokenizer, sequences_of
+from nanochat.runtime import Runtime, World
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,8 @@ class CoreResult:
 
     tasks: tuple[TaskScore, ...]
     missing: tuple[str, ...]
+    bundle_name: str = ""
+    """Whose tasks, where they are not the 22 published ones."""
 
     @property
     def core(self) -> float:
@@ -64,9 +66,11 @@ class CoreResult:
     @property
     def label(self) -> str:
         """The name `core` must be shown under."""
-        if not self.is_partial:
-            return "CORE"
-        return f"CORE (partial, {len(self.tasks)} of {len(self.tasks) + len(self.missing)} tasks)"
+        notes = [self.bundle_name] if self.bundle_name else []
+        if self.is_partial:
+            num_tasks = len(self.tasks) + len(self.missing)
+            notes.append(f"partial, {len(self.tasks)} of {num_tasks} tasks")
+        return f"CORE ({', '.join(notes)})" if notes else "CORE"
 
     def to_csv(self) -> str:
         """Padded columns Task, Accuracy, Centered; the last row is CORE."""
@@ -85,27 +89,21 @@ def evaluate_core(
     runtime: Runtime,
     *,
     progress_dir: Path | None = None,
+    bundle_name: str = "",
 ) -> CoreResult:
     """Score every task of a bundle, each on its first `max_per_task` items if that is > 0.
 
     All ranks take part and get the same result. UserError for a broken bundle; a task without
     item file is named in the log and in the result. progress_dir: a folder on a disk all ranks
     see, named after model and settings; an evaluation that was killed goes on from there.
+    bundle_name: stands in the score's label.
     """
-    tasks = load_bundle(bundle_dir)
-    present = [task for task in tasks if task.path.exists()]
-    missing = tuple(task.label for task in tasks if not task.path.exists())
-    if not present:
-        raise UserError(f"no task of {bundle_dir / 'core.yaml'} has its file in eval_data")
-    if missing:
-        logger.warning("CORE is partial: no items for %s", ", ".join(missing))
-    # Read at once: a broken file of the last task must not cost the time of all before.
-    items = [task.items(max_per_task) for task in present]
+    present, missing = runtime.world.together(lambda: _read_bundle(bundle_dir, max_per_task))
     progress = CoreProgress(progress_dir, runtime.world)
-    bar = _Bar(sum(map(len, items)), runtime.world.is_main)
+    bar = _Bar(sum(len(items) for _, items in present), runtime.world.is_main)
     scores: list[TaskScore] = []
-    for number, (task, task_items) in enumerate(zip(present, items, strict=True), 1):
-        score = evaluate_task(model, tokenizer, task, task_items, progress, bar)
+    for number, (task, items) in enumerate(present, 1):
+        score = evaluate_task(model, tokenizer, task, items, progress, bar)
         scores.append(score)
         bar.scored(score)
         bar.clear()
@@ -115,7 +113,43 @@ def evaluate_core(
             *(score.accuracy, score.centered, score.seconds),
         )
     progress.finish()
-    return CoreResult(tuple(scores), missing)
+    return CoreResult(tuple(scores), missing, bundle_name)
+
+
+def check_core(
+    tokenizer: Tokenizer, bundle_dir: Path, max_per_task: int, *, max_length: int, world: World
+) -> None:
+    """Raise UserError, on all ranks, for a bundle of which `evaluate_core` would give no score.
+
+    max_length: tokens that the model holds. Tokenizes what this rank will have to decide, so that
+    a `CachedTokenizer` has read it when the evaluation begins.
+    """
+
+    def check() -> None:
+        for task, items in _read_bundle(bundle_dir, max_per_task)[0]:
+            own = range(world.rank, len(items), world.size)
+            for start in range(0, len(own), ITEMS_PER_GROUP):
+                group = own[start : start + ITEMS_PER_GROUP]
+                sequences_of(tokenizer, task, items, group, max_length=max_length)
+
+    world.together(check)
+
+
+def _read_bundle(
+    bundle_dir: Path, max_per_task: int
+) -> tuple[list[tuple[CoreTask, list[Item]]], tuple[str, ...]]:
+    """The tasks that are here, each with its items, and the labels of the missing ones.
+
+    All at once: a broken file of the last task must not cost the time of all before.
+    """
+    tasks = load_bundle(bundle_dir)
+    present = [task for task in tasks if task.path.exists()]
+    missing = tuple(task.label for task in tasks if not task.path.exists())
+    if not present:
+        raise UserError(f"no task of {bundle_dir / 'core.yaml'} has its file in eval_data")
+    if missing:
+        logger.warning("CORE is partial: no items for %s", ", ".join(missing))
+    return [(task, task.items(max_per_task)) for task in present], missing
 
 
 def evaluate_task(
@@ -128,17 +162,21 @@ def evaluate_task(
 ) -> TaskScore:
     """Score one task; the ranks share what is not decided yet."""
     started = time.perf_counter()
-    own: dict[int, bool] = {}
     left = progress.remaining(task.label, len(items))
     bar = bar or _Bar(len(items), False)
     bar.add(task.label, len(items) - len(left) * progress.world.size)
-    for start in range(0, len(left), ITEMS_PER_GROUP):
-        group = left[start : start + ITEMS_PER_GROUP]
-        decisions = decide(model, tokenizer, task, items, group)
-        progress.add(task.label, group, decisions)
-        own.update(zip(group, decisions, strict=True))
-        bar.add(task.label, len(group) * progress.world.size)
-    together = progress.gathered(task.label, own)
+
+    def decide_own() -> dict[int, bool]:
+        own: dict[int, bool] = {}
+        for start in range(0, len(left), ITEMS_PER_GROUP):
+            group = left[start : start + ITEMS_PER_GROUP]
+            decisions = decide(model, tokenizer, task, items, group)
+            progress.add(task.label, group, decisions)
+            own.update(zip(group, decisions, strict=True))
+            bar.add(task.label, len(group) * progress.world.size)
+        return own
+
+    together = progress.gathered(task.label, progress.world.together(decide_own))
     accuracy = sum(together.values()) / len(items)
     return TaskScore(
         label=task.label,
@@ -166,10 +204,12 @@ class _Bar:
         elapsed = time.perf_counter() - self._started
         minutes = elapsed / self._done * max(self._total - self._done, 0) / 60
         filled = min(self._done * _BAR_CHARS // self._total, _BAR_CHARS)
-        running = sum(self._centered) / len(self._centered) if self._centered else 0.0
+        running = "-"  # no task is complete
+        if self._centered:
+            running = f"{sum(self._centered) / len(self._centered):+.4f}"
         line = (
             f"[{'=' * filled}{' ' * (_BAR_CHARS - filled)}] {self._done}/{self._total} items  "
-            f"{label}  CORE so far {running:+.4f}  {minutes:.0f} min left"
+            f"{label}  CORE so far {running}  {minutes:.0f} min left"
         )
         sys.stderr.write("\r" + line[:_TERMINAL_CHARS].ljust(_TERMINAL_CHARS))
         sys.stderr.flush()

@@ -12,6 +12,7 @@ P = scored positions of a batch.
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nanochat.branches import Branches
+from nanochat.common import NotScoredError
 from nanochat.core_bundle import CoreTask, Item
 from nanochat.core_tokens import Tokenizer, TokenSequence, common_prefix, sequences_of
 from nanochat.gpt import GPT
@@ -138,10 +140,19 @@ def decide(
     items: Sequence[Item],
     indices: Sequence[int],
 ) -> list[bool]:
-    """Whether the model is right on each of the given items."""
+    """Whether the model is right on each of the given items.
+
+    NotScoredError when its logits are no numbers: every comparison would then be false.
+    """
     options = sequences_of(tokenizer, task, items, indices, max_length=model.max_length)
     with torch.inference_mode():
         scores = _settled(model, task, options, padding=tokenizer.bos_id)
+    for index, scored in zip(indices, scores, strict=True):
+        if any(math.isnan(score.loss) for score in scored):
+            raise NotScoredError(
+                f"{task.label}, item {index} of the shuffled order: the model's logits are not "
+                "numbers (NaN); if they are with --dtype=float32, too, its weights are broken"
+            )
     if task.kind == "language_modeling":
         return [scored[0].margin >= 0 for scored in scores]
     losses = [[score.loss for score in scored] for scored in scores]
@@ -183,6 +194,7 @@ def _settled(
         for i in (i for i, lead in enumerate(leads) if lead < NEAR_TIE):
             scores[i] = [_score_alone(model, sequence) for sequence in options[i]]
         return scores
+    leads = [0.0 if math.isnan(lead) else lead for lead in leads]
     order = sorted(range(len(leads)), key=leads.__getitem__)
     ascending = [leads[i] for i in order]
     tolerance, done = LOW_PRECISION_TIE, 0

@@ -8,6 +8,7 @@ python -m nanochat.report generate   write report.md and report_plots/, here and
 What a section's data may hold (strings are Markdown, dictionaries become lists):
 - "run_dir": the folder of a training run, whose metrics.jsonl is plotted;
 - "CORE metric": in "Base model evaluation", the first row of the summary;
+- "Task set": whose tasks a score is of; "embedded" is shown beside CORE and ChatCORE;
 - accuracies, in "Chat evaluation <stage>": either "accuracies": a list of {"task", "accuracy",
   "chance", ...} (shown as a table), or entries whose key begins with a capital letter;
 - "ChatCORE metric": there as well, the last row of the summary.
@@ -56,6 +57,8 @@ REPORT_FILE = "report.md"
 # The same name beside both copies of report.md, so that one relative link works for both.
 PLOTS_FOLDER = "report_plots"
 CORE, CHAT_CORE = "CORE metric", "ChatCORE metric"
+TASK_SET = "Task set"
+EMBEDDED_NOTE = " (embedded)"
 # Chance of guessing for results that do not bring their own (four answers each).
 KNOWN_CHANCE = {"ARC-Easy": 0.25, "ARC-Challenge": 0.25, "MMLU": 0.25}
 
@@ -73,6 +76,10 @@ class Section:
         found = [item[key] for item in self.data if isinstance(item, dict) and key in item]
         return found[-1] if found else None
 
+    def score_name(self, name: str) -> str:
+        """What a score of this section is shown as."""
+        return score_name(name, self.value(TASK_SET))
+
 
 @dataclass(frozen=True)
 class Accuracy:
@@ -80,6 +87,11 @@ class Accuracy:
 
     accuracy: float
     chance: float | None
+
+
+def score_name(name: str, task_set: str | None) -> str:
+    """A score's name; over the embedded tasks not the plain one, under which others publish."""
+    return name + EMBEDDED_NOTE if task_set == "embedded" else name
 
 
 def slug(title: str) -> str:
@@ -222,7 +234,12 @@ def render_section(section: Section, image: str | None) -> str:
     """Title, time, then strings as they are, dictionaries as lists, and the plot."""
     parts = [f"## {section.title}", f"Time: {_clock(section.time)}"]
     for item in section.data:
-        text = item.strip("\n") if isinstance(item, str) else "\n".join(_list_lines(item))
+        if isinstance(item, str):
+            text = item.strip("\n")
+        else:
+            scores = {key: section.score_name(key) for key in (CORE, CHAT_CORE)}
+            named = {scores.get(key, key): value for key, value in item.items()}
+            text = "\n".join(_list_lines(named))
         if text:
             parts.append(text)
     if image is not None:
@@ -258,18 +275,19 @@ def summary_table(sections: Mapping[str, Section]) -> str:
     for stage in EVALUATED_STAGES:
         section = sections.get(f"chat-evaluation-{stage}")
         column = {task: r.accuracy for task, r in accuracies(section).items()} if section else {}
-        chat_core = section.value(CHAT_CORE) if section else None
-        columns[stage] = column | ({"ChatCORE": chat_core} if chat_core is not None else {})
+        if section and section.value(CHAT_CORE) is not None:
+            column[section.score_name("ChatCORE")] = section.value(CHAT_CORE)
+        columns[stage] = column
     base = sections.get("base-model-evaluation")
-    core = base.value(CORE) if base else None
-    if core is not None:
-        columns["base"] = {"CORE": core} | columns["base"]
+    if base and base.value(CORE) is not None:
+        columns["base"] = {base.score_name("CORE"): base.value(CORE)} | columns["base"]
     if not columns["rl"]:
         del columns["rl"]
     metrics = dict.fromkeys(metric for column in columns.values() for metric in column)
     if not metrics:
         return ""
-    ordered = sorted(metrics, key=lambda m: {"CORE": 0, "ChatCORE": 2}.get(m, 1))
+    places = {"CORE": 0, "ChatCORE": 2}
+    ordered = sorted(metrics, key=lambda metric: places.get(metric.removesuffix(EMBEDDED_NOTE), 1))
     lines = ["| Metric | " + " | ".join(stage.upper() for stage in columns) + " |"]
     lines.append("| --- |" + " ---: |" * len(columns))
     for metric in ordered:

@@ -13,10 +13,10 @@ import datetime
 import hashlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -38,6 +38,8 @@ _CUDA_BF16_CAPABILITY = (8, 0)  # Ampere, the first generation with bf16 tensor 
 # A dead rank closes its sockets and is noticed at once. This bounds a silent one; it must
 # exceed the longest work one rank does alone (hashing and writing a large checkpoint).
 _TIMEOUT_SECONDS = 600.0
+
+T = TypeVar("T")
 
 
 class LostRankError(UserError):
@@ -167,6 +169,22 @@ class World:
         with self._watched():
             dist.all_gather_object(gathered, obj, group=self.group)
         return gathered
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do this rank's share; a UserError of one rank ends all of them, so that none waits.
+
+        `work` itself calls no collective.
+        """
+        done: list[T] = []
+        error: UserError | None = None
+        try:
+            done.append(work())
+        except UserError as raised:
+            error = raised
+        errors = [other for other in self.gather_objects(error) if other is not None]
+        if errors:
+            raise errors[0]
+        return done[0]
 
     def barrier(self) -> None:
         """Wait for every rank. On the host: does not wait for work queued on a GPU."""

@@ -331,6 +331,7 @@ def _report(title: str, trainer: Trainer, facts: dict[str, Any]) -> None:
         "Number of parameters": trainer.model.count_parameters()["total"],
         "Number of iterations": facts["num_iterations"],
         "Number of training tokens": state.tokens,
+        "Data": facts["data"],
         "DDP world size": trainer.runtime.world.size,
         "Compute dtype": str(trainer.runtime.compute_dtype).removeprefix("torch."),
         "Training seconds": state.seconds,

@@ -5,12 +5,11 @@ Legend: B = problems of a batch, T = positions of the longest prompt, V = vocabu
 
 from __future__ import annotations
 
-import os
+import platform
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,14 +19,15 @@ from nanochat.common import NotScoredError, UserError
 from nanochat.conversation import Conversation
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
+from nanochat.hardware import usable_cpus
 from nanochat.runtime import World
+from nanochat.sampling import SamplingSettings
 from nanochat.scheduler import MAX_ROWS
 from nanochat.task_results import Record, TaskResult
 from nanochat.tokenizer import Tokenizer
 
 MAX_JUDGES = 8  # threads; a judge that runs programs mostly waits for them
-
-T = TypeVar("T")
+CHOICES_PER_PASS = 8  # problems of multiple choice, as in the 2025 nanochat
 
 
 class Task(Protocol):
@@ -80,6 +80,10 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.num_samples < 1:
             raise UserError(f"{self.num_samples} samples asked for; ask for at least 1")
+        # Refuses what means nothing now, and not when the first answer is to be written.
+        SamplingSettings(
+            temperature=self.temperature, top_k=self.top_k, max_tokens=self.max_new_tokens
+        )
 
 
 def run_task(
@@ -89,23 +93,22 @@ def run_task(
     *,
     sampling: Sampling | None = None,
     max_problems: int | None = None,
-    batch_size: int = MAX_ROWS,
+    batch_size: int | None = None,
     world: World | None = None,
 ) -> TaskResult:
     """Evaluate a task in the way that its `eval_type` names.
 
-    NotScoredError when it cannot be scored: it cannot be judged on this machine, a row has no
-    answer, a letter is not one token, a prompt is longer than the model's context.
+    batch_size: None = what is usual for that way. NotScoredError when it cannot be scored: it
+    cannot be judged on this machine, it has no problems, a row has no answer, a letter is not one
+    token, a prompt is longer than the model's context, the logits are no numbers.
     """
     world = world or World()
     reasons = [other for other in world.gather_objects(task.reason_to_skip()) if other is not None]
     if reasons:
         raise NotScoredError(reasons[0])
-    scope: dict[str, Any] = {
-        "max_problems": max_problems,
-        "batch_size": batch_size,
-        "world": world,
-    }
+    scope: dict[str, Any] = {"max_problems": max_problems, "world": world}
+    if batch_size is not None:
+        scope["batch_size"] = batch_size
     if task.eval_type == "categorical":
         return run_categorical(task, tokenizer, model, **scope)
     if task.eval_type == "generative":
@@ -119,7 +122,7 @@ def run_categorical(
     model: GPT,
     *,
     max_problems: int | None = None,
-    batch_size: int = MAX_ROWS,
+    batch_size: int = CHOICES_PER_PASS,
     world: World | None = None,
 ) -> TaskResult:
     """Let the model choose among the letters of each problem, by their logits after the prompt.
@@ -129,20 +132,16 @@ def run_categorical(
     """
     world = world or World()
     started = time.perf_counter()
-    problems = _together(world, lambda: _prepare(task, tokenizer, model, max_problems, world))
+    problems = world.together(lambda: _prepare(task, tokenizer, model, max_problems, world))
     was_training = model.training
     model.eval()
-    chosen: dict[int, tuple[str, ...]] = {}
-    by_length = sorted(problems.prompts, key=lambda i: len(problems.prompts[i]), reverse=True)
-    for start in range(0, len(by_length), batch_size):
-        batch = by_length[start : start + batch_size]
-        logits = _last_logits(model, [problems.prompts[i] for i in batch], tokenizer.bos_id)
-        for index, row in zip(batch, logits, strict=True):
-            options = problems.conversations[index].letters
-            scores = row[[problems.letters[letter] for letter in options]]
-            chosen[index] = (options[int(scores.argmax())],)
-    model.train(was_training)
-    records = _together(world, lambda: _judge(task, problems.conversations, chosen))
+    try:
+        chosen = world.together(
+            lambda: _choose(task, problems, model, batch_size, tokenizer.bos_id)
+        )
+    finally:
+        model.train(was_training)
+    records = world.together(lambda: _judge(task, problems.conversations, chosen, num_threads=1))
     return _result(task, records, max_problems, world, started)
 
 
@@ -165,7 +164,7 @@ def run_generative(
     world, sampling = world or World(), sampling or Sampling()
     started = time.perf_counter()
     count = sampling.num_samples
-    problems = _together(world, lambda: _prepare(task, tokenizer, model, max_problems, world))
+    problems = world.together(lambda: _prepare(task, tokenizer, model, max_problems, world))
     answers = Engine(model, tokenizer).complete(
         [prompt for prompt in problems.prompts.values() for _ in range(count)],
         max_tokens=sampling.max_new_tokens,
@@ -180,7 +179,8 @@ def run_generative(
         for place, index in enumerate(problems.prompts)
     }
     completions = {index: tuple(texts[place]) for index, place in places.items()}
-    records = _together(world, lambda: _judge(task, problems.conversations, completions))
+    threads = _num_judges(world)
+    records = world.together(lambda: _judge(task, problems.conversations, completions, threads))
     shown = [shown_text(tokenizer, answer) for answer in answers]
     records = tuple(replace(record, shown=tuple(shown[places[record.index]])) for record in records)
     return _result(task, records, max_problems, world, started)
@@ -221,18 +221,6 @@ def _read_problems(task: Task, tokenizer: Tokenizer, context: int, indices: rang
     return _Problems(conversations, _prompts(task, tokenizer, conversations, context), letters)
 
 
-def _together(world: World, work: Callable[[], T]) -> T:
-    """Do this rank's share; what fails on one rank fails on all, so that none waits for it."""
-    try:
-        done, reason = [work()], None
-    except NotScoredError as error:
-        done, reason = [], str(error)
-    reasons = [other for other in world.gather_objects(reason) if other is not None]
-    if reasons:
-        raise NotScoredError(reasons[0])
-    return done[0]
-
-
 def _num_problems(task: Task, max_problems: int | None) -> int:
     if max_problems is None or max_problems < 0:
         return len(task)
@@ -243,7 +231,7 @@ def _own_problems(task: Task, max_problems: int | None, world: World) -> range:
     """Indices of the problems of this rank."""
     total = _num_problems(task, max_problems)
     if total == 0:
-        raise UserError(f"task {task.name} has no problems to evaluate")
+        raise NotScoredError(f"task {task.name} has no problems to evaluate")
     return range(world.rank, total, world.size)
 
 
@@ -287,6 +275,27 @@ def _letter_ids(
     return letters
 
 
+def _choose(
+    task: Task, problems: _Problems, model: GPT, batch_size: int, padding: int
+) -> dict[int, tuple[str, ...]]:
+    """The likeliest letter of each problem, by index."""
+    chosen: dict[int, tuple[str, ...]] = {}
+    by_length = sorted(problems.prompts, key=lambda i: len(problems.prompts[i]), reverse=True)
+    for start in range(0, len(by_length), batch_size):
+        batch = by_length[start : start + batch_size]
+        logits = _last_logits(model, [problems.prompts[i] for i in batch], padding)
+        for index, row in zip(batch, logits, strict=True):
+            options = problems.conversations[index].letters
+            scores = row[[problems.letters[letter] for letter in options]]
+            if scores.isnan().any():  # argmax would take the first of them
+                raise NotScoredError(
+                    f"problem {index} of {task.name}: the model's logits are not numbers (NaN); "
+                    "if they are with --dtype=float32, too, its weights are broken"
+                )
+            chosen[index] = (options[int(scores.argmax())],)
+    return chosen
+
+
 @torch.inference_mode()
 def _last_logits(model: GPT, prompts: list[list[int]], padding: int) -> Tensor:
     """Logits (B, V) after each prompt, on the CPU; one forward pass, padded on the right."""
@@ -298,17 +307,26 @@ def _last_logits(model: GPT, prompts: list[list[int]], padding: int) -> Tensor:
     return model.logits(last).cpu()
 
 
+def _num_judges(world: World) -> int:
+    """Threads of this rank: the ranks of a machine share its processors."""
+    here = platform.node()
+    return max(1, min(MAX_JUDGES, usable_cpus() // world.gather_objects(here).count(here)))
+
+
 def _judge(
-    task: Task, conversations: dict[int, Conversation], completions: dict[int, tuple[str, ...]]
+    task: Task,
+    conversations: dict[int, Conversation],
+    completions: dict[int, tuple[str, ...]],
+    num_threads: int,
 ) -> tuple[Record, ...]:
     def judge(index: int) -> Record:
         conversation, texts = conversations[index], completions[index]
         verdicts = tuple(task.evaluate(conversation, text) for text in texts)
         return Record(index, conversation, texts, verdicts)
 
-    if task.eval_type == "categorical":
+    if num_threads == 1:
         return tuple(map(judge, conversations))
-    with ThreadPoolExecutor(min(MAX_JUDGES, os.cpu_count() or 1)) as judges:
+    with ThreadPoolExecutor(num_threads) as judges:
         return tuple(judges.map(judge, conversations))
 
 

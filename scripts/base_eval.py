@@ -19,7 +19,7 @@ import torch
 
 from nanochat import checkpoint_manager, configurator, report, runtime
 from nanochat.answers import plain_text
-from nanochat.common import UserError, atomic_write_text, base_dir
+from nanochat.common import UserError, atomic_write_text, base_dir, eval_bundle_name
 from nanochat.core_bundle import bundle_digest, files_digest
 from nanochat.core_eval import CoreResult, evaluate_core
 from nanochat.core_scoring import GptModel, LanguageModel
@@ -30,7 +30,7 @@ from nanochat.gpt import GPT
 from nanochat.hf_model import load_hf_model
 from nanochat.loss_eval import evaluate_split
 from nanochat.runtime import Runtime
-from nanochat.stage import check_count
+from nanochat.stage import check_count, check_positive
 from nanochat.tokenizer import Tokenizer
 from tasks import mixtures
 
@@ -70,6 +70,9 @@ def main(config: Config) -> None:
     """Do the parts that were asked for, print and report."""
     parts = parse_parts(config.eval)
     check_count(config, "max_per_task", "all items")
+    check_positive(config, "device_batch_size")
+    if config.split_tokens is not None:
+        check_positive(config, "split_tokens")
     with runtime.start(config.device_type, dtype=config.dtype) as rt:
         if config.hf_path:
             evaluate_hf_model(config, parts, rt)
@@ -94,7 +97,9 @@ def evaluate_checkpoint(config: Config, parts: list[str], rt: Runtime) -> None:
         core_model = as_core_model(model, checkpoint, rt)
         sections += run_core(core_model, tokenizer, config, data, rt, name, weights)
     if "bpb" in parts:
-        num_tokens = config.split_tokens or checkpoint.state["config"]["eval_tokens"]
+        num_tokens = config.split_tokens
+        if num_tokens is None:
+            num_tokens = checkpoint.state["config"]["eval_tokens"]
         values = measure_bpb(model, tokenizer, data, num_tokens, config.device_batch_size, rt)
         if rt.world.is_main:
             print("\n".join(f"{name:<10} {value:.4f}" for name, value in values.items()))
@@ -117,7 +122,7 @@ def evaluate_hf_model(config: Config, parts: list[str], rt: Runtime) -> None:
             "%s is scored by CORE only, not by %s", path, " and ".join(set(parts) - {"core"})
         )
     model, tokenizer = load_hf_model(path, device=rt.device, dtype=rt.compute_dtype)
-    name = path.strip("/").replace("/", "-")
+    name = table_name(path)
     data = config.data or "fineweb-edu"
     weights = None
     if Path(path).is_dir():
@@ -125,6 +130,12 @@ def evaluate_hf_model(config: Config, parts: list[str], rt: Runtime) -> None:
     sections = run_core(model, tokenizer, config, data, rt, name, weights)
     if rt.world.is_main:
         report.append("Base model evaluation", [asdict(config), {"Model": path}, *sections])
+
+
+def table_name(hf_path: str) -> str:
+    """The name of the table of a model: its path with dashes, never that of a hidden file."""
+    parts = [part for part in Path(hf_path).parts if part not in ("/", "..")]
+    return "-".join(parts).lstrip(".-") or Path(hf_path).resolve().name
 
 
 def as_core_model(model: GPT, checkpoint: checkpoint_manager.Checkpoint, rt: Runtime) -> GptModel:
@@ -157,7 +168,13 @@ def run_core(
         digest = rt.world.gather_objects(hashlib.sha256(told.encode()).hexdigest()[:16])[0]
         progress_dir = folder / f"unfinished_{name}_{digest}"
     core = evaluate_core(
-        model, tokenizer, bundle, config.max_per_task, rt, progress_dir=progress_dir
+        model,
+        tokenizer,
+        bundle,
+        config.max_per_task,
+        rt,
+        progress_dir=progress_dir,
+        bundle_name=eval_bundle_name(data),
     )
     if rt.world.is_main:
         path = folder / f"{name}.csv"
@@ -180,7 +197,10 @@ def parse_parts(text: str) -> list[str]:
 
 
 def core_sections(core: CoreResult) -> list[dict[str, Any]]:
-    """What the report says about CORE; a partial score does not go by its name."""
+    """What the report says about CORE; a partial score does not go by its name.
+
+    The report itself keeps that over the embedded tasks apart.
+    """
     name = "CORE metric" if not core.is_partial else core.label
     rows = [
         {
@@ -191,7 +211,10 @@ def core_sections(core: CoreResult) -> list[dict[str, Any]]:
         }
         for task in core.tasks
     ]
-    sections: list[dict[str, Any]] = [{name: core.core}, {"CORE tasks": rows}]
+    score: dict[str, Any] = {name: core.core}
+    if core.bundle_name:
+        score[report.TASK_SET] = core.bundle_name
+    sections: list[dict[str, Any]] = [score, {"CORE tasks": rows}]
     if core.is_partial:
         sections.append({"Missing tasks": ", ".join(core.missing)})
     return sections

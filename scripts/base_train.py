@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from nanochat import configurator, core_eval, runtime, scaling
-from nanochat.common import UserError, tokenizer_dir
+from nanochat.common import UserError, eval_bundle_name, tokenizer_dir
 from nanochat.core_scoring import GptModel
 from nanochat.core_tokens import CachedTokenizer
 from nanochat.dataloader import Batch, DocumentLoader, evaluation_batches
@@ -30,8 +30,9 @@ from nanochat.presets import (
     PresetName,
 )
 from nanochat.resuming import DATA_FINGERPRINT
+from nanochat.runtime import LostRankError, Runtime
 from nanochat.stage import StageConfig, check_count, check_positive, setting, train_stage
-from nanochat.tokenizer import get_tokenizer
+from nanochat.tokenizer import Tokenizer, get_tokenizer
 from nanochat.training import Hook, Trainer
 from nanochat.validation import Validation
 from tasks import mixtures
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_DATA = "fineweb-edu"
 DEFAULT_BATCH = 524_288
 AUTOMATIC = -1  # --total-batch-size
+CORE, CORE_PARTIAL = "core", "core_partial"  # in metrics.jsonl and the report
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,9 @@ def main(config: Config) -> int:
             total_batch_size, config.device_batch_size, config.max_seq_len, rt.world.size
         )
         rows_per_step = total_batch_size // config.max_seq_len
+        measure_core = None
+        if config.core_metric_every > 0 and not config.dry_run:  # a dry run writes no bundle
+            measure_core = core_measure(config, model, tokenizer, data, rt)
         model.init_weights(torch.Generator().manual_seed(config.seed))
         model.to(rt.device)
         counts = model.count_parameters()
@@ -123,19 +128,6 @@ def main(config: Config) -> int:
                 world=rt.world,
             )
 
-        core_tokenizer = CachedTokenizer(tokenizer)
-
-        def measure_core(trainer: Trainer) -> dict[str, float]:
-            result = core_eval.evaluate_core(
-                GptModel(trainer.model),
-                core_tokenizer,
-                mixtures.core_bundle(data, rt.world),
-                max_per_task=config.core_metric_max_per_task,
-                runtime=rt,
-            )
-            logger.info("step %d  %s %.4f", trainer.state.step, result.label, result.core)
-            return {"core": result.core}
-
         def sample(trainer: Trainer) -> dict[str, float]:
             if rt.world.is_main:
                 for text in sample_prompts(trainer.model, tokenizer):
@@ -151,7 +143,7 @@ def main(config: Config) -> int:
             ),
             Hook("samples", config.sample_every, sample, at_start=False),
         ]
-        if config.core_metric_every > 0:
+        if measure_core is not None:
             hooks.append(Hook("CORE", config.core_metric_every, measure_core, at_start=False))
         loader = DocumentLoader(
             source,
@@ -175,6 +167,42 @@ def main(config: Config) -> int:
             hooks=hooks,
             facts={"data": data, "parent": None, DATA_FINGERPRINT: source.fingerprint()},
         )
+
+
+def core_measure(
+    config: Config, model: GPT, tokenizer: Tokenizer, data: str, rt: Runtime
+) -> Callable[[Trainer], dict[str, float]]:
+    """The action of a hook that measures CORE. UserError, at once, for what could not be scored."""
+    cached, bundle = CachedTokenizer(tokenizer), mixtures.core_bundle(data, rt.world)
+    max_per_task, max_length = config.core_metric_max_per_task, GptModel(model).max_length
+    try:
+        core_eval.check_core(cached, bundle, max_per_task, max_length=max_length, world=rt.world)
+    except LostRankError:
+        raise
+    except UserError as error:
+        raise UserError(f"{error}; --core-metric-every=-1 trains without CORE") from error
+
+    def measure(trainer: Trainer) -> dict[str, float]:
+        for name in (CORE, CORE_PARTIAL):  # an earlier one is not that of this step
+            trainer.state.evaluations.pop(name, None)
+        try:
+            result = core_eval.evaluate_core(
+                GptModel(trainer.model),
+                cached,
+                bundle,
+                max_per_task,
+                rt,
+                bundle_name=eval_bundle_name(data),
+            )
+        except LostRankError:
+            raise
+        except UserError as error:  # files may have changed; training is worth more than a score
+            logger.warning("step %d has no CORE: %s", trainer.state.step, error)
+            return {}
+        logger.info("step %d  %s %.4f", trainer.state.step, result.label, result.core)
+        return {CORE_PARTIAL if result.is_partial else CORE: result.core}
+
+    return measure
 
 
 def sizes_at(config: Config, depth: int, vocab_size: int) -> GPTConfig:

@@ -65,8 +65,8 @@ class Config:
     """Answers to each problem; one right one passes it."""
     top_k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 50
     """Sample from the k likeliest tokens; 0 = off."""
-    batch_size: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 64
-    """Problems (or written answers) at a time."""
+    batch_size: Annotated[int | None, tyro.conf.arg(aliases=["-b"])] = None
+    """Problems of multiple choice, or written answers, at a time; default: 8, or 64."""
     model_tag: Annotated[str | None, tyro.conf.arg(aliases=["-g"])] = None
     """Folder name of the run; default: the one written last."""
     step: Annotated[int | None, tyro.conf.arg(aliases=["-s"])] = None
@@ -164,12 +164,14 @@ def main(config: Config) -> None:
         if rt.world.is_main:
             core = chat_core(results, [task.name for task in all_tasks])
             if core is not None:
-                print(f"ChatCORE {core:.4f}")
-            _report(config, checkpoint, lines, core)
+                print(f"{report.score_name('ChatCORE', task_set)} {core:.4f}")
+            _report(config, checkpoint, lines, core, task_set)
 
 
 def _sampling(config: Config) -> Sampling:
-    check_positive(config, "batch_size", "num_samples", "max_new_tokens")
+    check_positive(config, "num_samples", "max_new_tokens")
+    if config.batch_size is not None:
+        check_positive(config, "batch_size")
     if config.max_problems is not None:
         check_count(config, "max_problems", "all problems")
     if config.num_samples > 1 and config.temperature == 0:
@@ -330,11 +332,15 @@ def row(line: Line, result: TaskResult) -> dict[str, Any]:
 
 
 def _report(
-    config: Config, checkpoint: Checkpoint, lines: Sequence[Line], core: float | None
+    config: Config,
+    checkpoint: Checkpoint,
+    lines: Sequence[Line],
+    core: float | None,
+    task_set: str,
 ) -> None:
     sections: list[dict[str, Any]] = [
         asdict(config),
-        {"Model": f"{checkpoint.tag}, step {checkpoint.step}"},
+        {"Model": f"{checkpoint.tag}, step {checkpoint.step}", report.TASK_SET: task_set},
         {"accuracies": [row(line, line.result) for line in lines if line.result is not None]},
     ]
     sections += [{f"No score for {line.name}": line.no_score} for line in lines if line.no_score]

@@ -27,6 +27,7 @@ from nanochat.tracking import read_metrics
 LOSS_WINDOW = 0.95  # of the smoothed line: single steps hide the trend
 CLEAR_SCREEN = "\x1b[H\x1b[2J"
 SILENT_SECONDS = 600  # a run on another machine that writes nothing for so long has ended
+HEADLINE = ("loss", "val_bpb", "core", "core_partial")
 SMALLEST = (40, 8)  # columns and lines below which a plot says nothing
 
 
@@ -139,7 +140,7 @@ def headline(run_dir: Path, rows: list[dict[str, Any]], is_running: bool) -> str
     parts = [
         f"{run_dir.parent.name.removesuffix('_checkpoints')} {run_dir.name}",
         f"step {step}/{planned}" if planned else f"step {step}",
-        *(f"{name} {newest[name]:.4g}" for name in ("loss", "val_bpb", "core") if name in newest),
+        *(f"{name} {newest[name]:.4g}" for name in HEADLINE if name in newest),
     ]
     if "tokens_per_second" in newest:
         parts.append(f"{newest['tokens_per_second']:,.0f} tok/s")

@@ -10,46 +10,25 @@ from typing import Any
 
 import pytest
 import torch
+from core_bundles import write_bundle
 from reference import core_eval as reference
 from reference.byte_tokenizer import ByteTokenizer
 
 from nanochat.branches import Branches
-from nanochat.common import UserError
+from nanochat.common import NotScoredError, UserError
 from nanochat.core_bundle import load_bundle
-from nanochat.core_eval import evaluate_core, evaluate_task
+from nanochat.core_eval import check_core, evaluate_core, evaluate_task
 from nanochat.core_progress import CoreProgress
 from nanochat.core_scoring import GptModel, decide
 from nanochat.core_tokens import CachedTokenizer
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import Runtime, World
+from tests.distributed import run_ranks
 
 TOKENIZER: Any = ByteTokenizer()
 RUNTIME = Runtime(torch.device("cpu"), torch.float32, World())
 SHARED_BUNDLE = Path(__file__).parents[2] / "shared/data/eval_bundle"
 WORDS = ("red", "green apple", "on the old table", "seven", "a", "in Rome", "sea", "not today")
-
-
-def write_bundle(folder: Path, tasks: dict[str, dict[str, Any]]) -> Path:
-    """A bundle of `label -> {type, shots, items, delimiter?, chance?}`."""
-    (folder / "eval_data").mkdir(parents=True)
-    entries, chances = [], ["Eval Task,Random baseline"]
-    for label, task in tasks.items():
-        entry = {
-            "label": label,
-            "icl_task_type": task["type"],
-            "dataset_uri": f"{label}.jsonl",
-            "num_fewshot": [task["shots"]],
-        }
-        if "delimiter" in task:
-            entry["continuation_delimiter"] = task["delimiter"]
-        entries.append(entry)
-        chances.append(f"{label},{task.get('chance', 0)}")
-        lines = "".join(json.dumps(item) + "\n" for item in task["items"])
-        (folder / f"eval_data/{label}.jsonl").write_text(lines)
-    # JSON is YAML.
-    (folder / "core.yaml").write_text(json.dumps({"icl_tasks": entries}))
-    (folder / "eval_meta_data.csv").write_text("\n".join(chances) + "\n")
-    return folder
 
 
 def choice_items(count: int) -> list[dict[str, Any]]:
@@ -417,6 +396,33 @@ def test_ranks_decide_every_item_once(tmp_path: Path) -> None:
     assert list(gathered.values()) == alone
 
 
+def core_or_reason(runtime: Runtime, bundle: Path) -> list[tuple[bool, ...]] | str:
+    """What a rank ends with."""
+    try:
+        result = evaluate_core(GptModel(random_model(5)), TOKENIZER, bundle, -1, runtime)
+    except UserError as error:
+        return f"{type(error).__name__}: {error}"
+    return [task.decisions for task in result.tasks]
+
+
+def test_two_ranks_decide_as_one(tmp_path: Path) -> None:
+    bundle = toy_bundle(tmp_path / "bundle", random_model(5))
+    alone = core_or_reason(RUNTIME, bundle)
+    assert isinstance(alone, list)
+    assert run_ranks(core_or_reason, 2, bundle) == [alone, alone]
+
+
+def test_what_one_rank_cannot_decide_ends_all_with_its_reason(tmp_path: Path) -> None:
+    """Only one of the two ranks has the item whose options are the same."""
+    items = choice_items(9)
+    items[4]["choices"] = ["same", "same", "same"]
+    task = {"type": "multiple_choice", "shots": 0, "items": items}
+    bundle = write_bundle(tmp_path / "b", {"task": task})
+    reasons = run_ranks(core_or_reason, 2, bundle)
+    assert reasons[0] == reasons[1] == core_or_reason(RUNTIME, bundle)
+    assert "its options are all the same" in reasons[0]
+
+
 # ---- shown ---------------------------------------------------------------------------------------
 
 
@@ -432,7 +438,7 @@ def test_a_terminal_shows_items_done_and_the_running_score(
     monkeypatch.setattr("sys.stderr", terminal)
     result = evaluate_core(GptModel(model), TOKENIZER, bundle, 12, RUNTIME)
     shown = [line for line in terminal.getvalue().split("\r") if "CORE so far" in line]
-    assert shown[0].startswith(f"[===={' ' * 16}] 12/60 items  choices  CORE so far +0.0000")
+    assert shown[0].startswith(f"[===={' ' * 16}] 12/60 items  choices  CORE so far -  ")
     first_four = sum(task.centered for task in result.tasks[:4]) / 4
     assert f"] 60/60 items  said_with_examples  CORE so far {first_four:+.4f}" in shown[-1]
 
@@ -498,6 +504,78 @@ def test_a_missing_file_is_named_and_the_score_is_called_partial(
     assert result.missing == ("schemas",)
     assert result.label == "CORE (partial, 4 of 5 tasks)"
     assert result.to_csv().splitlines()[-1].startswith("CORE (partial 4 of 5 tasks)  ")
+
+
+def test_the_score_of_another_bundle_has_its_name(tmp_path: Path) -> None:
+    model = random_model(6)
+    bundle = toy_bundle(tmp_path / "bundle", model)
+
+    def label() -> str:
+        return evaluate_core(
+            GptModel(model), TOKENIZER, bundle, 10, RUNTIME, bundle_name="embedded"
+        ).label
+
+    assert label() == "CORE (embedded)"
+    (bundle / "eval_data/schemas.jsonl").unlink()
+    assert label() == "CORE (embedded, partial, 4 of 5 tasks)"
+
+
+@pytest.mark.parametrize("kind", ["choices", "schemas", "said"])
+@pytest.mark.parametrize("has_exact", [False, True])
+def test_logits_that_are_no_numbers_give_no_score(
+    tmp_path: Path, kind: str, has_exact: bool
+) -> None:
+    model = random_model(6)
+    bundle = toy_bundle(tmp_path / "bundle", model)
+    (task,) = (task for task in load_bundle(bundle) if task.label == kind)
+    model.lm_head.weight.data[:] = float("nan")
+    broken_model = GptModel(model, GptModel(model) if has_exact else None)
+    with pytest.raises(NotScoredError, match=rf"{kind}, item 0 .* logits are not numbers"):
+        decide(broken_model, TOKENIZER, task, task.items(), range(5))
+
+
+def test_an_exact_model_scores_what_the_other_one_has_no_numbers_for(tmp_path: Path) -> None:
+    precise, rough = GptModel(random_model(6)), random_model(6)
+    task = load_bundle(toy_bundle(tmp_path / "bundle", precise.model))[0]
+    items = task.items()
+    rough.lm_head.weight.data[200] = float("nan")
+    decisions = decide(GptModel(rough, precise), TOKENIZER, task, items, range(9))
+    assert decisions == decide(precise, TOKENIZER, task, items, range(9))
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ('{"query": "q", "choices": ["same", "same"], "gold": 0}', "its options are all the same"),
+        ('{"query": "q", "choices": ["' + 170 * "b" + '", "a"], "gold": 0}', "nothing is left"),
+        ('{"query": ', "line 3: not valid JSON"),
+    ],
+)
+def test_what_would_have_no_score_is_found_without_a_model(
+    tmp_path: Path, line: str, named: str
+) -> None:
+    bundle = broken(tmp_path, line)
+    with pytest.raises(UserError, match=named):
+        check_core(TOKENIZER, bundle, -1, max_length=160, world=World())
+
+
+def test_a_sound_bundle_passes_and_is_tokenized(tmp_path: Path) -> None:
+    model = random_model(6)
+    bundle = toy_bundle(tmp_path / "bundle", model)
+    read = 0
+
+    class Counting(ByteTokenizer):
+        def encode_batch(self, texts: Any, *, prepend: int | None = None) -> Any:
+            nonlocal read
+            read += len(texts)
+            return super().encode_batch(texts, prepend=prepend)
+
+    cached = CachedTokenizer(Counting())
+    check_core(cached, bundle, 12, max_length=2560, world=World())
+    assert read > 100
+    before = read
+    evaluate_core(GptModel(model), cached, bundle, 12, RUNTIME)
+    assert read == before
 
 
 def broken(tmp_path: Path, line: str, kind: str = "multiple_choice", shots: int = 0) -> Path:
@@ -599,7 +677,8 @@ def one_task(copies: int = 1, **changes: Any) -> str:
 
 
 def test_a_folder_that_is_no_bundle_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no CORE bundle in .*core\.yaml is missing"):
+    fetch = "python -m scripts.assets prefetch eval-bundle"
+    with pytest.raises(UserError, match=rf"no CORE bundle in .*core\.yaml is missing; .*{fetch}"):
         load_bundle(tmp_path)
 
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from core_bundles import write_two_tasks
 from scripted_model import byte_tokenizer, save
 
 from nanochat import report
@@ -28,6 +29,7 @@ TEXTS = [
 @pytest.fixture(autouse=True)
 def base_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    monkeypatch.chdir(tmp_path)  # where report.md is copied to
     return tmp_path / "base"
 
 
@@ -102,26 +104,11 @@ def test_base_loss_refuses_to_evaluate_nothing(shards: str, flag: str) -> None:
 # ---- base_eval -----------------------------------------------------------------------------------
 
 
-def write_bundle(folder: Path) -> None:
-    (folder / "eval_data").mkdir(parents=True)
-    tasks = "".join(
-        f"- {{label: {label}, icl_task_type: multiple_choice, dataset_uri: {label}.jsonl, "
-        "num_fewshot: [1]}\n"
-        for label in ("birds", "trees")
-    )
-    (folder / "core.yaml").write_text("icl_tasks:\n" + tasks)
-    (folder / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nbirds,50\ntrees,50\n")
-    items = [{"query": f"{i}?", "choices": ["yes", "no"], "gold": i % 2} for i in range(12)]
-    for label in ("birds", "trees"):
-        lines = "".join(json.dumps(item) + "\n" for item in items)
-        (folder / f"eval_data/{label}.jsonl").write_text(lines)
-
-
 def test_base_eval_does_all_parts_and_writes_the_table(
     shards: str, base_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save("base", random_model(), data=shards)
-    write_bundle(base_dir / "eval_bundle")
+    write_two_tasks(base_dir / "eval_bundle")
     run(base_eval, "--max-per-task=6", "--split-tokens=512", "--device-batch-size=2")
     result = section("Base model evaluation")
     rows = (base_dir / "base_eval/base_model_000007.csv").read_text().splitlines()
@@ -134,7 +121,7 @@ def test_base_eval_does_all_parts_and_writes_the_table(
 
 def test_a_partial_core_does_not_go_by_the_name_of_core(shards: str, base_dir: Path) -> None:
     save("base", random_model(), data=shards)
-    write_bundle(base_dir / "eval_bundle")
+    write_two_tasks(base_dir / "eval_bundle")
     (base_dir / "eval_bundle/eval_data/trees.jsonl").unlink()
     run(base_eval, "--eval=core")
     result = section("Base model evaluation")
@@ -147,6 +134,48 @@ def test_the_embedded_bundle_is_made_on_demand(base_dir: Path) -> None:
     save("base", random_model(2048))
     run(base_eval, "--eval=core", "--max-per-task=8")
     assert -1 < section("Base model evaluation")["CORE metric"] < 1
+    table = (base_dir / "base_eval/base_model_000007.csv").read_text()
+    assert table.splitlines()[-1].startswith("CORE (embedded)  ")
+    text = report.generate().read_text()
+    assert "\n- CORE metric (embedded): " in text
+    assert "\n| CORE (embedded) | " in text
+    assert "CORE metric:" not in text
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("./models/gpt2", "models-gpt2"),
+        ("../models/gpt2/", "models-gpt2"),
+        ("/data/models/gpt2", "data-models-gpt2"),
+        (".cache/gpt2", "cache-gpt2"),
+        ("openai-community/gpt2", "openai-community-gpt2"),
+    ],
+)
+def test_the_table_of_a_transformers_model_is_no_hidden_file(path: str, name: str) -> None:
+    assert base_eval.table_name(path) == name
+
+
+def test_the_table_of_the_folder_one_is_in_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gpt2").mkdir()
+    monkeypatch.chdir(tmp_path / "gpt2")
+    assert base_eval.table_name(".") == "gpt2"
+
+
+def test_base_eval_takes_the_tokens_of_the_training_run_by_default(shards: str) -> None:
+    save("base", random_model(64), data=shards)
+    run(base_eval, "--eval=bpb")
+    by_default = section("Base model evaluation")["val bpb"]
+    run(base_eval, "--eval=bpb", "--split-tokens=256")
+    assert section("Base model evaluation")["val bpb"] == by_default
+
+
+@pytest.mark.parametrize("flag", ["--split-tokens=0", "--device-batch-size=0"])
+def test_base_eval_refuses_to_evaluate_nothing(flag: str) -> None:
+    with pytest.raises(UserError, match=f"{flag.partition('=')[0]} is 0; it must be at least 1"):
+        run(base_eval, flag)
 
 
 def test_a_missing_bundle_is_named(shards: str) -> None:
@@ -187,7 +216,18 @@ def test_chat_eval_runs_all_embedded_tasks_and_reports_chat_core(
         assert sum(verdicts) == row["passed"]
     output = capsys.readouterr().out
     assert all(row["task"] in output for row in rows)
-    assert "ChatCORE" in output
+    assert "ChatCORE (embedded) " in output
+    assert result["Task set"] == "embedded"
+    text = report.generate().read_text()
+    assert "\n- ChatCORE metric (embedded): " in text
+    assert "\n| ChatCORE (embedded) | " in text
+
+
+def test_settings_of_written_answers_are_refused_before_the_model_is_loaded() -> None:
+    """There is no model, and the first tasks of the set write no answers."""
+    for flag, named in (("-t", "temperature is -1"), ("-k", "top-k is -1")):
+        with pytest.raises(UserError, match=named):
+            run(chat_eval, "-i", "sft", flag, "-1")
 
 
 def test_chat_core_is_not_given_for_a_part_of_the_tasks() -> None:

@@ -94,6 +94,23 @@ def test_sections_stand_in_reading_order_whatever_order_they_came_in(
     ]
 
 
+def test_scores_over_the_embedded_tasks_do_not_go_by_the_published_names() -> None:
+    section = {"Task set": "embedded"}
+    report.append("Base model evaluation", [{"CORE metric": 0.2131}, section])
+    report.append("Chat evaluation mid", [section, *evaluation(0.6, 0.4)])
+    report.append("Chat evaluation sft", [{"Task set": "public"}, *evaluation(0.8, 0.7)])
+    text = report.generate().read_text()
+    assert text.count("CORE metric (embedded): 0.2131") == 1
+    assert "- ChatCORE metric (embedded): 0.4000\n" in text
+    assert "- ChatCORE metric: 0.7000\n" in text
+    table = text[text.index("| Metric") :].splitlines()
+    assert table[2] == "| CORE (embedded) | 0.2131 | - | - |"
+    assert table[5:7] == [
+        "| ChatCORE (embedded) | - | 0.4000 | - |",
+        "| ChatCORE | - | - | 0.7000 |",
+    ]
+
+
 def test_summary_table_and_wall_clock(tmp_path: Path, clock: list[datetime.datetime]) -> None:
     write_whole_run(tmp_path, clock)
     text = report.generate().read_text()

@@ -15,7 +15,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from scripted_model import byte_tokenizer, save
 
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.tracking import read_metrics
 from tests.distributed import free_port
 from tests.stage_processes import BASE, copy_of, prepare, run, run_dir
@@ -57,9 +60,10 @@ def start(base: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def two_ranks() -> tuple[str, ...]:
-    """Flags of torchrun for two ranks of this machine."""
-    return "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={free_port()}"
+def ranks(number: int = 2) -> tuple[str, ...]:
+    """Flags of torchrun for ranks of this machine."""
+    place = "--master-addr=127.0.0.1", f"--master-port={free_port()}"
+    return f"--nproc-per-node={number}", *place
 
 
 def losses(base: Path) -> dict[int, float]:
@@ -82,7 +86,7 @@ def test_a_lost_rank_ends_the_job_in_seconds_and_one_process_goes_on(prepared: P
     alone = copy_of(prepared, prepared.with_name("alone"))
     run(alone, BASE.module, *FLAGS)
     base = copy_of(prepared, prepared.with_name("lost"))
-    job = start(base, *two_ranks(), "-m", BASE.module, "--", *FLAGS)
+    job = start(base, *ranks(), "-m", BASE.module, "--", *FLAGS)
     try:
         deadline = time.monotonic() + SECONDS_OF_ONE_RUN
         while job.poll() is None and not list(run_dir(base, BASE).glob("step_*")):
@@ -108,6 +112,50 @@ def test_a_lost_rank_ends_the_job_in_seconds_and_one_process_goes_on(prepared: P
     for step, loss in one.items():
         # The same rows in the same order; sums over ranks are rounded in another order.
         assert together[step] == pytest.approx(loss, abs=0.05), step
+
+
+@pytest.mark.parametrize(
+    ("module", "flags", "written"),
+    [
+        (
+            "scripts.base_eval",
+            ("--eval=core", "--max-per-task=30"),
+            "base_eval/base_model_000007.csv",
+        ),
+        (
+            "scripts.chat_eval",
+            ("-i", "mid", "-x", "7", "-m", "8", "-n", "2", "-t", "1"),
+            "answers.jsonl",
+        ),
+    ],
+)
+def test_two_ranks_evaluate_as_one(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    module: str,
+    flags: tuple[str, ...],
+    written: str,
+) -> None:
+    base = tmp_path / "base"
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+    sizes = GPTConfig(2048, byte_tokenizer().vocab_size, n_layer=2, n_head=2, n_embd=32)
+    model = GPT(sizes)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(0))
+    for stage in ("base", "mid"):
+        save(stage, model)
+    if module == "scripts.chat_eval":
+        flags = (*flags, f"--save={base / written}")
+    texts = []
+    for number in (1, 2):
+        where = "--device-type=cpu", "--dtype=float32"
+        job = start(base, *ranks(number), "-m", module, "--", *where, *flags)
+        said, _ = job.communicate(timeout=SECONDS_OF_ONE_RUN)
+        assert job.returncode == 0, said[-3000:]
+        texts.append((base / written).read_text(encoding="utf-8"))
+        (base / written).unlink()
+    assert texts[0] == texts[1]
+    assert len(texts[0].splitlines()) > 3
 
 
 @pytest.fixture

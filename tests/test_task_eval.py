@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import Any
 
 import pytest
@@ -10,13 +11,14 @@ import torch
 from reference.byte_tokenizer import ByteTokenizer
 
 from nanochat.answers import plain_text
-from nanochat.common import UserError
+from nanochat.common import NotScoredError, UserError
 from nanochat.conversation import Conversation, chat
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.runtime import World
+from nanochat.runtime import Runtime, World
 from nanochat.task_eval import Sampling, run_categorical, run_generative, run_task
-from nanochat.task_results import TaskResult, chat_core, wilson_interval
+from nanochat.task_results import Record, TaskResult, chat_core, wilson_interval
+from tests.distributed import run_ranks
 
 TOKENIZER: Any = ByteTokenizer()
 QUESTIONS = ("Which one?", "And now?", "What is the colour of the sea on a sunny day?", "Hm?")
@@ -117,6 +119,13 @@ def test_a_problem_without_letters_is_refused() -> None:
         run_categorical(Letters(letters=()), TOKENIZER, random_model())
 
 
+def test_logits_that_are_no_numbers_choose_no_letter() -> None:
+    model = random_model()
+    model.lm_head.weight.data[ord("B")] = float("nan")
+    with pytest.raises(NotScoredError, match=r"problem \d+ of letters: .* are not numbers"):
+        run_categorical(Letters(), TOKENIZER, model)
+
+
 # ---- generative ----------------------------------------------------------------------------------
 
 
@@ -166,12 +175,57 @@ def test_no_samples_is_refused() -> None:
         Sampling(num_samples=0)
 
 
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ({"temperature": -1.0}, "temperature is -1"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_k": -1}, "top-k is -1"),
+        ({"max_new_tokens": 0}, "max tokens is 0"),
+    ],
+)
+def test_sampling_that_means_nothing_is_refused_before_it_is_used(
+    setting: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(UserError, match=named):
+        Sampling(**setting)
+
+
+@pytest.mark.parametrize(("cpus", "threads"), [(64, 8), (6, 3), (1, 1)])
+def test_judges_share_the_processors_with_the_other_ranks_of_the_machine(
+    cpus: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OneOfTwo(World):
+        def sum(self, value: float) -> float:
+            return value
+
+        def gather_objects(self, obj: object) -> list[Any]:
+            return [obj, obj if isinstance(obj, str) else None]
+
+    judges = set()
+
+    class Noting(Vowels):
+        def evaluate(self, conversation: Conversation, completion: str) -> bool:
+            together.wait(10)
+            judges.add(threading.get_ident())
+            return True
+
+    together = threading.Barrier(threads)
+    monkeypatch.setattr("nanochat.task_eval.usable_cpus", lambda: cpus)
+    task = Noting(2 * 2 * threads)
+    world = OneOfTwo(0, 2)
+    run_generative(
+        task, TOKENIZER, random_model(), sampling=Sampling(max_new_tokens=1), world=world
+    )
+    assert len(judges) == threads
+
+
 # ---- both ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("task", [Letters(0), Vowels(0)])
 def test_an_empty_task_has_no_accuracy(task: Any) -> None:
-    with pytest.raises(UserError, match=f"task {task.name} has no problems"):
+    with pytest.raises(NotScoredError, match=f"task {task.name} has no problems"):
         run_task(task, TOKENIZER, random_model())
 
 
@@ -204,6 +258,39 @@ def test_ranks_share_the_problems(task: Any) -> None:
     assert tuple(together) == alone.records
     assert sum(part.num_passed for part in parts) == alone.num_passed
     assert {part.num_problems for part in parts} == {alone.num_problems}
+
+
+def records_or_reason(runtime: Runtime, task: Any) -> tuple[Record, ...] | str:
+    """What a rank ends with."""
+    sampling = Sampling(num_samples=2, max_new_tokens=6, temperature=1.0)
+    try:
+        return run_task(
+            task, TOKENIZER, random_model(4), sampling=sampling, world=runtime.world
+        ).records
+    except UserError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize("task", [Letters(), Vowels()])
+def test_two_processes_answer_as_one(task: Any) -> None:
+    alone = records_or_reason(Runtime(torch.device("cpu"), torch.float32, World()), task)
+    parts = run_ranks(records_or_reason, 2, task)
+    assert [len(part) for part in parts] == [(len(task) + 1) // 2, len(task) // 2]
+    assert tuple(sorted((r for part in parts for r in part), key=lambda r: r.index)) == alone
+
+
+class OneBroken(Letters):
+    """One of the two ranks has a row that cannot be read."""
+
+    def __getitem__(self, index: int) -> Conversation:
+        if index == 3:
+            raise UserError("row 3 has no answer")
+        return super().__getitem__(index)
+
+
+def test_what_one_rank_cannot_read_ends_all_with_its_reason() -> None:
+    reason = "NotScoredError: row 3 has no answer"
+    assert run_ranks(records_or_reason, 2, OneBroken()) == [reason, reason]
 
 
 def test_a_record_is_a_line_of_json_with_its_verdict() -> None:
