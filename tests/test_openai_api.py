@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import openai
@@ -148,6 +148,85 @@ def test_a_call_of_the_calculator_comes_in_parts_that_can_be_sent_back(
         {"role": "user", "content": [{"type": "text", "text": "Count"}]},
     ]
     assert client.chat.completions.create(model=MODEL, messages=turns).choices  # type: ignore[arg-type]
+
+
+def whole_message(client: openai.OpenAI, turns: list[Any]) -> Any:
+    return client.chat.completions.create(model=MODEL, messages=turns).choices[0].message
+
+
+def streamed_message(client: openai.OpenAI, turns: list[Any]) -> Any:
+    with client.chat.completions.stream(model=MODEL, messages=turns) as stream:
+        return stream.get_final_completion().choices[0].message
+
+
+READ_AGAIN = {
+    "Count": "one two three four",
+    "Multiply": "".join([*CALLED, "<|output_start|>", "42", "<|output_end|>", "."]),
+    "Nothing": "",
+}
+
+
+@pytest.mark.parametrize("answer", [whole_message, streamed_message])
+@pytest.mark.parametrize("word", READ_AGAIN)
+def test_an_answer_is_appended_and_sent_again_as_it_came(
+    word: str, answer: Callable[[openai.OpenAI, list[Any]], Any]
+) -> None:
+    read = [""]
+
+    def noting(prompt: str) -> list[int]:
+        read.append(prompt)
+        return script(prompt)
+
+    with serving(service_of(lambda: ScriptedScheduler(noting))) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="x", max_retries=0, timeout=20)
+        turns: list[Any] = [{"role": "user", "content": word}]
+        turns.append(answer(client, turns))
+        turns.append({"role": "user", "content": "Again"})
+        answer(client, turns)
+    assert read[-1] == (
+        f"<|bos|><|user_start|>{word}<|user_end|>"
+        f"<|assistant_start|>{READ_AGAIN[word]}<|assistant_end|>"
+        "<|user_start|>Again<|user_end|><|assistant_start|>"
+    )
+
+
+def conversation(**answer: Any) -> dict[str, Any]:
+    question = {"role": "user", "content": "Count"}
+    answer = {"role": "assistant", "content": "one", **answer}
+    return {"model": MODEL, "messages": [question, answer, question]}
+
+
+@pytest.mark.parametrize(
+    ("field", "empty", "full"),
+    [
+        ("refusal", "", "I must not"),
+        ("tool_calls", [], [{"id": "1", "type": "function", "function": {"name": "f"}}]),
+        ("function_call", {}, {"name": "f", "arguments": ""}),
+        ("audio", {}, {"id": "audio"}),
+        ("annotations", [], [{"type": "url_citation"}]),
+        ("parsed", {}, {"answer": 1}),
+    ],
+)
+def test_what_an_answer_cannot_have_may_only_be_sent_empty(
+    client: openai.OpenAI, field: str, empty: Any, full: Any
+) -> None:
+    for value in (None, empty):
+        assert client.chat.completions.create(**conversation(**{field: value})).choices
+    with pytest.raises(openai.BadRequestError, match=rf"messages\[1\].{field} is not supported"):
+        client.chat.completions.create(**conversation(**{field: full}))
+
+
+def test_an_empty_answer_needs_parts_that_say_so(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match=r"messages\[1\].content must not be empty"):
+        client.chat.completions.create(**conversation(content=""))
+    parts = [{"type": "text", "text": ""}]
+    assert client.chat.completions.create(**conversation(content="", parts=parts)).choices
+
+
+def test_only_an_answer_has_parts(client: openai.OpenAI) -> None:
+    question = {"role": "user", "content": "Count", "parts": [{"type": "text", "text": "Hi"}]}
+    with pytest.raises(openai.BadRequestError, match="a user message may not have `parts`"):
+        client.chat.completions.create(**asking("Count") | {"messages": [question]})
 
 
 def test_settings_beyond_the_openai_api(client: openai.OpenAI) -> None:

@@ -100,10 +100,11 @@ class ChatForm:
         }
 
     def ending(self, choice: Choice) -> dict[str, Any]:
-        """Say why it ended."""
+        """Say why it ended, and the parts where the content alone does not tell them."""
+        parts = _parts(choice)
         return {
             "index": choice.index,
-            "delta": {},
+            "delta": {} if parts is None else {"parts": [part.model_dump() for part in parts]},
             "logprobs": None,
             "finish_reason": choice.finish,
         }
@@ -293,12 +294,12 @@ def _next(choice: Choice) -> asyncio.Task[list[Token]]:
 
 
 def _parts(choice: Choice) -> list[AnswerPart] | None:
-    if all(piece.kind == "text" for piece in choice.parts):
-        return None
+    if not choice.text:
+        return [AnswerPart(type="text", text="")]
     joined: list[AnswerPart] = []
     for piece in choice.parts:
         if joined and joined[-1].type == piece.kind:
             joined[-1].text += piece.text
         elif piece.text:
             joined.append(AnswerPart(type=piece.kind, text=piece.text))
-    return joined
+    return None if all(part.type == "text" for part in joined) else joined

@@ -212,11 +212,13 @@ def _first(asked: T | None, default: T) -> T:
 
 
 def _message(message: ChatMessage) -> Message:
-    if isinstance(message.content, str):
-        return Message(message.role, message.content)
-    parts = tuple(Part(part.type, part.text) for part in message.content)
+    if isinstance(message.said, str):
+        return Message(message.role, message.said)
+    parts = tuple(Part(part.type, part.text) for part in message.said)
     if message.role == "assistant":
         return Message("assistant", parts)
+    if message.parts is not None:
+        raise UserError(f"a {message.role} message may not have `parts`; send content")
     if any(part.type != "text" for part in parts):
         raise UserError(f"a {message.role} message may only have parts of type text")
     text = "".join(part.text for part in parts)
