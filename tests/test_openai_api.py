@@ -199,6 +199,7 @@ def conversation(**answer: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("field", "empty", "full"),
     [
+        ("name", "", "Ada"),  # the conversation format has no place for it
         ("refusal", "", "I must not"),
         ("tool_calls", [], [{"id": "1", "type": "function", "function": {"name": "f"}}]),
         ("function_call", {}, {"name": "f", "arguments": ""}),

@@ -92,7 +92,7 @@ class ChatMessage(_Model):
         | Annotated[Parts, Tag("list")],
         Discriminator(lambda value: "list" if isinstance(value, list) else "text"),
     ]
-    name: Annotated[str, Field(max_length=64)] | None = None
+    name: NoText | None = None
     refusal: NoText | None = None
     tool_calls: NoList | None = None
     function_call: NoObject | None = None
