@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -81,6 +82,19 @@ def test_usage_comes_last_in_a_stream_that_asks_for_it(client: openai.OpenAI) ->
     assert chunks[-1].choices == []
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == 18
+
+
+def test_a_reply_says_when_it_was_made_and_a_model_since_when_it_is_served(
+    client: openai.OpenAI,
+) -> None:
+    began = int(time.time())
+    text = {"model": MODEL, "prompt": "Count"}
+    chat, chats = client.chat.completions.create, asking("Count")
+    made = [chat(**chats).created, client.completions.create(**text).created]
+    made += [chunk.created for chunk in chat(**chats, stream=True)]
+    made += [chunk.created for chunk in client.completions.create(**text, stream=True)]
+    assert all(began <= moment <= time.time() for moment in made)
+    assert client.models.retrieve(MODEL).created == 1_700_000_000
 
 
 def test_the_streaming_helper_puts_the_answer_together(client: openai.OpenAI) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -117,7 +118,7 @@ class ChatForm:
         """All messages; one that called the calculator has its parts as well."""
         return ChatCompletion(
             id=reply.id,
-            created=reply.service.created,
+            created=reply.created,
             model=reply.service.model.id,
             choices=[
                 ChatChoice(
@@ -157,7 +158,7 @@ class TextForm:
         """All texts."""
         return TextCompletion(
             id=reply.id,
-            created=reply.service.created,
+            created=reply.created,
             model=reply.service.model.id,
             choices=[
                 TextChoice(
@@ -181,6 +182,7 @@ class Reply:
         self.service, self.form = service, form
         self.wants_logprobs, self.wants_usage = wants_logprobs, wants_usage
         self.id = f"{form.prefix}-{secrets.token_hex(12)}"
+        self.created = int(time.time())
         self.choices: list[Choice] = []
 
     def open(
@@ -262,7 +264,7 @@ class Reply:
         chunk = {
             "id": self.id,
             "object": self.form.chunk_object,
-            "created": self.service.created,
+            "created": self.created,
             "model": self.service.model.id,
             "choices": choices,
         }
