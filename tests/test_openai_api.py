@@ -21,6 +21,12 @@ SCRIPT = {
     "Nothing": ["<|user_end|>", END],
 }
 MODEL = "nanochat-d1-sft"
+# What the model reads of an answer that is sent back.
+READ_AGAIN = {
+    "Count": "one two three four",
+    "Multiply": "".join([*CALLED, "<|output_start|>", "42", "<|output_end|>", "."]),
+    "Nothing": "",
+}
 
 
 def script(prompt: str) -> list[int]:
@@ -149,6 +155,57 @@ def test_logprobs_have_an_entry_for_each_token(client: openai.OpenAI) -> None:
     assert [entry.token for entry in entries] == [entry.token for entry in choice.logprobs.content]
 
 
+# Settings, the answer's text, and its tokens where they are not just the text.
+LOOKED_INTO: dict[str, tuple[str, dict[str, Any], str, str | None]] = {
+    "an end": ("Count", {}, "one two three four", None),
+    "a limit": ("Count", {"max_tokens": 3}, "one", None),
+    "no text": ("Nothing", {}, "", "<|user_end|>"),
+    "a stop string": ("Count", {"stop": " three"}, "one two", "one two three"),
+    "half a stop string": ("Count", {"stop": "four!"}, "one two three four", None),
+    "a call": ("Multiply", {}, "It is [6*7 = 42].", READ_AGAIN["Multiply"]),
+    "a call at the limit": ("Multiply", {"max_tokens": 10}, "It is [6*7]", "".join(CALLED)[:-14]),
+}
+
+
+@pytest.mark.parametrize("case", LOOKED_INTO)
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_logprobs_are_of_the_tokens_that_usage_counts(
+    client: openai.OpenAI, case: str, is_streamed: bool
+) -> None:
+    word, settings, text, tokens = LOOKED_INTO[case]
+    body = asking(word, logprobs=True, **settings)
+    if is_streamed:
+        options = {"include_usage": True}
+        chunks = list(client.chat.completions.create(**body, stream=True, stream_options=options))
+        usage = chunks[-1].usage
+        choices = [chunk.choices[0] for chunk in chunks[:-1]]
+        said = "".join(choice.delta.content or "" for choice in choices)
+    else:
+        done = client.chat.completions.create(**body)
+        usage, choices, said = done.usage, done.choices, done.choices[0].message.content
+    entries = [
+        entry
+        for choice in choices
+        if choice.logprobs is not None
+        for entry in choice.logprobs.content or []
+    ]
+    assert said == text
+    assert "".join(entry.token for entry in entries) == (text if tokens is None else tokens)
+    assert usage is not None
+    assert len(entries) == usage.completion_tokens
+    assert {entry.logprob for entry in entries} == {-0.25}  # the calculator's tokens as well
+
+
+def test_logprobs_of_a_text_are_of_the_tokens_that_usage_counts(client: openai.OpenAI) -> None:
+    done = client.completions.create(model=MODEL, prompt="Count", logprobs=1, max_tokens=100)
+    logprobs = done.choices[0].logprobs
+    assert logprobs is not None
+    assert "".join(logprobs.tokens or []) == done.choices[0].text == "one two three four"
+    assert done.usage is not None
+    assert len(logprobs.tokens or []) == done.usage.completion_tokens
+    assert logprobs.text_offset == list(range(18))
+
+
 def test_a_call_of_the_calculator_comes_in_parts_that_can_be_sent_back(
     client: openai.OpenAI,
 ) -> None:
@@ -171,13 +228,6 @@ def whole_message(client: openai.OpenAI, turns: list[Any]) -> Any:
 def streamed_message(client: openai.OpenAI, turns: list[Any]) -> Any:
     with client.chat.completions.stream(model=MODEL, messages=turns) as stream:
         return stream.get_final_completion().choices[0].message
-
-
-READ_AGAIN = {
-    "Count": "one two three four",
-    "Multiply": "".join([*CALLED, "<|output_start|>", "42", "<|output_end|>", "."]),
-    "Nothing": "",
-}
 
 
 @pytest.mark.parametrize("answer", [whole_message, streamed_message])

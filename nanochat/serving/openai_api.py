@@ -42,10 +42,12 @@ class Choice:
     text: str = ""
     parts: list[Piece] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
+    """Those that `usage` counts."""
 
     def add(self, tokens: Sequence[Token]) -> str:
         """Take tokens; returns the text they add."""
-        self.tokens += tokens
+        # The end is no part of the answer: neither its text nor its length has it.
+        self.tokens += [token for token in tokens if token.id not in self.pieces.terminal]
         added = self.pieces.feed(tokens)
         self.parts += added
         text = "".join(piece.shown for piece in added)
@@ -228,11 +230,12 @@ class Reply:
                 yield event(self._chunk([first]))
         try:
             async for choice, tokens in _in_turn(self.choices):
-                offset = len(choice.text)
+                offset, num_before = len(choice.text), len(choice.tokens)
                 text = choice.add(tokens)
+                added = choice.tokens[num_before:]
                 entries = []
-                if text or self.wants_logprobs:
-                    logprobs = self.logprobs(choice, tokens, offset)
+                if text or (self.wants_logprobs and added):
+                    logprobs = self.logprobs(choice, added, offset)
                     entries.append(self.form.addition(choice, text, logprobs))
                 if choice.pieces.finish is not None:
                     entries.append(self.form.ending(choice))
