@@ -374,10 +374,9 @@ def _add_openai(app: FastAPI, service: Service) -> None:
             body,
             max_tokens=max_tokens,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-            choices=body.n or 1,
         )
         reply = _reply(service, openai_api.ChatForm(), body, bool(body.logprobs))
-        reply.open([prompt], settings)
+        reply.open([prompt], settings, num_choices=body.n or 1)
         return await _answered(reply, request, is_streamed=bool(body.stream))
 
     @app.post(
@@ -389,15 +388,13 @@ def _add_openai(app: FastAPI, service: Service) -> None:
         if body.echo and body.logprobs is not None:
             raise RequestError(400, "echo and logprobs cannot be combined here", param="echo")
         prompts = await service.text_prompts(body)
-        choices = body.n or 1
         settings = service.settings(
             body,
             max_tokens=body.max_tokens or openai_api.DEFAULT_TEXT_TOKENS,
             logprobs=body.logprobs,
-            choices=choices,
         )
         reply = _reply(service, openai_api.TextForm(), body, body.logprobs is not None)
-        reply.open(prompts, settings, echo=bool(body.echo))
+        reply.open(prompts, settings, num_choices=body.n or 1, echo=bool(body.echo))
         return await _answered(reply, request, is_streamed=bool(body.stream))
 
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import openai
 import pytest
-from scripted_model import tokens_of
+from scripted_model import byte_tokenizer, scripted_model, tokens_of
 from web_server import END, ScriptedScheduler, service_of, serving
 
+from nanochat.scheduler import Scheduler
 from nanochat.serving.guard import Access
 
 CALLED = ["It is ", "<|python_start|>", "6*7", "<|python_end|>"]
@@ -134,6 +135,23 @@ def test_several_choices(client: openai.OpenAI) -> None:
     for chunk in client.chat.completions.create(**asking("Count", n=3), stream=True):
         texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
     assert texts == ["one two three four"] * 3
+
+
+def test_the_choices_of_a_seed_are_no_choices_of_another() -> None:
+    # A model that has learned nothing: all tokens are about as likely.
+    service = service_of(lambda: Scheduler(scripted_model(()), byte_tokenizer()))
+    settings = {"temperature": 1, "max_tokens": 12, "logprobs": True, "extra_body": {"top_k": 200}}
+    with serving(service) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="x", max_retries=0, timeout=60)
+
+        def choices(seed: int, n: int) -> list[str]:
+            done = client.chat.completions.create(**asking("?", **settings, seed=seed, n=n))
+            return [str(choice.logprobs and choice.logprobs.content) for choice in done.choices]
+
+        five, six = choices(5, 3), choices(6, 3)
+        assert len({*five, *six}) == 6
+        assert choices(5, 3) == five
+        assert choices(5, 1) == five[:1]
 
 
 def test_logprobs_have_an_entry_for_each_token(client: openai.OpenAI) -> None:

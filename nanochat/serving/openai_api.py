@@ -188,14 +188,19 @@ class Reply:
         self.choices: list[Choice] = []
 
     def open(
-        self, prompts: Sequence[Prompt], settings: Sequence[SamplingSettings], *, echo: bool = False
+        self,
+        prompts: Sequence[Prompt],
+        settings: SamplingSettings,
+        *,
+        num_choices: int,
+        echo: bool = False,
     ) -> None:
-        """Start all answers, or none: RequestError when they cannot all be taken."""
+        """Start `num_choices` answers to each prompt; RequestError, and none, when not all fit."""
         tokenizer = self.service.tokenizer
         try:
             for prompt in prompts:
                 start = tokenizer.decode(prompt.ids).removeprefix("<|bos|>") if echo else ""
-                for answer in self.service.open(prompt, settings):
+                for answer in self.service.open(prompt, settings, num_choices):
                     place = len(self.choices)
                     self.choices.append(Choice(place, prompt, answer, Pieces(tokenizer), start))
         except BaseException:
