@@ -104,6 +104,26 @@ def test_a_reply_says_when_it_was_made_and_a_model_since_when_it_is_served(
     assert client.models.retrieve(MODEL).created == 1_700_000_000
 
 
+@pytest.mark.parametrize(("size", "dropped"), [(10, 0), (1200, 2)])  # a context of 4,096 bytes
+def test_a_reply_tells_how_many_old_turns_were_left_out(
+    client: openai.OpenAI, size: int, dropped: int
+) -> None:
+    roles = ("user", "assistant", "user", "assistant", "user")
+    turns: list[Any] = [{"role": role, "content": "x" * size} for role in roles]
+    chat = client.chat.completions
+    whole = chat.with_raw_response.create(model=MODEL, messages=turns, max_tokens=10)
+    stream = chat.with_raw_response.create(model=MODEL, messages=turns, max_tokens=10, stream=True)
+    for response in (whole, stream):
+        assert response.headers["x-nanochat-dropped-turns"] == str(dropped)
+    assert (whole.parse().model_extra or {})["dropped_turns"] == dropped
+    first, *others = stream.parse()
+    assert (first.model_extra or {})["dropped_turns"] == dropped
+    assert not any("dropped_turns" in (chunk.model_extra or {}) for chunk in others)
+    with chat.stream(model=MODEL, messages=turns, max_tokens=10) as helper:
+        final = helper.get_final_completion()
+    assert (final.model_extra or {})["dropped_turns"] == dropped
+
+
 def test_the_streaming_helper_puts_the_answer_together(client: openai.OpenAI) -> None:
     with client.chat.completions.stream(**asking("Count")) as stream:
         deltas = [event.delta for event in stream if event.type == "content.delta"]

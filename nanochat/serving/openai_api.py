@@ -70,6 +70,9 @@ class Form(Protocol):
     def opening(self, choice: Choice) -> dict[str, Any] | None:
         """The first chunk's choice, if there is something to say before the first token."""
 
+    def notes(self, choice: Choice) -> dict[str, Any]:
+        """What the first chunk says beside its choice."""
+
     def addition(self, choice: Choice, text: str, logprobs: Any) -> dict[str, Any]:
         """A chunk's choice that adds text."""
 
@@ -92,6 +95,10 @@ class ChatForm:
         """Say who speaks."""
         delta = {"role": "assistant", "content": ""}
         return {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def notes(self, choice: Choice) -> dict[str, Any]:
+        """Say what the model does not get to read."""
+        return {"dropped_turns": choice.prompt.dropped_turns}
 
     def addition(self, choice: Choice, text: str, logprobs: Any) -> dict[str, Any]:
         """Add content."""
@@ -132,6 +139,7 @@ class ChatForm:
                 for choice in reply.choices
             ],
             usage=reply.usage(),
+            dropped_turns=reply.choices[0].prompt.dropped_turns,
         )
 
 
@@ -143,6 +151,10 @@ class TextForm:
     def opening(self, choice: Choice) -> dict[str, Any] | None:
         """Echo the prompt."""
         return self.addition(choice, choice.start, None) if choice.start else None
+
+    def notes(self, choice: Choice) -> dict[str, Any]:
+        """Nothing: a prompt is read as a whole, or refused."""
+        return {}
 
     def addition(self, choice: Choice, text: str, logprobs: Any) -> dict[str, Any]:
         """Add text."""
@@ -232,7 +244,7 @@ class Reply:
         """The chunks of all answers as they come, then [DONE]."""
         for choice in self.choices:
             if (first := self.form.opening(choice)) is not None:
-                yield event(self._chunk([first]))
+                yield event({**self._chunk([first]), **self.form.notes(choice)})
         try:
             async for choice, tokens in _in_turn(self.choices):
                 offset, num_before = len(choice.text), len(choice.tokens)

@@ -165,6 +165,8 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    dropped_turns: int
+    """Messages, from the oldest on, that were left out as the context is too small for them."""
 
 
 class TextChoice(BaseModel):
