@@ -392,6 +392,19 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "nobody": ({"messages": []}, "messages"),
     "wrong role": ({"messages": [{"role": "critic", "content": "a"}]}, "messages"),
     "text for a number": ({"max_tokens": "many"}, "max_tokens"),
+    "many tokens": ({"max_completion_tokens": 4097}, "max_completion_tokens"),
+    "21 alternatives": ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    "an empty stop": ({"stop": ""}, "stop"),
+    "a long stop": ({"stop": ["a", "a" * 101]}, "stop[1]"),
+    "a min_p of all": ({"extra_body": {"min_p": 1}}, "min_p"),
+    "a penalty of 11": ({"extra_body": {"repetition_penalty": 11}}, "repetition_penalty"),
+    "a long model": ({"model": "a" * 201}, "model"),
+    "a long user": ({"user": "a" * 201}, "user"),
+    "no parts": (conversation(parts=[]), "messages[1].parts"),
+    "501 parts": (conversation(parts=[{"type": "text", "text": "a"}] * 501), "messages[1].parts"),
+    "long parts": (conversation(parts=[{"type": "text", "text": "a" * 8000}] * 5), "messages"),
+    "an unknown part": (conversation(parts=[{"type": "image", "text": "a"}]), "messages[1].parts"),
+    "kept": ({"store": True}, "store"),
 }
 
 
@@ -406,19 +419,44 @@ def test_what_is_not_possible_is_a_bad_request_that_names_the_field(
     assert caught.value.type == "invalid_request_error"
 
 
+IN_ALL = "the prompts have 40,000 characters or tokens; at most 32,000 are allowed"
+
+
 @pytest.mark.parametrize(
     ("prompt", "reason"),
     [
         ("a" * 5000, "5,001 tokens"),
         ([100_000], "not a token id"),
+        ([-1], r"prompt\[0\] must be at least 0"),
         ("", "prompt must not be empty"),
+        ([], "prompt must have at least 1 entry"),
         (["a"] * 9, "at most 8 entries"),
+        ([[65]] * 9, "at most 8 entries"),
+        ("a" * 32_001, "at most 32,000 characters"),
+        ([65] * 32_001, "at most 32,000 entries"),
+        (["a" * 20_000] * 2, IN_ALL),
+        ([[65] * 20_000] * 2, IN_ALL),
     ],
-    ids=["too long", "unknown id", "empty", "too many"],
+    ids=[
+        *("too long", "unknown id", "negative id", "empty", "none", "too many", "too many lists"),
+        *("huge", "many ids", "long in all", "many ids in all"),
+    ],
 )
 def test_wrong_prompts_are_bad_requests(client: openai.OpenAI, prompt: Any, reason: str) -> None:
     with pytest.raises(openai.BadRequestError, match=reason):
         client.completions.create(model=MODEL, prompt=prompt)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("logprobs", 21), ("logprobs", -1), ("best_of", 2), ("suffix", "a"), ("n", 9), ("n", 0)],
+)
+def test_wrong_settings_of_a_text_are_bad_requests(
+    client: openai.OpenAI, field: str, value: Any
+) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model=MODEL, prompt="Count", **{field: value})
+    assert caught.value.param == field
 
 
 @pytest.mark.parametrize(

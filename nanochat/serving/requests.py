@@ -287,17 +287,25 @@ def reason_of(error: dict[str, Any]) -> tuple[str, str]:
     error: one entry of `pydantic.ValidationError.errors()`, its place without the leading "body".
     The value itself is not repeated: it may be long, and it is the client's.
     """
-    # Inside a text that may have several forms, pydantic names the form after the field.
-    steps = [step for i, step in enumerate(error["loc"]) if not (i and step in _TAGS)]
+    # Where a value may have several forms, pydantic names the form after the field.
+    loc = error["loc"]
+    steps = [
+        step
+        for i, step in enumerate(loc)
+        if not (i and isinstance(loc[i - 1], str) and step in _TAGS)
+    ]
     place = "".join(f"[{s}]" if isinstance(s, int) else f".{s}" for s in steps).lstrip(".")
     template = _REASONS.get(error["type"])
-    if 0 in (error.get("ctx", {}).get(bound) for bound in ("max_length", "le")):
+    context = error.get("ctx", {})
+    if context.get("expected") in ("True", "False"):
+        context = {"expected": context["expected"].lower()}  # as JSON writes it
+    if 0 in (context.get(bound) for bound in ("max_length", "le")):
         # A field that is there only for the value that changes nothing.
         template = "is not supported here; leave it out"
     if template is None:
         what = error["msg"][:1].lower() + error["msg"][1:]
     else:
-        what = template.format(**error.get("ctx", {}))
+        what = template.format(**context)
     if error["type"] == "value_error":
         return place, f"{place} {what}".lstrip()
     return place, f"{place or 'the body'} {what}" if template else f"{place or 'the body'}: {what}"
