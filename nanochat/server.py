@@ -62,6 +62,7 @@ MAX_CONNECTIONS = 512
 DRAIN_SECONDS = 30
 _HERE = Path(__file__).parent
 _STREAM: dict[str, Any] = {"text/event-stream": {}}
+DROPPED_TURNS = "x-nanochat-dropped-turns"
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "A limit is exceeded, or a value means nothing"},
     401: {"model": ErrorBody, "description": "The API key is missing or wrong"},
@@ -364,7 +365,11 @@ def _add_openai(app: FastAPI, service: Service) -> None:
         responses={200: {"content": _STREAM}},
     )
     async def chat_completions(body: OpenAIChatRequest, request: Request) -> Any:
-        """As in the OpenAI API; `model` may be left out."""
+        """As in the OpenAI API; `model` may be left out.
+
+        `dropped_turns`, in the first chunk of a stream, and a header of that name tell how many old
+        messages were left out of a conversation that is longer than the context.
+        """
         service.check_model(body.model)
         if body.top_logprobs is not None and not body.logprobs:
             raise RequestError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
@@ -374,11 +379,11 @@ def _add_openai(app: FastAPI, service: Service) -> None:
             body,
             max_tokens=max_tokens,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-            choices=body.n or 1,
         )
         reply = _reply(service, openai_api.ChatForm(), body, bool(body.logprobs))
-        reply.open([prompt], settings)
-        return await _answered(reply, request, is_streamed=bool(body.stream))
+        reply.open([prompt], settings, num_choices=body.n or 1)
+        headers = {DROPPED_TURNS: str(prompt.dropped_turns)}
+        return await _answered(reply, request, is_streamed=bool(body.stream), headers=headers)
 
     @app.post(
         "/v1/completions", response_model=TextCompletion, responses={200: {"content": _STREAM}}
@@ -389,16 +394,14 @@ def _add_openai(app: FastAPI, service: Service) -> None:
         if body.echo and body.logprobs is not None:
             raise RequestError(400, "echo and logprobs cannot be combined here", param="echo")
         prompts = await service.text_prompts(body)
-        choices = body.n or 1
         settings = service.settings(
             body,
             max_tokens=body.max_tokens or openai_api.DEFAULT_TEXT_TOKENS,
             logprobs=body.logprobs,
-            choices=choices,
         )
         reply = _reply(service, openai_api.TextForm(), body, body.logprobs is not None)
-        reply.open(prompts, settings, echo=bool(body.echo))
-        return await _answered(reply, request, is_streamed=bool(body.stream))
+        reply.open(prompts, settings, num_choices=body.n or 1, echo=bool(body.echo))
+        return await _answered(reply, request, is_streamed=bool(body.stream), headers={})
 
 
 def _reply(
@@ -411,12 +414,14 @@ def _reply(
     return openai_api.Reply(service, form, wants_logprobs=wants_logprobs, wants_usage=wants_usage)
 
 
-async def _answered(reply: openai_api.Reply, request: Request, *, is_streamed: bool) -> Response:
+async def _answered(
+    reply: openai_api.Reply, request: Request, *, is_streamed: bool, headers: dict[str, str]
+) -> Response:
     if is_streamed:
-        return EventStream(reply.stream(), close=reply.close)
+        return EventStream(reply.stream(), close=reply.close, headers=headers)
     try:
         whole = await while_connected(request.receive, reply.collect())
     except ClientGoneError:
         # Nobody reads it; nginx's number for "client closed request" shows in the log.
         return Response(status_code=499)
-    return JSONResponse(whole.model_dump())
+    return JSONResponse(whole.model_dump(), headers=headers)

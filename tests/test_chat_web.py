@@ -35,9 +35,10 @@ from web_server import (
 from nanochat.common import UserError
 from nanochat.configurator import parse
 from nanochat.gpt import GPT
+from nanochat.sampling import SamplingSettings
 from nanochat.serving import worker
 from nanochat.serving.assembly import Recipe, load_service
-from nanochat.serving.links import ProcessLink
+from nanochat.serving.links import Delivery, ProcessLink
 from nanochat.serving.pool import Pool
 from nanochat.serving.responses import ServerDefaults
 from nanochat.serving.service import Service
@@ -273,6 +274,23 @@ def test_an_engine_that_ends_before_it_is_listened_to_is_lost_as_any_other(base_
     told: queue.Queue[str] = queue.Queue()
     link.start(lambda _: None, told.put)
     assert told.get(timeout=SECONDS) == "by SIGKILL"
+
+
+def test_an_engine_process_is_told_which_sample_of_a_seed_is_asked_for(base_dir: Path) -> None:
+    save("sft", scripted_model(()))  # has learned nothing: all tokens are about as likely
+    link = ProcessLink(Recipe("sft", "d1", 7, "cpu", torch.float32, 4))
+    told: queue.Queue[Delivery] = queue.Queue()
+    link.start(told.put, lambda how: None)
+    prompt = tokens_of("<|bos|>", "Hey")
+    settings = SamplingSettings(temperature=1.0, seed=5, max_tokens=12)
+    for number, sample in enumerate((0, 0, 1)):
+        link.send(("submit", number, prompt, settings, sample))
+    answers: dict[int, list[Any]] = {0: [], 1: [], 2: []}
+    while not all(answer and answer[-1].finish for answer in answers.values()):
+        for number, token in told.get(timeout=SECONDS):
+            answers[number].append(token)
+    link.stop()
+    assert answers[0] == answers[1] != answers[2]
 
 
 @pytest.mark.slow

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import openai
 import pytest
-from scripted_model import tokens_of
+from scripted_model import byte_tokenizer, scripted_model, tokens_of
 from web_server import END, ScriptedScheduler, service_of, serving
 
+from nanochat.scheduler import Scheduler
 from nanochat.serving.guard import Access
 
 CALLED = ["It is ", "<|python_start|>", "6*7", "<|python_end|>"]
@@ -20,6 +22,12 @@ SCRIPT = {
     "Nothing": ["<|user_end|>", END],
 }
 MODEL = "nanochat-d1-sft"
+# What the model reads of an answer that is sent back.
+READ_AGAIN = {
+    "Count": "one two three four",
+    "Multiply": "".join([*CALLED, "<|output_start|>", "42", "<|output_end|>", "."]),
+    "Nothing": "",
+}
 
 
 def script(prompt: str) -> list[int]:
@@ -83,6 +91,39 @@ def test_usage_comes_last_in_a_stream_that_asks_for_it(client: openai.OpenAI) ->
     assert chunks[-1].usage.completion_tokens == 18
 
 
+def test_a_reply_says_when_it_was_made_and_a_model_since_when_it_is_served(
+    client: openai.OpenAI,
+) -> None:
+    began = int(time.time())
+    text = {"model": MODEL, "prompt": "Count"}
+    chat, chats = client.chat.completions.create, asking("Count")
+    made = [chat(**chats).created, client.completions.create(**text).created]
+    made += [chunk.created for chunk in chat(**chats, stream=True)]
+    made += [chunk.created for chunk in client.completions.create(**text, stream=True)]
+    assert all(began <= moment <= time.time() for moment in made)
+    assert client.models.retrieve(MODEL).created == 1_700_000_000
+
+
+@pytest.mark.parametrize(("size", "dropped"), [(10, 0), (1200, 2)])  # a context of 4,096 bytes
+def test_a_reply_tells_how_many_old_turns_were_left_out(
+    client: openai.OpenAI, size: int, dropped: int
+) -> None:
+    roles = ("user", "assistant", "user", "assistant", "user")
+    turns: list[Any] = [{"role": role, "content": "x" * size} for role in roles]
+    chat = client.chat.completions
+    whole = chat.with_raw_response.create(model=MODEL, messages=turns, max_tokens=10)
+    stream = chat.with_raw_response.create(model=MODEL, messages=turns, max_tokens=10, stream=True)
+    for response in (whole, stream):
+        assert response.headers["x-nanochat-dropped-turns"] == str(dropped)
+    assert (whole.parse().model_extra or {})["dropped_turns"] == dropped
+    first, *others = stream.parse()
+    assert (first.model_extra or {})["dropped_turns"] == dropped
+    assert not any("dropped_turns" in (chunk.model_extra or {}) for chunk in others)
+    with chat.stream(model=MODEL, messages=turns, max_tokens=10) as helper:
+        final = helper.get_final_completion()
+    assert (final.model_extra or {})["dropped_turns"] == dropped
+
+
 def test_the_streaming_helper_puts_the_answer_together(client: openai.OpenAI) -> None:
     with client.chat.completions.stream(**asking("Count")) as stream:
         deltas = [event.delta for event in stream if event.type == "content.delta"]
@@ -116,6 +157,23 @@ def test_several_choices(client: openai.OpenAI) -> None:
     assert texts == ["one two three four"] * 3
 
 
+def test_the_choices_of_a_seed_are_no_choices_of_another() -> None:
+    # A model that has learned nothing: all tokens are about as likely.
+    service = service_of(lambda: Scheduler(scripted_model(()), byte_tokenizer()))
+    settings = {"temperature": 1, "max_tokens": 12, "logprobs": True, "extra_body": {"top_k": 200}}
+    with serving(service) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="x", max_retries=0, timeout=60)
+
+        def choices(seed: int, n: int) -> list[str]:
+            done = client.chat.completions.create(**asking("?", **settings, seed=seed, n=n))
+            return [str(choice.logprobs and choice.logprobs.content) for choice in done.choices]
+
+        five, six = choices(5, 3), choices(6, 3)
+        assert len({*five, *six}) == 6
+        assert choices(5, 3) == five
+        assert choices(5, 1) == five[:1]
+
+
 def test_logprobs_have_an_entry_for_each_token(client: openai.OpenAI) -> None:
     settings = {"logprobs": True, "top_logprobs": 2}
     (choice,) = client.chat.completions.create(**asking("Smile", **settings)).choices
@@ -135,6 +193,57 @@ def test_logprobs_have_an_entry_for_each_token(client: openai.OpenAI) -> None:
     assert [entry.token for entry in entries] == [entry.token for entry in choice.logprobs.content]
 
 
+# Settings, the answer's text, and its tokens where they are not just the text.
+LOOKED_INTO: dict[str, tuple[str, dict[str, Any], str, str | None]] = {
+    "an end": ("Count", {}, "one two three four", None),
+    "a limit": ("Count", {"max_tokens": 3}, "one", None),
+    "no text": ("Nothing", {}, "", "<|user_end|>"),
+    "a stop string": ("Count", {"stop": " three"}, "one two", "one two three"),
+    "half a stop string": ("Count", {"stop": "four!"}, "one two three four", None),
+    "a call": ("Multiply", {}, "It is [6*7 = 42].", READ_AGAIN["Multiply"]),
+    "a call at the limit": ("Multiply", {"max_tokens": 10}, "It is [6*7]", "".join(CALLED)[:-14]),
+}
+
+
+@pytest.mark.parametrize("case", LOOKED_INTO)
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_logprobs_are_of_the_tokens_that_usage_counts(
+    client: openai.OpenAI, case: str, is_streamed: bool
+) -> None:
+    word, settings, text, tokens = LOOKED_INTO[case]
+    body = asking(word, logprobs=True, **settings)
+    if is_streamed:
+        options = {"include_usage": True}
+        chunks = list(client.chat.completions.create(**body, stream=True, stream_options=options))
+        usage = chunks[-1].usage
+        choices = [chunk.choices[0] for chunk in chunks[:-1]]
+        said = "".join(choice.delta.content or "" for choice in choices)
+    else:
+        done = client.chat.completions.create(**body)
+        usage, choices, said = done.usage, done.choices, done.choices[0].message.content
+    entries = [
+        entry
+        for choice in choices
+        if choice.logprobs is not None
+        for entry in choice.logprobs.content or []
+    ]
+    assert said == text
+    assert "".join(entry.token for entry in entries) == (text if tokens is None else tokens)
+    assert usage is not None
+    assert len(entries) == usage.completion_tokens
+    assert {entry.logprob for entry in entries} == {-0.25}  # the calculator's tokens as well
+
+
+def test_logprobs_of_a_text_are_of_the_tokens_that_usage_counts(client: openai.OpenAI) -> None:
+    done = client.completions.create(model=MODEL, prompt="Count", logprobs=1, max_tokens=100)
+    logprobs = done.choices[0].logprobs
+    assert logprobs is not None
+    assert "".join(logprobs.tokens or []) == done.choices[0].text == "one two three four"
+    assert done.usage is not None
+    assert len(logprobs.tokens or []) == done.usage.completion_tokens
+    assert logprobs.text_offset == list(range(18))
+
+
 def test_a_call_of_the_calculator_comes_in_parts_that_can_be_sent_back(
     client: openai.OpenAI,
 ) -> None:
@@ -148,6 +257,79 @@ def test_a_call_of_the_calculator_comes_in_parts_that_can_be_sent_back(
         {"role": "user", "content": [{"type": "text", "text": "Count"}]},
     ]
     assert client.chat.completions.create(model=MODEL, messages=turns).choices  # type: ignore[arg-type]
+
+
+def whole_message(client: openai.OpenAI, turns: list[Any]) -> Any:
+    return client.chat.completions.create(model=MODEL, messages=turns).choices[0].message
+
+
+def streamed_message(client: openai.OpenAI, turns: list[Any]) -> Any:
+    with client.chat.completions.stream(model=MODEL, messages=turns) as stream:
+        return stream.get_final_completion().choices[0].message
+
+
+@pytest.mark.parametrize("answer", [whole_message, streamed_message])
+@pytest.mark.parametrize("word", READ_AGAIN)
+def test_an_answer_is_appended_and_sent_again_as_it_came(
+    word: str, answer: Callable[[openai.OpenAI, list[Any]], Any]
+) -> None:
+    read = [""]
+
+    def noting(prompt: str) -> list[int]:
+        read.append(prompt)
+        return script(prompt)
+
+    with serving(service_of(lambda: ScriptedScheduler(noting))) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="x", max_retries=0, timeout=20)
+        turns: list[Any] = [{"role": "user", "content": word}]
+        turns.append(answer(client, turns))
+        turns.append({"role": "user", "content": "Again"})
+        answer(client, turns)
+    assert read[-1] == (
+        f"<|bos|><|user_start|>{word}<|user_end|>"
+        f"<|assistant_start|>{READ_AGAIN[word]}<|assistant_end|>"
+        "<|user_start|>Again<|user_end|><|assistant_start|>"
+    )
+
+
+def conversation(**answer: Any) -> dict[str, Any]:
+    question = {"role": "user", "content": "Count"}
+    answer = {"role": "assistant", "content": "one", **answer}
+    return {"model": MODEL, "messages": [question, answer, question]}
+
+
+@pytest.mark.parametrize(
+    ("field", "empty", "full"),
+    [
+        ("name", "", "Ada"),  # the conversation format has no place for it
+        ("refusal", "", "I must not"),
+        ("tool_calls", [], [{"id": "1", "type": "function", "function": {"name": "f"}}]),
+        ("function_call", {}, {"name": "f", "arguments": ""}),
+        ("audio", {}, {"id": "audio"}),
+        ("annotations", [], [{"type": "url_citation"}]),
+        ("parsed", {}, {"answer": 1}),
+    ],
+)
+def test_what_an_answer_cannot_have_may_only_be_sent_empty(
+    client: openai.OpenAI, field: str, empty: Any, full: Any
+) -> None:
+    for value in (None, empty):
+        assert client.chat.completions.create(**conversation(**{field: value})).choices
+    with pytest.raises(openai.BadRequestError, match=rf"messages\[1\].{field} is not supported"):
+        client.chat.completions.create(**conversation(**{field: full}))
+
+
+def test_an_empty_answer_needs_parts_that_say_so(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match=r"messages\[1\].content must not be empty"):
+        client.chat.completions.create(**conversation(content=""))
+    parts = [{"type": "text", "text": ""}]
+    assert client.chat.completions.create(**conversation(content="", parts=parts)).choices
+
+
+def test_only_an_answer_has_parts(client: openai.OpenAI) -> None:
+    question = {"role": "user", "content": "Count", "parts": [{"type": "text", "text": "Hi"}]}
+    with pytest.raises(openai.BadRequestError, match="a user message may not have `parts`"):
+        client.chat.completions.create(**asking("Count") | {"messages": [question]})
 
 
 def test_settings_beyond_the_openai_api(client: openai.OpenAI) -> None:
@@ -210,6 +392,19 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "nobody": ({"messages": []}, "messages"),
     "wrong role": ({"messages": [{"role": "critic", "content": "a"}]}, "messages"),
     "text for a number": ({"max_tokens": "many"}, "max_tokens"),
+    "many tokens": ({"max_completion_tokens": 4097}, "max_completion_tokens"),
+    "21 alternatives": ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    "an empty stop": ({"stop": ""}, "stop"),
+    "a long stop": ({"stop": ["a", "a" * 101]}, "stop[1]"),
+    "a min_p of all": ({"extra_body": {"min_p": 1}}, "min_p"),
+    "a penalty of 11": ({"extra_body": {"repetition_penalty": 11}}, "repetition_penalty"),
+    "a long model": ({"model": "a" * 201}, "model"),
+    "a long user": ({"user": "a" * 201}, "user"),
+    "no parts": (conversation(parts=[]), "messages[1].parts"),
+    "501 parts": (conversation(parts=[{"type": "text", "text": "a"}] * 501), "messages[1].parts"),
+    "long parts": (conversation(parts=[{"type": "text", "text": "a" * 8000}] * 5), "messages"),
+    "an unknown part": (conversation(parts=[{"type": "image", "text": "a"}]), "messages[1].parts"),
+    "kept": ({"store": True}, "store"),
 }
 
 
@@ -224,19 +419,44 @@ def test_what_is_not_possible_is_a_bad_request_that_names_the_field(
     assert caught.value.type == "invalid_request_error"
 
 
+IN_ALL = "the prompts have 40,000 characters or tokens; at most 32,000 are allowed"
+
+
 @pytest.mark.parametrize(
     ("prompt", "reason"),
     [
         ("a" * 5000, "5,001 tokens"),
         ([100_000], "not a token id"),
+        ([-1], r"prompt\[0\] must be at least 0"),
         ("", "prompt must not be empty"),
+        ([], "prompt must have at least 1 entry"),
         (["a"] * 9, "at most 8 entries"),
+        ([[65]] * 9, "at most 8 entries"),
+        ("a" * 32_001, "at most 32,000 characters"),
+        ([65] * 32_001, "at most 32,000 entries"),
+        (["a" * 20_000] * 2, IN_ALL),
+        ([[65] * 20_000] * 2, IN_ALL),
     ],
-    ids=["too long", "unknown id", "empty", "too many"],
+    ids=[
+        *("too long", "unknown id", "negative id", "empty", "none", "too many", "too many lists"),
+        *("huge", "many ids", "long in all", "many ids in all"),
+    ],
 )
 def test_wrong_prompts_are_bad_requests(client: openai.OpenAI, prompt: Any, reason: str) -> None:
     with pytest.raises(openai.BadRequestError, match=reason):
         client.completions.create(model=MODEL, prompt=prompt)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("logprobs", 21), ("logprobs", -1), ("best_of", 2), ("suffix", "a"), ("n", 9), ("n", 0)],
+)
+def test_wrong_settings_of_a_text_are_bad_requests(
+    client: openai.OpenAI, field: str, value: Any
+) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model=MODEL, prompt="Count", **{field: value})
+    assert caught.value.param == field
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,13 @@ def test_a_long_conversation_loses_its_oldest_turns_and_says_so(client: httpx.Cl
 # ---- limits, each with its reason --------------------------------------------------------------
 
 TALK = [{"role": role, "content": "a"} for role in ("user", "assistant")]
+
+
+def in_parts(*texts: str) -> dict[str, Any]:
+    parts = [{"type": "text", "text": text} for text in texts]
+    return {"messages": [{"role": "user", "content": parts}]}
+
+
 LIMITS = {
     "no messages": ({"messages": []}, "messages must have at least 1 entry"),
     "501 messages": ({"messages": (TALK * 251)[:501]}, "messages must have at most 500 entries"),
@@ -160,10 +167,36 @@ LIMITS = {
     "no candidates": ({**HELLO, "top_k": 0}, "top_k must be at least 1"),
     "many candidates": ({**HELLO, "top_k": 201}, "top_k must be at most 200"),
     "no mass": ({**HELLO, "top_p": 0}, "top_p must be above 0"),
+    "much mass": ({**HELLO, "top_p": 1.1}, "top_p must be at most 1"),
+    "a negative min_p": ({**HELLO, "min_p": -0.1}, "min_p must be at least 0"),
+    "a min_p of all": ({**HELLO, "min_p": 1}, "min_p must be below 1"),
+    "no penalty": ({**HELLO, "repetition_penalty": 0}, "repetition_penalty must be at least 0.1"),
+    "a penalty of 11": (
+        {**HELLO, "repetition_penalty": 11},
+        "repetition_penalty must be at most 10",
+    ),
+    "21 alternatives": ({**HELLO, "logprobs": 21}, "logprobs must be at most 20"),
     "no tokens": ({**HELLO, "max_tokens": 0}, "max_tokens must be at least 1"),
     "many tokens": ({**HELLO, "max_tokens": 4097}, "max_tokens must be at most 4096"),
     "a huge seed": ({**HELLO, "seed": 2**64}, "seed must be at most"),
+    "a huge negative seed": ({**HELLO, "seed": -(2**64)}, "seed must be at least"),
     "many stops": ({**HELLO, "stop": ["a"] * 5}, "stop must have at most 4 entries"),
+    "an empty stop": ({**HELLO, "stop": ""}, "stop must not be empty"),
+    "a long stop": ({**HELLO, "stop": "a" * 101}, "stop must have at most 100 characters"),
+    "an empty stop among two": ({**HELLO, "stop": ["a", ""]}, "stop[1] must not be empty"),
+    "a long stop among two": (
+        {**HELLO, "stop": ["a", "a" * 101]},
+        "stop[1] must have at most 100 characters",
+    ),
+    "no parts": (in_parts(), "messages[0].content must have at least 1 entry"),
+    "501 parts": (in_parts(*["a"] * 501), "messages[0].content must have at most 500 entries"),
+    "a long part": (
+        in_parts("a" * 8001),
+        "messages[0].content[0].text must have at most 8,000 characters",
+    ),
+    "long parts": (in_parts(*["a" * 8000] * 5), "the conversation has 40,000 characters"),
+    "empty parts": (in_parts("", ""), "a user message is empty"),
+    "a whole answer": ({**HELLO, "stream": False}, "stream must be true"),
     "a huge temperature": ({**HELLO, "temperature": 1e300}, "temperature must be at most 2"),
     "a prompt without room": (user("a" * (CONTEXT - 20)), "and the answer needs"),
 }

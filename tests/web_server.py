@@ -50,9 +50,11 @@ class ScriptedScheduler:
     def is_idle(self) -> bool:
         return not self.requests
 
-    def submit(self, prompt: Sequence[int], settings: SamplingSettings) -> Request:
+    def submit(
+        self, prompt: Sequence[int], settings: SamplingSettings, *, sample: int = 0
+    ) -> Request:
         limit = min(settings.max_tokens or CONTEXT, CONTEXT - len(prompt))
-        request = Request(prompt, settings, tokenizer=byte_tokenizer(), limit=limit)
+        request = Request(prompt, settings, tokenizer=byte_tokenizer(), limit=limit, sample=sample)
         self.requests.append(request)
         return request
 

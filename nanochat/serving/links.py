@@ -64,8 +64,11 @@ class Failure(NamedTuple):
     message: str
 
 
-Command = tuple[Literal["submit", "cancel", "stop"], int, Sequence[int], SamplingSettings | None]
-_STOP: Command = ("stop", 0, (), None)
+# What to do, the request's number, its prompt, its settings, which sample of their seed.
+Command = tuple[
+    Literal["submit", "cancel", "stop"], int, Sequence[int], SamplingSettings | None, int
+]
+_STOP: Command = ("stop", 0, (), None, 0)
 Delivery = list[tuple[int, Token | Failure]]
 
 
@@ -87,7 +90,7 @@ def run_engine(
     requests: dict[int, Request] = {}
     while True:
         while not commands.empty() or scheduler.is_idle:
-            action, number, prompt, settings = commands.get()
+            action, number, prompt, settings, sample = commands.get()
             if action == "stop":
                 return
             if action == "cancel":
@@ -97,7 +100,7 @@ def run_engine(
                 continue
             assert settings is not None
             try:
-                requests[number] = request = scheduler.submit(prompt, settings)
+                requests[number] = request = scheduler.submit(prompt, settings, sample=sample)
                 numbers[request] = number
             except UserError as error:
                 is_full = isinstance(error, QueueFullError)
@@ -315,17 +318,17 @@ def _engine_process(recipe: Recipe, pipe: Connection) -> None:
 
 
 def _packed_command(command: Command) -> bytes:
-    action, number, prompt, settings = command
+    action, number, prompt, settings, sample = command
     values = None if settings is None else asdict(settings)
-    return json.dumps([action, number, list(prompt), values]).encode()
+    return json.dumps([action, number, list(prompt), values, sample]).encode()
 
 
 def _unpacked_command(data: bytes) -> Command:
-    action, number, prompt, values = json.loads(data)
+    action, number, prompt, values, sample = json.loads(data)
     settings = None
     if values is not None:
         settings = SamplingSettings(**{**values, "stop": tuple(values["stop"])})
-    return action, number, prompt, settings
+    return action, number, prompt, settings, sample
 
 
 def _packed(delivery: Delivery) -> bytes:

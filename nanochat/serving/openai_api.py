@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -41,10 +42,12 @@ class Choice:
     text: str = ""
     parts: list[Piece] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
+    """Those that `usage` counts."""
 
     def add(self, tokens: Sequence[Token]) -> str:
         """Take tokens; returns the text they add."""
-        self.tokens += tokens
+        # The end is no part of the answer: neither its text nor its length has it.
+        self.tokens += [token for token in tokens if token.id not in self.pieces.terminal]
         added = self.pieces.feed(tokens)
         self.parts += added
         text = "".join(piece.shown for piece in added)
@@ -66,6 +69,9 @@ class Form(Protocol):
 
     def opening(self, choice: Choice) -> dict[str, Any] | None:
         """The first chunk's choice, if there is something to say before the first token."""
+
+    def notes(self, choice: Choice) -> dict[str, Any]:
+        """What the first chunk says beside its choice."""
 
     def addition(self, choice: Choice, text: str, logprobs: Any) -> dict[str, Any]:
         """A chunk's choice that adds text."""
@@ -90,6 +96,10 @@ class ChatForm:
         delta = {"role": "assistant", "content": ""}
         return {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}
 
+    def notes(self, choice: Choice) -> dict[str, Any]:
+        """Say what the model does not get to read."""
+        return {"dropped_turns": choice.prompt.dropped_turns}
+
     def addition(self, choice: Choice, text: str, logprobs: Any) -> dict[str, Any]:
         """Add content."""
         return {
@@ -100,10 +110,11 @@ class ChatForm:
         }
 
     def ending(self, choice: Choice) -> dict[str, Any]:
-        """Say why it ended."""
+        """Say why it ended, and the parts where the content alone does not tell them."""
+        parts = _parts(choice)
         return {
             "index": choice.index,
-            "delta": {},
+            "delta": {} if parts is None else {"parts": [part.model_dump() for part in parts]},
             "logprobs": None,
             "finish_reason": choice.finish,
         }
@@ -116,7 +127,7 @@ class ChatForm:
         """All messages; one that called the calculator has its parts as well."""
         return ChatCompletion(
             id=reply.id,
-            created=reply.service.created,
+            created=reply.created,
             model=reply.service.model.id,
             choices=[
                 ChatChoice(
@@ -128,6 +139,7 @@ class ChatForm:
                 for choice in reply.choices
             ],
             usage=reply.usage(),
+            dropped_turns=reply.choices[0].prompt.dropped_turns,
         )
 
 
@@ -139,6 +151,10 @@ class TextForm:
     def opening(self, choice: Choice) -> dict[str, Any] | None:
         """Echo the prompt."""
         return self.addition(choice, choice.start, None) if choice.start else None
+
+    def notes(self, choice: Choice) -> dict[str, Any]:
+        """Nothing: a prompt is read as a whole, or refused."""
+        return {}
 
     def addition(self, choice: Choice, text: str, logprobs: Any) -> dict[str, Any]:
         """Add text."""
@@ -156,7 +172,7 @@ class TextForm:
         """All texts."""
         return TextCompletion(
             id=reply.id,
-            created=reply.service.created,
+            created=reply.created,
             model=reply.service.model.id,
             choices=[
                 TextChoice(
@@ -180,17 +196,23 @@ class Reply:
         self.service, self.form = service, form
         self.wants_logprobs, self.wants_usage = wants_logprobs, wants_usage
         self.id = f"{form.prefix}-{secrets.token_hex(12)}"
+        self.created = int(time.time())
         self.choices: list[Choice] = []
 
     def open(
-        self, prompts: Sequence[Prompt], settings: Sequence[SamplingSettings], *, echo: bool = False
+        self,
+        prompts: Sequence[Prompt],
+        settings: SamplingSettings,
+        *,
+        num_choices: int,
+        echo: bool = False,
     ) -> None:
-        """Start all answers, or none: RequestError when they cannot all be taken."""
+        """Start `num_choices` answers to each prompt; RequestError, and none, when not all fit."""
         tokenizer = self.service.tokenizer
         try:
             for prompt in prompts:
                 start = tokenizer.decode(prompt.ids).removeprefix("<|bos|>") if echo else ""
-                for answer in self.service.open(prompt, settings):
+                for answer in self.service.open(prompt, settings, num_choices):
                     place = len(self.choices)
                     self.choices.append(Choice(place, prompt, answer, Pieces(tokenizer), start))
         except BaseException:
@@ -222,14 +244,15 @@ class Reply:
         """The chunks of all answers as they come, then [DONE]."""
         for choice in self.choices:
             if (first := self.form.opening(choice)) is not None:
-                yield event(self._chunk([first]))
+                yield event({**self._chunk([first]), **self.form.notes(choice)})
         try:
             async for choice, tokens in _in_turn(self.choices):
-                offset = len(choice.text)
+                offset, num_before = len(choice.text), len(choice.tokens)
                 text = choice.add(tokens)
+                added = choice.tokens[num_before:]
                 entries = []
-                if text or self.wants_logprobs:
-                    logprobs = self.logprobs(choice, tokens, offset)
+                if text or (self.wants_logprobs and added):
+                    logprobs = self.logprobs(choice, added, offset)
                     entries.append(self.form.addition(choice, text, logprobs))
                 if choice.pieces.finish is not None:
                     entries.append(self.form.ending(choice))
@@ -261,7 +284,7 @@ class Reply:
         chunk = {
             "id": self.id,
             "object": self.form.chunk_object,
-            "created": self.service.created,
+            "created": self.created,
             "model": self.service.model.id,
             "choices": choices,
         }
@@ -293,12 +316,12 @@ def _next(choice: Choice) -> asyncio.Task[list[Token]]:
 
 
 def _parts(choice: Choice) -> list[AnswerPart] | None:
-    if all(piece.kind == "text" for piece in choice.parts):
-        return None
+    if not choice.text:
+        return [AnswerPart(type="text", text="")]
     joined: list[AnswerPart] = []
     for piece in choice.parts:
         if joined and joined[-1].type == piece.kind:
             joined[-1].text += piece.text
         elif piece.text:
             joined.append(AnswerPart(type=piece.kind, text=piece.text))
-    return joined
+    return None if all(part.type == "text" for part in joined) else joined

@@ -27,14 +27,14 @@ class Pieces:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.num_tokens = 0
         self.finish: Literal["stop", "length"] | None = None
+        self.terminal = ControlIds.of(tokenizer).terminal
         self._brackets = CallBrackets(tokenizer)
-        self._terminal = ControlIds.of(tokenizer).terminal
 
     def feed(self, tokens: Iterable[Token]) -> list[Piece]:
         """The pieces that `tokens` complete; neighbours of one kind are joined."""
         pieces: list[Piece] = []
         for token in tokens:
-            self.num_tokens += token.id not in self._terminal
+            self.num_tokens += token.id not in self.terminal
             kind, shown = self._brackets.kind, token.text
             before, after = self._brackets.around(token.id)
             if before:  # a call without a value is closed by the text behind it
@@ -81,7 +81,7 @@ class TokenNames:
         top = [
             {**self.describe(other), "logprob": logprob} for other, logprob in token.alternatives
         ]
-        return {**self.describe(token.id), "logprob": _number(token), "top_logprobs": top}
+        return {**self.describe(token.id), "logprob": token.logprob, "top_logprobs": top}
 
     def text_logprobs(self, tokens: Sequence[Token], offset: int) -> dict[str, Any]:
         """`logprobs` of a text choice; `offset`: characters of the text before these tokens."""
@@ -91,7 +91,7 @@ class TokenNames:
             offset += len(token.text)
         return {
             "tokens": [self.describe(token.id)["token"] for token in tokens],
-            "token_logprobs": [_number(token) for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [
                 {self.describe(other)["token"]: logprob for other, logprob in token.alternatives}
                 for token in tokens
@@ -120,8 +120,3 @@ class TokenNames:
             }
             for token in tokens
         ]
-
-
-def _number(token: Token) -> float:
-    # The calculator's tokens were not chosen; the API wants a number, and certain they are.
-    return 0.0 if token.logprob is None else token.logprob

@@ -48,8 +48,10 @@ class Pool:
         """Workers that would answer at once."""
         return sum(worker.is_free for worker in self.workers)
 
-    def open(self, prompt: Sequence[int], settings: Sequence[SamplingSettings]) -> list[Answer]:
-        """Ask one worker for an answer with each of `settings`, which thus share the prompt.
+    def open(
+        self, prompt: Sequence[int], settings: SamplingSettings, num_samples: int
+    ) -> list[Answer]:
+        """Ask one worker for several answers, which thus share the prompt.
 
         QueueFullError when it cannot take all; AnswerError when no engine is alive.
         """
@@ -61,8 +63,8 @@ class Pool:
         worker = min(alive, key=lambda worker: worker.num_open)
         answers: list[Answer] = []
         try:
-            for each in settings:
-                answers.append(worker.open(prompt, each))
+            for sample in range(num_samples):
+                answers.append(worker.open(prompt, settings, sample))
         except BaseException:
             for answer in answers:
                 answer.close()

@@ -16,6 +16,8 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
@@ -33,8 +35,6 @@ MAX_LOGPROBS = 20
 MAX_SEED = 2**63 - 1
 # 32,000 characters, each written \ud83d\ude00 (12 bytes), and 500 messages around them.
 MAX_BODY_BYTES = 512 * 1024
-
-Text = Annotated[str, Field(min_length=1, max_length=MAX_MESSAGE_CHARS)]
 
 
 def _whole(value: Any) -> Any:
@@ -72,17 +72,48 @@ class ContentPart(_Model):
 
 
 Parts = Annotated[list[ContentPart], Field(min_length=1, max_length=MAX_MESSAGES)]
+# Only at the value that changes nothing: the model has nothing of the kind.
+NoText = Annotated[str, Field(max_length=0)]
+NoList = Annotated[list[Any], Field(max_length=0)]
+NoObject = Annotated[dict[str, Any], Field(max_length=0)]
 
 
 class ChatMessage(_Model):
-    """One turn. A system text may come first; then user and assistant take turns."""
+    """One turn. A system text may come first; then user and assistant take turns.
+
+    An answer's message may be sent back as it came, with what the OpenAI client adds to it.
+    """
 
     role: Literal["system", "user", "assistant"]
+    parts: Parts | None = None
+    """Counts instead of `content`, in which a call of the calculator is but text."""
     content: Annotated[
-        Annotated[Text, Tag("text")] | Annotated[Parts, Tag("list")],
+        Annotated[str, Field(max_length=MAX_MESSAGE_CHARS), Tag("text")]
+        | Annotated[Parts, Tag("list")],
         Discriminator(lambda value: "list" if isinstance(value, list) else "text"),
     ]
-    name: Annotated[str, Field(max_length=64)] | None = None
+    name: NoText | None = None
+    refusal: NoText | None = None
+    tool_calls: NoList | None = None
+    function_call: NoObject | None = None
+    audio: NoObject | None = None
+    annotations: NoList | None = None
+    parsed: NoObject | None = None
+
+    @field_validator("content")
+    @classmethod
+    def _is_not_empty(
+        cls, content: str | list[ContentPart], info: ValidationInfo
+    ) -> str | list[ContentPart]:
+        # An answer may be empty; its parts say that this is meant.
+        if content == "" and info.data.get("parts") is None:
+            raise ValueError("must not be empty")
+        return content
+
+    @property
+    def said(self) -> str | list[ContentPart]:
+        """What the model is to read."""
+        return self.content if self.parts is None else self.parts
 
 
 Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
@@ -161,7 +192,7 @@ class _OpenAI(Sampling):
     # Only at the value that changes nothing: there is no such feature here.
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    logit_bias: NoObject | None = None
     # Labels for the client's own book-keeping.
     user: Annotated[str, Field(max_length=200)] | None = None
 
@@ -180,7 +211,7 @@ class OpenAIChatRequest(_OpenAI):
     logprobs: bool | None = None
     top_logprobs: Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tools: NoList | None = None
     tool_choice: Literal["none", "auto"] | None = None
     metadata: dict[str, str] | None = None
     store: Literal[False] | None = None
@@ -207,7 +238,7 @@ class OpenAICompletionRequest(_OpenAI):
     echo: bool | None = None
     logprobs: Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     best_of: Literal[1] | None = None
-    suffix: Annotated[str, Field(max_length=0)] | None = None
+    suffix: NoText | None = None
 
 
 # ---- reasons -----------------------------------------------------------------------------------
@@ -256,27 +287,35 @@ def reason_of(error: dict[str, Any]) -> tuple[str, str]:
     error: one entry of `pydantic.ValidationError.errors()`, its place without the leading "body".
     The value itself is not repeated: it may be long, and it is the client's.
     """
-    # Inside a text that may have several forms, pydantic names the form after the field.
-    steps = [step for i, step in enumerate(error["loc"]) if not (i and step in _TAGS)]
+    # Where a value may have several forms, pydantic names the form after the field.
+    loc = error["loc"]
+    steps = [
+        step
+        for i, step in enumerate(loc)
+        if not (i and isinstance(loc[i - 1], str) and step in _TAGS)
+    ]
     place = "".join(f"[{s}]" if isinstance(s, int) else f".{s}" for s in steps).lstrip(".")
     template = _REASONS.get(error["type"])
-    if 0 in (error.get("ctx", {}).get(bound) for bound in ("max_length", "le")):
+    context = error.get("ctx", {})
+    if context.get("expected") in ("True", "False"):
+        context = {"expected": context["expected"].lower()}  # as JSON writes it
+    if 0 in (context.get(bound) for bound in ("max_length", "le")):
         # A field that is there only for the value that changes nothing.
         template = "is not supported here; leave it out"
     if template is None:
         what = error["msg"][:1].lower() + error["msg"][1:]
     else:
-        what = template.format(**error.get("ctx", {}))
+        what = template.format(**context)
     if error["type"] == "value_error":
-        return place, what
+        return place, f"{place} {what}".lstrip()
     return place, f"{place or 'the body'} {what}" if template else f"{place or 'the body'}: {what}"
 
 
 def total_chars(messages: Sequence[ChatMessage]) -> int:
     """Characters of all messages together."""
     return sum(
-        len(message.content)
-        if isinstance(message.content, str)
-        else sum(len(part.text) for part in message.content)
+        len(message.said)
+        if isinstance(message.said, str)
+        else sum(len(part.text) for part in message.said)
         for message in messages
     )

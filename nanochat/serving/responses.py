@@ -136,7 +136,10 @@ class AnswerPart(BaseModel):
 
 
 class AnswerMessage(BaseModel):
-    """An answer; `parts`, for one that called the calculator, may be sent back as content."""
+    """An answer; may be sent back as it is.
+
+    `parts`: for one that called the calculator, or is empty, which `content` alone cannot tell.
+    """
 
     role: Literal["assistant"] = "assistant"
     content: str
@@ -162,6 +165,8 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    dropped_turns: int
+    """Messages, from the oldest on, that were left out as the context is too small for them."""
 
 
 class TextChoice(BaseModel):

@@ -81,25 +81,21 @@ class Service:
         return self.defaults.max_tokens if asked is None else asked
 
     def settings(
-        self, request: Sampling, *, max_tokens: int, logprobs: int | None, choices: int = 1
-    ) -> list[SamplingSettings]:
-        """Settings of each choice: as asked, else the server's, each with a seed of its own."""
-        seed = secrets.randbits(31) if request.seed is None else request.seed
+        self, request: Sampling, *, max_tokens: int, logprobs: int | None
+    ) -> SamplingSettings:
+        """Settings of the answers: as asked, else the server's."""
         defaults = self.defaults
-        return [
-            SamplingSettings(
-                temperature=_first(request.temperature, defaults.temperature),
-                top_k=defaults.top_k if request.top_k is None else request.top_k,
-                top_p=defaults.top_p if request.top_p is None else request.top_p,
-                min_p=request.min_p,
-                repetition_penalty=_first(request.repetition_penalty, 1.0),
-                max_tokens=max_tokens,
-                stop=request.stops,
-                seed=seed + choice,
-                logprobs=logprobs,
-            )
-            for choice in range(choices)
-        ]
+        return SamplingSettings(
+            temperature=_first(request.temperature, defaults.temperature),
+            top_k=defaults.top_k if request.top_k is None else request.top_k,
+            top_p=defaults.top_p if request.top_p is None else request.top_p,
+            min_p=request.min_p,
+            repetition_penalty=_first(request.repetition_penalty, 1.0),
+            max_tokens=max_tokens,
+            stop=request.stops,
+            seed=secrets.randbits(31) if request.seed is None else request.seed,
+            logprobs=logprobs,
+        )
 
     async def chat_prompt(self, messages: Sequence[ChatMessage], max_tokens: int) -> Prompt:
         """The conversation as the model reads it, its oldest turns left out where it is too long.
@@ -167,12 +163,14 @@ class Service:
                 param="prompt",
             )
 
-    def open(self, prompt: Prompt, settings: Sequence[SamplingSettings]) -> list[Answer]:
+    def open(
+        self, prompt: Prompt, settings: SamplingSettings, num_samples: int = 1
+    ) -> list[Answer]:
         """Start answers. RequestError 429 when too many wait, 503 when no engine is alive."""
         if self.log_conversations:
             logger.info("asked: %s", ascii(self.tokenizer.decode(prompt.ids)))
         try:
-            return self.pool.open(prompt.ids, settings)
+            return self.pool.open(prompt.ids, settings, num_samples)
         except QueueFullError as error:
             raise RequestError(429, str(error), code="queue_full") from error
         except AnswerError as error:
@@ -212,11 +210,13 @@ def _first(asked: T | None, default: T) -> T:
 
 
 def _message(message: ChatMessage) -> Message:
-    if isinstance(message.content, str):
-        return Message(message.role, message.content)
-    parts = tuple(Part(part.type, part.text) for part in message.content)
+    if isinstance(message.said, str):
+        return Message(message.role, message.said)
+    parts = tuple(Part(part.type, part.text) for part in message.said)
     if message.role == "assistant":
         return Message("assistant", parts)
+    if message.parts is not None:
+        raise UserError(f"a {message.role} message may not have `parts`; send content")
     if any(part.type != "text" for part in parts):
         raise UserError(f"a {message.role} message may only have parts of type text")
     text = "".join(part.text for part in parts)

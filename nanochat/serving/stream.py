@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from starlette.responses import Response
@@ -48,11 +48,17 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], *, close: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        events: AsyncIterator[bytes],
+        *,
+        close: Callable[[], None],
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         self._events, self._close = events, close
         self.status_code, self.background = 200, None
         # Proxies such as nginx otherwise collect the events before they pass them on.
-        self.init_headers({"x-accel-buffering": "no"})
+        self.init_headers({"x-accel-buffering": "no", **(headers or {})})
 
     def init_headers(self, headers: Any = None) -> None:
         """Headers without a length."""

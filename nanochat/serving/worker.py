@@ -142,8 +142,8 @@ class Worker:
         """Whether a request would be answered without waiting for another to end."""
         return self.is_alive and self.num_open < self.max_rows
 
-    def open(self, prompt: Sequence[int], settings: SamplingSettings) -> Answer:
-        """Ask for an answer. QueueFullError when too many wait already."""
+    def open(self, prompt: Sequence[int], settings: SamplingSettings, sample: int = 0) -> Answer:
+        """Ask for an answer, one of several with one seed. QueueFullError when too many wait."""
         if self.num_open >= self.max_rows + self.max_waiting:
             raise QueueFullError(
                 f"{self.max_rows} answers are being written and {self.max_waiting} requests "
@@ -152,13 +152,13 @@ class Worker:
         number = next(self._numbers)
         answer = Answer(self, number)
         self._answers[number] = answer
-        self._link.send(("submit", number, prompt, settings))
+        self._link.send(("submit", number, prompt, settings, sample))
         return answer
 
     def cancel(self, answer: Answer) -> None:
         """Free the answer's slot before the next step."""
         if self._answers.pop(answer.number, None) is not None:
-            self._link.send(("cancel", answer.number, (), None))
+            self._link.send(("cancel", answer.number, (), None, 0))
 
     def _deliver(self, delivery: Delivery) -> None:
         for number, item in delivery:
