@@ -111,13 +111,19 @@ def main(config: Config) -> None:
         port = listener.getsockname()[1]  # --port=0 takes any that is free
         logger.info("serving at http://%s:%d", _shown(config.host), port)
         if os.environ.get("SSH_CONNECTION") or os.environ.get("SLURM_JOB_ID"):
-            login = f"{getpass.getuser()}@{socket.gethostname()}"
             logger.info(
-                "from your own machine: ssh -L %d:localhost:%d %s, then open http://localhost:%d",
-                *(port, port, login, port),
+                "from your own machine: %s, then open http://localhost:%d", _tunnel(port), port
             )
         server.serve(service, access, listener)
     logger.info("the last answer is finished; goodbye")
+
+
+def _tunnel(port: int) -> str:
+    """The command that brings the page to another machine, through the login node of a job."""
+    user, here = getpass.getuser(), socket.gethostname()
+    login_node = os.environ.get("SLURM_SUBMIT_HOST", here)
+    jump = f"-J {user}@{login_node} " if login_node != here else ""
+    return f"ssh -L {port}:localhost:{port} {jump}{user}@{here}"
 
 
 def _check(config: Config) -> None:
