@@ -141,11 +141,10 @@ def main(config: Config) -> None:
         raise UserError(f"--max-new-tokens is {config.max_new_tokens}; it must be at least 1")
     if config.prompt is not None and not config.prompt.strip():
         raise UserError("--prompt is empty; give a question, or leave it out for a conversation")
-    source = config.source or checkpoint_manager.choose_source()
     is_int8 = config.dtype == "int8"
     with runtime.start(config.device_type, dtype="float32" if is_int8 else config.dtype) as rt:
         model, tokenizer, _ = checkpoint_manager.load_model(
-            source,
+            config.source,
             device=rt.device,
             dtype=rt.compute_dtype,
             tag=config.model_tag,

@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from nanochat import checkpoint_manager, configurator
+from nanochat import configurator
 from nanochat.common import UserError
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def main(config: Config) -> None:
             "`pip install -e '.[web]'`"
         ) from error
     service = assembly.load_service(
-        config.source or checkpoint_manager.choose_source(),
+        config.source,
         tag=config.model_tag,
         step=config.step,
         device_type=config.device_type,

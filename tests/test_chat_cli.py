@@ -119,6 +119,41 @@ def test_another_stage_is_taken_with_a_notice(
     assert f"no sft model yet (python -m scripts.chat_sft makes one); taking {stage}" in caplog.text
 
 
+def test_a_run_that_was_asked_for_is_taken_at_the_best_stage_that_has_it(
+    base_dir: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    save("sft", scripted_model(tokens_of(START, "no", END)), tag="d2")
+    save("base", scripted_model(GREETING), tag="d4")
+    answer_of("-p", "Hello?", "-g", "d4")
+    assert capsys.readouterr().out == "Hey \U0001f642!\n"
+    assert (
+        "no sft model 'd4' yet (python -m scripts.chat_sft makes one); taking base" in caplog.text
+    )
+
+
+def test_a_stage_whose_only_checkpoint_is_damaged_is_passed_over_with_a_notice(
+    base_dir: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    damaged = save("sft", scripted_model(tokens_of(START, "no", END)))
+    os.truncate(damaged / "model.safetensors", 20)
+    save("mid", scripted_model(GREETING))
+    answer_of("-p", "Hello?")
+    assert capsys.readouterr().out == "Hey \U0001f642!\n"
+    assert f"{damaged} is damaged" in caplog.text
+    assert "taking mid instead" in caplog.text
+    with pytest.raises(UserError, match="is damaged"):
+        answer_of("-p", "Hello?", "-s", "7")
+    with pytest.raises(UserError, match="no sound checkpoint"):
+        answer_of("-p", "Hello?", "-i", "sft")
+
+
+def test_where_every_checkpoint_is_damaged_the_best_one_is_named(base_dir: Path) -> None:
+    for stage in ("sft", "base"):
+        os.truncate(save(stage, scripted_model(GREETING)) / "model.safetensors", 20)
+    with pytest.raises(UserError, match=r"no sound checkpoint in .*chatsft_checkpoints"):
+        answer_of("-p", "Hello?")
+
+
 # ---- bad input -----------------------------------------------------------------------------------
 
 
