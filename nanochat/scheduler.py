@@ -97,8 +97,8 @@ class Scheduler:
 
     @property
     def num_cache_tokens(self) -> int:
-        """Tokens of memory in use: reserved for active rows, held for remembered ones."""
-        return sum(row.capacity for row in (*self._active, *self._remembered))
+        """Tokens of memory that the decoder takes, for active rows and remembered ones."""
+        return self.decoder.num_reserved
 
     @property
     def is_idle(self) -> bool:
@@ -198,21 +198,29 @@ class Scheduler:
                 source.request = request
                 self._active.append(source)
                 continue
-            row = _Row(self.decoder.open(needed), needed, request)
+            row = _Row(self.decoder.open(needed, self.max_cache_tokens), needed, request)
             self._active.append(row)
             row.leader = self._reader_of(row, shared)
             if row.leader is None and source is not None and source.capacity:
                 self._copy(source, row, shared)
 
     def _make_room(self, needed: int, *, keep: _Row | None) -> bool:
-        """Forget remembered rows, oldest first, until so many tokens fit; whether they do."""
-        reserved = sum(row.capacity for row in self._active)
-        if reserved + needed > self.max_cache_tokens:
-            return False
+        """Forget remembered rows, oldest first, until so many tokens fit; whether they do.
+
+        None is forgotten where that would not be enough.
+        """
         # `keep` is about to be copied from, so it goes last.
-        for row in sorted(self._remembered, key=lambda row: row is keep):
-            if self.num_cache_tokens + needed <= self.max_cache_tokens:
-                break
+        remembered = sorted(self._remembered, key=lambda row: row is keep)
+        places = [row.place for row in remembered]
+
+        def fits_without(count: int) -> bool:
+            gone = places[:count]
+            return self.decoder.can_open(needed, self.max_cache_tokens, closing=gone)
+
+        if not fits_without(len(places)):
+            return False
+        count = next(count for count in range(len(places) + 1) if fits_without(count))
+        for row in remembered[:count]:
             self._forget(row)
         return True
 
@@ -356,4 +364,5 @@ def _affordable_tokens(decoder: Decoder, max_rows: int) -> int:
     else:
         free = psutil.virtual_memory().available
     affordable = int(free) // 2 // decoder.bytes_per_token
-    return max(min(affordable, 2 * max_rows * decoder.context), 1)
+    # One context more: the plain decoder moves its rows within this memory.
+    return max(min(affordable, (2 * max_rows + 1) * decoder.context), 1)
