@@ -63,6 +63,7 @@ class Scheduler:
         max_rows: int = MAX_ROWS,
         max_waiting: int | None = None,
         max_cache_tokens: int | None = None,
+        prefill_tokens: int | None = None,
         decoder: Decoder | None = None,
     ) -> None:
         """Weights are read now: after training on, make a new one.
@@ -70,6 +71,7 @@ class Scheduler:
         max_rows: requests answered at once; max_waiting: requests beyond those before
         `QueueFullError` (None = no bound); max_cache_tokens: prompt and answer tokens reserved
         together, remembered ones included (None = what half of the free memory holds);
+        prefill_tokens: prompt tokens read in one step (None = PREFILL_TOKENS);
         decoder: the model as `make_decoder` prepares it (None = by itself).
         """
         if max_rows < 1:
@@ -79,6 +81,7 @@ class Scheduler:
         self._choose = chooser_for(self.decoder.device)
         self.max_rows, self.max_waiting = max_rows, max_waiting
         self.max_cache_tokens = max_cache_tokens or _affordable_tokens(self.decoder, max_rows)
+        self.prefill_tokens = prefill_tokens or PREFILL_TOKENS
         self.num_prompt_tokens_read = 0
         """Prompt tokens that were computed, not copied."""
         self._waiting: deque[Request] = deque()
@@ -271,7 +274,7 @@ class Scheduler:
 
     def _chunks(self) -> tuple[list[Chunk], list[_Row]]:
         """What to feed: a token for each row that decodes, and prompts as far as a step allows."""
-        chunks, rows, budget = [], [], PREFILL_TOKENS
+        chunks, rows, budget = [], [], self.prefill_tokens
         for row in self._active:
             if row.leader is not None:
                 continue
