@@ -147,7 +147,7 @@ class Past(Protocol):
 
 
 class KVCache:
-    """Keys and values of B sequences, each with its own length, in memory reserved once.
+    """Keys and values of B sequences, each with its own length, in memory reserved beforehand.
 
     Rows grow independently: `forward(idx, kv_cache=cache)` appends idx's T tokens to every row at
     that row's own
@@ -165,9 +165,13 @@ class KVCache:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """Reserve (layers, 2, B, K, capacity, D) of `dtype`, all rows empty."""
-        shape = (num_layers, 2, batch_size, num_kv_heads, capacity, head_dim)
-        self.storage = torch.zeros(shape, device=device, dtype=dtype)
+        """Reserve keys and values (B, K, capacity, D) of `dtype` for each layer, all empty."""
+        shape = (batch_size, num_kv_heads, capacity, head_dim)
+        # Keys and values of the first layer, of the second, ...: tensors of their own, so that
+        # `resize` needs little memory beside them.
+        self.storage = [
+            torch.zeros(shape, device=device, dtype=dtype) for _ in range(2 * num_layers)
+        ]
         self.tokens = torch.zeros(batch_size, capacity, dtype=torch.int64, device=device)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.longest = (
@@ -183,7 +187,7 @@ class KVCache:
     @property
     def capacity(self) -> int:
         """Positions each row can hold."""
-        return self.storage.size(4)
+        return self.tokens.size(1)
 
     def positions(self, num_new: int) -> Tensor:
         """Index of each of `num_new` appended tokens in its own row: (B, num_new) int64."""
@@ -205,14 +209,13 @@ class KVCache:
         `advance` moves the lengths once all layers are stored.
         """
         rows = self._row_places()[:, None]
-        keys, values = self.storage[layer, 0], self.storage[layer, 1]
+        keys, values = self.storage[2 * layer], self.storage[2 * layer + 1]
         keys[rows, :, positions] = k.detach()
         values[rows, :, positions] = v.detach()
         span = self.longest + k.size(1)
-        keys, values = keys[:, :, :span], values[:, :, :span]
-        if self._places is not None:
-            keys, values = keys[self._places], values[self._places]
-        return keys, values
+        if self._places is None:
+            return keys[: self.batch_size, :, :span], values[: self.batch_size, :, :span]
+        return keys[:, :, :span][self._places], values[:, :, :span][self._places]
 
     def attend(
         self,
@@ -257,9 +260,7 @@ class KVCache:
         chosen = KVCache.__new__(KVCache)
         count, device = len(rows), self.lengths.device
         chosen.storage, chosen.tokens, chosen._places = self.storage, self.tokens, None
-        if list(rows) == list(range(count)):
-            chosen.storage, chosen.tokens = self.storage[:, :, :count], self.tokens[:count]
-        else:
+        if list(rows) != list(range(count)):
             chosen._places = torch.tensor(rows, dtype=torch.int64, device=device)
         chosen.lengths = torch.tensor(lengths, dtype=torch.int64, device=device)
         chosen.longest = max(lengths)
@@ -267,5 +268,25 @@ class KVCache:
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         """Give row `target` the first `length` tokens of row `source`."""
-        self.storage[:, :, target, :, :length] = self.storage[:, :, source, :, :length]
-        self.tokens[target, :length] = self.tokens[source, :length]
+        for tensor in (*self.storage, self.tokens[:, None, :, None]):
+            tensor[target, :, :length] = tensor[source, :, :length]
+
+    def resize(self, batch_size: int, capacity: int) -> None:
+        """Have so many rows of so much room; the first rows keep what still fits.
+
+        Tensor by tensor, each freed before the next is made: beside the larger of the old and the
+        new cache, memory for one tensor of the smaller is enough.
+        """
+        for i in range(len(self.storage)):
+            self.storage[i] = _resized(self.storage[i], batch_size, capacity)
+        self.tokens = _resized(self.tokens[:, None, :, None], batch_size, capacity)[:, 0, :, 0]
+        lengths = self.lengths[:batch_size]
+        self.lengths = F.pad(lengths, (0, batch_size - lengths.numel()))
+
+
+def _resized(old: Tensor, batch_size: int, capacity: int) -> Tensor:
+    """A tensor (rows, heads, tokens, features) with other numbers of rows and tokens."""
+    new = old.new_zeros(batch_size, old.size(1), capacity, old.size(3))
+    rows, kept = min(batch_size, old.size(0)), min(capacity, old.size(2))
+    new[:rows, :, :kept] = old[:rows, :, :kept]
+    return new

@@ -62,7 +62,6 @@ __all__ = [
     "Checkpoint",
     "DamagedCheckpointError",
     "Extra",
-    "choose_source",
     "find_checkpoint",
     "list_checkpoints",
     "load_model",
@@ -112,6 +111,12 @@ class Checkpoint:
     tag: str
     state: dict[str, Any]
     files: tuple[str, ...]
+
+    @property
+    def stage(self) -> str:
+        """The stage it lies under: base, mid, sft or rl."""
+        folder = self.path.parent.parent.name
+        return next(stage for stage in STAGES if checkpoints_dir(stage).name == folder)
 
     def load_model(self) -> dict[str, Tensor]:
         """The weights by parameter name, on the CPU."""
@@ -235,14 +240,21 @@ def newest_checkpoint(run_dir: Path, *, weights_only: bool = False) -> Checkpoin
 
 
 def find_checkpoint(
-    stage: str, tag: str | None = None, step: int | None = None, *, weights_only: bool = False
+    stage: str | None,
+    tag: str | None = None,
+    step: int | None = None,
+    *,
+    weights_only: bool = False,
 ) -> Checkpoint:
     """The newest sound checkpoint of a stage, or the one asked for.
 
+    stage: None picks the best to talk to that has one, and says so when it is not sft.
     tag: the run's folder name; None picks the run written to last, and logs the choice.
     step: None picks the newest sound one; a damaged step that was asked for is an error.
     Raises UserError that names the command which makes the missing thing.
     """
+    if stage is None:
+        return _find_best_to_talk_to(tag, step, weights_only=weights_only)
     folder = checkpoints_dir(stage)
     runs = _runs(stage)
     if not runs:
@@ -271,15 +283,46 @@ def find_checkpoint(
     return open_checkpoint(path, weights_only=weights_only)
 
 
+def _find_best_to_talk_to(tag: str | None, step: int | None, *, weights_only: bool) -> Checkpoint:
+    """`find_checkpoint` in the first stage that has such a run with a sound checkpoint."""
+    first, found = _CHAT_PREFERENCE[0], None
+    damage: list[DamagedCheckpointError] = []
+    for stage in _CHAT_PREFERENCE:
+        runs = _runs(stage)
+        if not (runs if tag is None else checkpoints_dir(stage) / tag in runs):
+            continue
+        try:
+            found = find_checkpoint(stage, tag, step, weights_only=weights_only)
+            break
+        except DamagedCheckpointError as error:
+            if step is not None:  # another stage's step of that number is another model
+                raise
+            damage.append(error)
+    if found is None:
+        if damage:
+            raise damage[0]
+        # The error says how to make one, and what there is.
+        return find_checkpoint(first, tag, step, weights_only=weights_only)
+    if found.stage != first:
+        name = "model" if tag is None else f"model {tag!r}"
+        missing = f"no {first} {name} yet ({_COMMANDS[first]} makes one)"
+        reason = "; ".join(map(str, damage)) or missing
+        logger.warning("%s; taking %s instead", reason, found.stage)
+    return found
+
+
 def load_model(
-    stage: str,
+    stage: str | None,
     *,
     device: torch.device,
     dtype: torch.dtype,
     tag: str | None = None,
     step: int | None = None,
 ) -> tuple[GPT, Tokenizer, Checkpoint]:
-    """A model for inference: matrices cast to `dtype` once, embedding in fp32, no gradients."""
+    """A model for inference: matrices cast to `dtype` once, embedding in fp32, no gradients.
+
+    stage, tag and step choose its checkpoint as in `find_checkpoint`.
+    """
     checkpoint = find_checkpoint(stage, tag, step, weights_only=True)
     tokenizer = Tokenizer.from_directory(checkpoint.path)
     model = GPT(GPTConfig.from_json(checkpoint.state["model_config"]))
@@ -290,26 +333,8 @@ def load_model(
         )
     model.load_state_dict(checkpoint.load_model())
     model.to(device).cast_matrices(dtype).requires_grad_(False).eval()
-    logger.info("loaded %s model %s, step %d", stage, checkpoint.tag, checkpoint.step)
+    logger.info("loaded %s model %s, step %d", checkpoint.stage, checkpoint.tag, checkpoint.step)
     return model, tokenizer, checkpoint
-
-
-def choose_source() -> str:
-    """The best stage to talk to that has a checkpoint, with a notice when it is the second choice.
-
-    "sft" when there is none: the error that loading it gives says how to make one.
-    """
-    for stage in _CHAT_PREFERENCE:
-        if list_checkpoints(stage):
-            if stage != _CHAT_PREFERENCE[0]:
-                logger.warning(
-                    "no %s model yet (%s makes one); taking %s instead",
-                    _CHAT_PREFERENCE[0],
-                    _COMMANDS[_CHAT_PREFERENCE[0]],
-                    stage,
-                )
-            return stage
-    return _CHAT_PREFERENCE[0]
 
 
 def list_checkpoints(stage: str) -> list[Path]:

@@ -156,6 +156,8 @@ class CompiledDecoder:
         self._release.atexit = False
         self._logits = torch.empty(0, config.vocab_size)
         self.num_weight_bytes = int(library.nck_model_bytes(handle))
+        self._capacities: dict[int, int] = {}
+        """By the number of each open row."""
 
     @property
     def context(self) -> int:
@@ -178,15 +180,27 @@ class CompiledDecoder:
         """Where it computes."""
         return torch.device("cpu")
 
-    def open(self, capacity: int) -> int:
+    @property
+    def num_reserved(self) -> int:
+        """Tokens of memory that all rows take together."""
+        return sum(self._capacities.values())
+
+    def can_open(self, capacity: int, limit: int, *, closing: Collection[int] = ()) -> bool:
+        """Whether all capacities together stay within `limit`."""
+        freed = sum(self._capacities[row] for row in closing)
+        return self.num_reserved - freed + capacity <= limit
+
+    def open(self, capacity: int, limit: int | None = None) -> int:
         """Reserve a row; the system hands out its memory as it is written."""
         row = c_uint64()
         self._call("nck_open", self._handle, capacity, byref(row))
+        self._capacities[row.value] = capacity
         return row.value
 
     def close(self, row: int) -> None:
         """Give the row's memory back."""
         self._call("nck_close", self._handle, row)
+        del self._capacities[row]
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy keys and values of the first `length` tokens."""

@@ -45,7 +45,8 @@ class Request:
         self._tools = ToolCalls(tokenizer)
         self._text = AnswerText(tokenizer)
         self._stop = StopStrings(settings.stop)
-        self._terminal = ControlIds.of(tokenizer).terminal
+        terminal = ControlIds.of(tokenizer).terminal
+        self._terminal = frozenset[int]() if settings.ignore_end else terminal
 
     @property
     def is_finished(self) -> bool:

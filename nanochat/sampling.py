@@ -36,6 +36,8 @@ class SamplingSettings:
     """Longest answer; None = to the end of the context."""
     stop: tuple[str, ...] = ()
     """The answer ends before the first of these texts."""
+    ignore_end: bool = False
+    """Whether a terminal token is one like any other, so that every answer has max_tokens."""
     seed: int = 42
     logprobs: int | None = None
     """None = not reported; k = of the chosen token and of the k likeliest ones."""

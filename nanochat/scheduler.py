@@ -63,6 +63,7 @@ class Scheduler:
         max_rows: int = MAX_ROWS,
         max_waiting: int | None = None,
         max_cache_tokens: int | None = None,
+        prefill_tokens: int | None = None,
         decoder: Decoder | None = None,
     ) -> None:
         """Weights are read now: after training on, make a new one.
@@ -70,6 +71,7 @@ class Scheduler:
         max_rows: requests answered at once; max_waiting: requests beyond those before
         `QueueFullError` (None = no bound); max_cache_tokens: prompt and answer tokens reserved
         together, remembered ones included (None = what half of the free memory holds);
+        prefill_tokens: prompt tokens read in one step (None = PREFILL_TOKENS);
         decoder: the model as `make_decoder` prepares it (None = by itself).
         """
         if max_rows < 1:
@@ -79,6 +81,7 @@ class Scheduler:
         self._choose = chooser_for(self.decoder.device)
         self.max_rows, self.max_waiting = max_rows, max_waiting
         self.max_cache_tokens = max_cache_tokens or _affordable_tokens(self.decoder, max_rows)
+        self.prefill_tokens = prefill_tokens or PREFILL_TOKENS
         self.num_prompt_tokens_read = 0
         """Prompt tokens that were computed, not copied."""
         self._waiting: deque[Request] = deque()
@@ -97,8 +100,8 @@ class Scheduler:
 
     @property
     def num_cache_tokens(self) -> int:
-        """Tokens of memory in use: reserved for active rows, held for remembered ones."""
-        return sum(row.capacity for row in (*self._active, *self._remembered))
+        """Tokens of memory that the decoder takes, for active rows and remembered ones."""
+        return self.decoder.num_reserved
 
     @property
     def is_idle(self) -> bool:
@@ -198,21 +201,29 @@ class Scheduler:
                 source.request = request
                 self._active.append(source)
                 continue
-            row = _Row(self.decoder.open(needed), needed, request)
+            row = _Row(self.decoder.open(needed, self.max_cache_tokens), needed, request)
             self._active.append(row)
             row.leader = self._reader_of(row, shared)
             if row.leader is None and source is not None and source.capacity:
                 self._copy(source, row, shared)
 
     def _make_room(self, needed: int, *, keep: _Row | None) -> bool:
-        """Forget remembered rows, oldest first, until so many tokens fit; whether they do."""
-        reserved = sum(row.capacity for row in self._active)
-        if reserved + needed > self.max_cache_tokens:
-            return False
+        """Forget remembered rows, oldest first, until so many tokens fit; whether they do.
+
+        None is forgotten where that would not be enough.
+        """
         # `keep` is about to be copied from, so it goes last.
-        for row in sorted(self._remembered, key=lambda row: row is keep):
-            if self.num_cache_tokens + needed <= self.max_cache_tokens:
-                break
+        remembered = sorted(self._remembered, key=lambda row: row is keep)
+        places = [row.place for row in remembered]
+
+        def fits_without(count: int) -> bool:
+            gone = places[:count]
+            return self.decoder.can_open(needed, self.max_cache_tokens, closing=gone)
+
+        if not fits_without(len(places)):
+            return False
+        count = next(count for count in range(len(places) + 1) if fits_without(count))
+        for row in remembered[:count]:
             self._forget(row)
         return True
 
@@ -263,7 +274,7 @@ class Scheduler:
 
     def _chunks(self) -> tuple[list[Chunk], list[_Row]]:
         """What to feed: a token for each row that decodes, and prompts as far as a step allows."""
-        chunks, rows, budget = [], [], PREFILL_TOKENS
+        chunks, rows, budget = [], [], self.prefill_tokens
         for row in self._active:
             if row.leader is not None:
                 continue
@@ -356,4 +367,5 @@ def _affordable_tokens(decoder: Decoder, max_rows: int) -> int:
     else:
         free = psutil.virtual_memory().available
     affordable = int(free) // 2 // decoder.bytes_per_token
-    return max(min(affordable, 2 * max_rows * decoder.context), 1)
+    # One context more: the plain decoder moves its rows within this memory.
+    return max(min(affordable, (2 * max_rows + 1) * decoder.context), 1)

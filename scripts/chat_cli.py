@@ -33,6 +33,14 @@ logger = logging.getLogger(__name__)
 BANNER = 'Chat: "clear" starts anew, "quit" ends, /help shows more; Ctrl-C stops an answer.'
 
 
+STOPPED = 130  # what a shell shows of a program that Ctrl-C has ended
+# Control characters of an answer as they are shown: a terminal would obey them, and move the
+# cursor, rename its window or worse.
+_ESCAPES = {
+    code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"
+}
+
+
 @dataclass(frozen=True)
 class Config:
     """Flags of chat_cli."""
@@ -134,18 +142,17 @@ def _whole_characters(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def main(config: Config) -> None:
-    """Answer one prompt, or hold a conversation."""
+def main(config: Config) -> int:
+    """Answer one prompt, or hold a conversation. Returns the exit code."""
     check_settings(config.temperature, config.top_k, config.top_p)
     if config.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {config.max_new_tokens}; it must be at least 1")
     if config.prompt is not None and not config.prompt.strip():
         raise UserError("--prompt is empty; give a question, or leave it out for a conversation")
-    source = config.source or checkpoint_manager.choose_source()
     is_int8 = config.dtype == "int8"
     with runtime.start(config.device_type, dtype="float32" if is_int8 else config.dtype) as rt:
         model, tokenizer, _ = checkpoint_manager.load_model(
-            source,
+            config.source,
             device=rt.device,
             dtype=rt.compute_dtype,
             tag=config.model_tag,
@@ -154,9 +161,10 @@ def main(config: Config) -> None:
         decoder = make_decoder(model, int8=is_int8)
         chat = Chat(Scheduler(model, tokenizer, max_rows=1, decoder=decoder), config)
         if config.prompt is not None:
-            answer(chat, config.prompt)
-        else:
-            converse(chat, line_reader())
+            # Whoever called must not take a part for the answer.
+            return 0 if answer(chat, config.prompt) else STOPPED
+        converse(chat, line_reader())
+        return 0
 
 
 def converse(chat: Chat, read: Callable[[], str]) -> None:
@@ -186,15 +194,18 @@ def converse(chat: Chat, read: Callable[[], str]) -> None:
     print("Goodbye.", file=sys.stderr)
 
 
-def answer(chat: Chat, text: str) -> None:
-    """Print the answer as it comes; Ctrl-C ends the answer alone."""
+def answer(chat: Chat, text: str) -> bool:
+    """Print the answer as it comes; Ctrl-C ends the answer alone. Whether it came to its end."""
+    is_whole = True
     with _interrupts_noted() as is_interrupted, closing(chat.ask(text)) as pieces:
         for piece in pieces:
-            print(piece, end="", flush=True)
+            print(piece.translate(_ESCAPES), end="", flush=True)
             if is_interrupted():
                 print(" [stopped]", end="", file=sys.stderr, flush=True)
+                is_whole = False
                 break
     print(flush=True)
+    return is_whole
 
 
 @contextmanager
@@ -276,7 +287,12 @@ def _system(chat: Chat, argument: str) -> str:
 
 
 def _retry(chat: Chat, argument: str) -> str:
-    answer(chat, chat.take_back())
+    before = chat.turns
+    try:
+        answer(chat, chat.take_back())
+    except UserError:  # such as a system text that leaves no room for the question
+        chat.turns = before
+        raise
     return ""
 
 

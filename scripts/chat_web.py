@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from nanochat import checkpoint_manager, configurator
+from nanochat import configurator
 from nanochat.common import UserError
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def main(config: Config) -> None:
             "`pip install -e '.[web]'`"
         ) from error
     service = assembly.load_service(
-        config.source or checkpoint_manager.choose_source(),
+        config.source,
         tag=config.model_tag,
         step=config.step,
         device_type=config.device_type,
@@ -111,13 +111,19 @@ def main(config: Config) -> None:
         port = listener.getsockname()[1]  # --port=0 takes any that is free
         logger.info("serving at http://%s:%d", _shown(config.host), port)
         if os.environ.get("SSH_CONNECTION") or os.environ.get("SLURM_JOB_ID"):
-            login = f"{getpass.getuser()}@{socket.gethostname()}"
             logger.info(
-                "from your own machine: ssh -L %d:localhost:%d %s, then open http://localhost:%d",
-                *(port, port, login, port),
+                "from your own machine: %s, then open http://localhost:%d", _tunnel(port), port
             )
         server.serve(service, access, listener)
     logger.info("the last answer is finished; goodbye")
+
+
+def _tunnel(port: int) -> str:
+    """The command that brings the page to another machine, through the login node of a job."""
+    user, here = getpass.getuser(), socket.gethostname()
+    login_node = os.environ.get("SLURM_SUBMIT_HOST", here)
+    jump = f"-J {user}@{login_node} " if login_node != here else ""
+    return f"ssh -L {port}:localhost:{port} {jump}{user}@{here}"
 
 
 def _check(config: Config) -> None:

@@ -37,7 +37,7 @@ def main(config: Config) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--output={folder} is not an empty folder; choose another one")
     model, tokenizer, checkpoint = checkpoint_manager.load_model(
-        config.source or checkpoint_manager.choose_source(),
+        config.source,
         device=torch.device("cpu"),
         dtype=torch.float32,
         tag=config.model_tag,

@@ -27,10 +27,16 @@ from nanochat.decoders import make_decoder
 from nanochat.gpt import GPT
 from nanochat.request import Request
 from nanochat.sampling import SamplingSettings
-from nanochat.scheduler import Scheduler
+from nanochat.scheduler import PREFILL_TOKENS, Scheduler
 from nanochat.tokenizer import Tokenizer
 
-COLUMNS = ("batch", "ttft ms", "tpot ms", "tok/s", "GB/s", "mbu", "mfu", "memory GB")
+COLUMNS = (
+    *("batch", "pre tok/s", "pre mfu", "ttft ms", "tpot ms"),
+    *("tok/s", "GB/s", "mbu", "mfu", "memory GB"),
+)
+# Larger than the caches of all but a few servers, so that memory is what is measured.
+BANDWIDTH_BYTES = 512 << 20
+BANDWIDTH_REPEATS = 8
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,9 @@ class Machine:
     name: str
     peak_flops: float | None
     memory_bandwidth: float | None
+    """Bytes a second."""
+    bandwidth_source: str | None
+    """Where that is from."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,10 @@ def main(config: Config) -> None:
         prompt_tokens, decode_tokens = _lengths(config, decoder.context)
         weight_bytes = _weight_bytes(model, decoder)
         bandwidth = machine.memory_bandwidth
+        ceiling = bandwidth / weight_bytes if bandwidth else None
+        print(f"weights: {weight_bytes:,} bytes; ", end="")
+        print(f"keys and values: {decoder.bytes_per_token:,} bytes a token")
+        print(f"ceiling of one answer: {_ceiling_line(ceiling, machine)}")
         print("  ".join(f"{column:>9}" for column in COLUMNS))
         measurements = []
         for size in sizes:
@@ -143,7 +156,7 @@ def main(config: Config) -> None:
             "threads": torch.get_num_threads() if rt.device.type == "cpu" else None,
             "weight_bytes": weight_bytes,
             "cache_bytes_per_token": decoder.bytes_per_token,
-            "ceiling_tokens_per_second": bandwidth / weight_bytes if bandwidth else None,
+            "ceiling_tokens_per_second": ceiling,
             "batches": [asdict(measured) for measured in measurements],
         }
         print(json.dumps(document, allow_nan=False))
@@ -165,17 +178,19 @@ def measure(
     UserError when the cache memory does not hold them all.
     """
     device = decoder.device
-    settings = SamplingSettings(temperature, max_tokens=decode_tokens)
+    settings = SamplingSettings(temperature, max_tokens=decode_tokens, ignore_end=True)
+    # Half of the first answer is still to come when the last prompt has been read: the steps
+    # that are timed are those in which every request gets a token.
+    prefill_tokens = max(PREFILL_TOKENS, -(-2 * batch_size * prompt_tokens // decode_tokens))
     for is_timed in (False, True):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        scheduler = Scheduler(model, tokenizer, max_rows=batch_size, decoder=decoder)
-        needed = batch_size * (prompt_tokens + decode_tokens)
-        if needed > scheduler.max_cache_tokens:
-            raise UserError(
-                f"a batch of {batch_size} needs a cache of {needed:,} tokens, and half of the free "
-                f"memory holds {scheduler.max_cache_tokens:,}; leave it out of --batch-sizes"
-            )
+        scheduler = Scheduler(
+            *(model, tokenizer),
+            max_rows=batch_size,
+            prefill_tokens=prefill_tokens,
+            decoder=decoder,
+        )
         generator = torch.Generator().manual_seed(int(is_timed))
         shape = (batch_size, prompt_tokens)
         prompts = torch.randint(0, decoder.vocab_size, shape, generator=generator).tolist()
@@ -212,7 +227,10 @@ def measure(
 
 
 def _run(scheduler: Scheduler, requests: list[Request]) -> tuple[float, list[float]]:
-    """When all had their first token, and seconds of each later step in which all got one."""
+    """When all had their first token, and seconds of each later step in which all got one.
+
+    UserError when they do not all have memory at once.
+    """
     first, steps = 0.0, []
     while not scheduler.is_idle:
         started = time.perf_counter()
@@ -220,6 +238,12 @@ def _run(scheduler: Scheduler, requests: list[Request]) -> tuple[float, list[flo
         if scheduler.decoder.device.type == "cuda":
             torch.cuda.synchronize(scheduler.decoder.device)
         ended = time.perf_counter()
+        if scheduler.num_waiting:  # there are rows for all, so it is the memory that is short
+            raise UserError(
+                f"a batch of {len(requests)} needs more cache memory than the "
+                f"{scheduler.max_cache_tokens:,} tokens that half of the free memory holds; "
+                "leave it out of --batch-sizes"
+            )
         if first and len(events) == len(requests):
             steps.append(ended - started)
         if not first and all(request.tokens or request.is_finished for request in requests):
@@ -250,13 +274,38 @@ def _batch_sizes(text: str) -> list[int]:
 
 
 def _machine(device: torch.device) -> Machine:
+    if device.type == "cpu":
+        return Machine(hardware.cpu_name(), None, read_bandwidth(), "measured")
     if device.type != "cuda":
-        return Machine(hardware.cpu_name() if device.type == "cpu" else device.type, None, None)
+        return Machine(device.type, None, None, None)
     name = torch.cuda.get_device_name(device)
     known = hardware.find_device(name)
     if known is None:
-        return Machine(name, None, None)
-    return Machine(name, known.peak_flops, known.memory_bandwidth)
+        return Machine(name, None, None, None)
+    return Machine(name, known.peak_flops, known.memory_bandwidth, known.source)
+
+
+def read_bandwidth() -> float:
+    """Bytes a second that torch's threads read from this machine's memory, at best."""
+    # A product with a vector, as in decoding: every number is read once, by all threads. A sum of
+    # the same numbers is slower than the memory allows.
+    matrix = torch.ones(BANDWIDTH_BYTES // 4).view(1024, -1)
+    vector = torch.ones(matrix.size(1))
+    seconds = []
+    for _ in range(BANDWIDTH_REPEATS):
+        started = time.perf_counter()
+        torch.mv(matrix, vector)
+        seconds.append(time.perf_counter() - started)
+    return matrix.nbytes / min(seconds)
+
+
+def _ceiling_line(ceiling: float | None, machine: Machine) -> str:
+    if ceiling is None or machine.memory_bandwidth is None:
+        return "not known, as the memory's bandwidth is not"
+    return (
+        f"{ceiling:,.0f} tok/s, which read the weights at "
+        f"{machine.memory_bandwidth / 1e9:,.1f} GB/s ({machine.bandwidth_source})"
+    )
 
 
 def _weight_bytes(model: GPT, decoder: Decoder) -> int:
@@ -273,6 +322,8 @@ def _line(m: Measurement) -> str:
 
     values = (
         str(m.batch_size),
+        shown(m.prefill_tokens_per_second),
+        shown(m.prefill_mfu),
         shown(m.ttft_seconds, 1e3),
         shown(m.tpot_seconds, 1e3),
         shown(m.decode_tokens_per_second),

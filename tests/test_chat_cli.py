@@ -119,6 +119,41 @@ def test_another_stage_is_taken_with_a_notice(
     assert f"no sft model yet (python -m scripts.chat_sft makes one); taking {stage}" in caplog.text
 
 
+def test_a_run_that_was_asked_for_is_taken_at_the_best_stage_that_has_it(
+    base_dir: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    save("sft", scripted_model(tokens_of(START, "no", END)), tag="d2")
+    save("base", scripted_model(GREETING), tag="d4")
+    answer_of("-p", "Hello?", "-g", "d4")
+    assert capsys.readouterr().out == "Hey \U0001f642!\n"
+    assert (
+        "no sft model 'd4' yet (python -m scripts.chat_sft makes one); taking base" in caplog.text
+    )
+
+
+def test_a_stage_whose_only_checkpoint_is_damaged_is_passed_over_with_a_notice(
+    base_dir: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    damaged = save("sft", scripted_model(tokens_of(START, "no", END)))
+    os.truncate(damaged / "model.safetensors", 20)
+    save("mid", scripted_model(GREETING))
+    answer_of("-p", "Hello?")
+    assert capsys.readouterr().out == "Hey \U0001f642!\n"
+    assert f"{damaged} is damaged" in caplog.text
+    assert "taking mid instead" in caplog.text
+    with pytest.raises(UserError, match="is damaged"):
+        answer_of("-p", "Hello?", "-s", "7")
+    with pytest.raises(UserError, match="no sound checkpoint"):
+        answer_of("-p", "Hello?", "-i", "sft")
+
+
+def test_where_every_checkpoint_is_damaged_the_best_one_is_named(base_dir: Path) -> None:
+    for stage in ("sft", "base"):
+        os.truncate(save(stage, scripted_model(GREETING)) / "model.safetensors", 20)
+    with pytest.raises(UserError, match=r"no sound checkpoint in .*chatsft_checkpoints"):
+        answer_of("-p", "Hello?")
+
+
 # ---- bad input -----------------------------------------------------------------------------------
 
 
@@ -256,6 +291,31 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Any) -> None:
     child.expect_exact(READY)
     child.sendline("exit")
     child.expect_exact("Goodbye.")
+
+
+def test_one_prompt_that_is_stopped_with_ctrl_c_ends_with_130(base_dir: Path) -> None:
+    a, b = tokens_of("ab")
+    model = scripted_model([*tokens_of(START), a, b], sequence_len=20_000)
+    model.lm_head.weight.data[a, b] = 3.0
+    save("sft", model)
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "scripts.chat_cli", "--device-type=cpu"),
+            *("-t", "0", "--max-new-tokens=19000", "-p", "Hello?"),
+        ],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.read(4) == "abab"
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert rest.strip("\n").strip("ab") == ""
+    assert errors.endswith(" [stopped]")
 
 
 def test_a_pipe_gives_answers_without_banner_or_prompts(base_dir: Path) -> None:
@@ -443,6 +503,28 @@ def test_retry_asks_again_with_another_seed_and_clear_keeps_the_system_text(
     assert first == again == cleared
     assert "Be kind" in byte_tokenizer().decode(first)
     assert [settings.seed for settings in scheduler.settings] == [1, 2, 3]
+
+
+def test_a_retry_that_is_refused_keeps_question_and_answer(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    chat, scheduler = make_chat()
+    lines = ("Hi", f"/system {'word ' * 100}", "/retry", "/system off", "/retry")
+    out, err = talk(capsys, chat, *lines)
+    assert err.count("error: ") == 1
+    assert out.count("Hey \U0001f642!\n") == 2
+    assert scheduler.prompts[0] == scheduler.prompts[-1]
+    assert [message.text for message in chat.turns] == ["Hi", "Hey \U0001f642!"]
+
+
+def test_control_characters_of_an_answer_do_not_reach_the_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # Clears the screen, one rings, one is a control sequence introducer of 8 bits; \x7f deletes.
+    chat, _ = make_chat(tokens_of(START, "a\x1b[2J\tb\x07\r\nc\x9b\x7f", END))
+    out, _ = talk(capsys, chat, "Hi")
+    assert out == "a\\x1b[2J\tb\\x07\\x0d\nc\\x9b\\x7f\n"
+    assert chat.turns[-1].text == "a\x1b[2J\tb\x07\r\nc\x9b\x7f"
 
 
 def test_save_makes_no_folders(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -127,6 +127,25 @@ def test_a_key_is_read_from_a_file_or_the_environment(
 # ---- the process -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("login_node", "expected"),
+    [
+        (None, "ssh -L 8001:localhost:8001 me@node7"),
+        ("node7", "ssh -L 8001:localhost:8001 me@node7"),
+        ("login2", "ssh -L 8001:localhost:8001 -J me@login2 me@node7"),
+    ],
+)
+def test_the_tunnel_of_a_job_goes_through_the_login_node(
+    monkeypatch: pytest.MonkeyPatch, login_node: str | None, expected: str
+) -> None:
+    monkeypatch.setattr(chat_web.socket, "gethostname", lambda: "node7")
+    monkeypatch.setattr(chat_web.getpass, "getuser", lambda: "me")
+    monkeypatch.delenv("SLURM_SUBMIT_HOST", raising=False)
+    if login_node:
+        monkeypatch.setenv("SLURM_SUBMIT_HOST", login_node)
+    assert chat_web._tunnel(8001) == expected
+
+
 @pytest.fixture
 def process(base_dir: Path) -> Iterator[Any]:
     """Starts chat_web; returns the process and its address, once it serves."""

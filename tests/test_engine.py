@@ -69,7 +69,10 @@ class ScriptedDecoder:
         self.num_rows = 0
         self.fed: list[list[int]] = []
 
-    def open(self, capacity: int) -> int:
+    def can_open(self, capacity: int, limit: int, *, closing: Sequence[int] = ()) -> bool:
+        return True
+
+    def open(self, capacity: int, limit: int | None = None) -> int:
         self.num_rows += 1
         return self.num_rows - 1
 

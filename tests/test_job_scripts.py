@@ -4,6 +4,7 @@ import os
 import pty
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -545,6 +546,15 @@ def test_a_rise_of_the_loss_can_be_let_pass_by_the_main_job(place: Place) -> Non
 
 
 # ---- jobs ---------------------------------------------------------------------------------------
+
+
+def test_the_page_of_a_job_is_reached_through_the_login_node(place: Place) -> None:
+    variables = {"SLURM_JOB_ID": "1042", "SLURM_SUBMIT_HOST": "login2"}
+    result = place.run("bash scripts/chat.slurm", **variables)
+    assert result.returncode == 0, result.stderr
+    line = f"  ssh -L 8000:localhost:8042 -J someone@login2 someone@{socket.gethostname()}"
+    assert line in result.stdout.splitlines()
+    assert place.log.read_text().splitlines()[-1].endswith("scripts.chat_web --port=8042")
 
 
 @pytest.mark.parametrize("script", [*JOBS, "scripts/chat.slurm"])

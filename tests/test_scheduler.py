@@ -10,6 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference.byte_tokenizer import ByteTokenizer
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanochat import scheduler as scheduler_module
 from nanochat.common import UserError
@@ -278,6 +280,79 @@ def test_remembered_rows_are_given_up_for_new_requests(make: Any) -> None:
         prompt = random_prompt(20 + i, seed=i)
         assert answer(scheduler, prompt, own) == naive_greedy(model, prompt, 4)
         assert scheduler.num_cache_tokens <= 100
+
+
+class CacheBytes(TorchDispatchMode):
+    """Most bytes of zeroed tensors, of which caches are made, that were alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: list[tuple[StorageWeakRef, int]] = []
+        self.most = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if "zeros" in str(func) and result.ndim > 1:  # a number for each row is not counted
+            self.alive.append((StorageWeakRef(result.untyped_storage()), result.nbytes))
+            self.alive = [(ref, size) for ref, size in self.alive if not ref.expired()]
+            self.most = max(self.most, sum(size for _, size in self.alive))
+        return result
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    limit=st.integers(64, 400),
+    arrivals=st.lists(
+        # As above: a pause, prompt tokens, which text, max tokens.
+        st.tuples(
+            st.integers(0, 3), st.integers(1, 50), st.integers(0, 3), st.sampled_from((1, 4, 14))
+        ),
+        min_size=1,
+        max_size=12,
+    ),
+)
+def test_the_memory_of_the_plain_decoder_never_exceeds_the_budget(
+    limit: int, arrivals: list[tuple[int, int, int, int]]
+) -> None:
+    model = random_model()
+    decoder = PlainDecoder(model)
+    scheduler = Scheduler(model, TOKENIZER, decoder=decoder, max_cache_tokens=limit, max_rows=8)
+    requests = []
+    with CacheBytes() as used:
+        for pause, length, text, max_tokens in arrivals:
+            for _ in range(pause):
+                scheduler.step()
+            own = SamplingSettings(temperature=0.0, max_tokens=max_tokens)
+            requests.append(scheduler.submit(random_prompt(50, seed=text)[:length], own))
+        run(scheduler)
+    assert 0 < used.most <= limit * decoder.bytes_per_token
+    for request in requests:
+        assert request.tokens == naive_greedy(model, request.prompt, request.limit)
+    scheduler.forget_all()
+    assert scheduler.num_cache_tokens == 0
+
+
+def test_a_long_request_waits_where_all_rows_would_become_as_long() -> None:
+    model = random_model()
+    scheduler = Scheduler(
+        model, TOKENIZER, decoder=PlainDecoder(model), max_cache_tokens=160, max_rows=8
+    )
+    own = SamplingSettings(temperature=0.0, max_tokens=6)
+    short = [scheduler.submit(random_prompt(4, seed=i), own) for i in range(6)]
+    long = scheduler.submit(random_prompt(50, seed=6), own)
+    late = [scheduler.submit(random_prompt(4, seed=7 + i), own) for i in range(6)]
+    scheduler.step()
+    assert (scheduler.num_active, scheduler.num_waiting) == (6, 7)
+    most = 0
+    while not scheduler.is_idle:
+        scheduler.step()
+        if long.is_finished:
+            most = max(most, scheduler.num_active)
+    for request in (*short, long, *late):
+        assert request.tokens == naive_greedy(model, request.prompt, 6)
+    assert most >= 4  # the rectangle has become narrow again
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,11 @@ The cluster is started here (tests/slurm_cluster.py). In the first test everythi
 GPUs; in the others the stages are stand-ins, because what is tested is what surrounds them.
 """
 
+import getpass
 import os
 import shlex
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -325,5 +327,7 @@ def test_a_chat_in_a_job(stubbed: Clone) -> None:
     assert shlex.split(stubbed.stages_run()[0]) == ["scripts.chat_cli", *talk[2:]]
     job = stubbed.submit(job="scripts/chat.slurm")
     assert stubbed.finish(job) == "0"
-    assert "ssh -L 8000:" in stubbed.output(job, name="chat")
+    port, me = 8000 + int(job) % 1000, f"{getpass.getuser()}@{socket.gethostname()}"
+    line = f"  ssh -L 8000:localhost:{port} -J {me} {me}"
+    assert line in stubbed.output(job, name="chat").splitlines()
     assert stubbed.stages_run()[1].startswith("scripts.chat_web --port=80")

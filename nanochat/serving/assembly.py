@@ -38,7 +38,7 @@ class Capacity:
 
 
 def load_service(
-    stage: str,
+    stage: str | None,
     *,
     tag: str | None,
     step: int | None,
@@ -49,7 +49,10 @@ def load_service(
     capacity: Capacity | None = None,
     log_conversations: bool = False,
 ) -> Service:
-    """Load a model for serving, in a process for each device. UserError when it cannot be."""
+    """Load a model for serving, in a process for each device. UserError when it cannot be.
+
+    stage, tag and step choose its checkpoint as in `find_checkpoint`.
+    """
     capacity = capacity or Capacity()
     checkpoint = checkpoint_manager.find_checkpoint(stage, tag, step, weights_only=True)
     is_int8 = dtype == "int8"
@@ -61,7 +64,7 @@ def load_service(
     for gpu_id, name in enumerate(devices):
         # By tag and step, so that all have the same, whatever training writes meanwhile.
         recipe = Recipe(
-            stage,
+            checkpoint.stage,
             checkpoint.tag,
             checkpoint.step,
             name,
@@ -84,7 +87,7 @@ def load_service(
     return Service(
         Tokenizer.from_directory(checkpoint.path),
         Pool(workers),
-        model=_info(checkpoint, stage, "int8" if is_int8 else str(compute_dtype)),
+        model=_info(checkpoint, "int8" if is_int8 else str(compute_dtype)),
         defaults=defaults,
         created=int(time.time()),
         log_conversations=log_conversations,
@@ -145,13 +148,13 @@ def _devices(device: torch.device, num_gpus: int) -> list[str]:
     return [f"cuda:{number}" for number in range(num_gpus)]
 
 
-def _info(checkpoint: Checkpoint, stage: str, dtype: str) -> ModelInfo:
+def _info(checkpoint: Checkpoint, dtype: str) -> ModelInfo:
     config = GPTConfig.from_json(checkpoint.state["model_config"])
     with torch.device("meta"):
         num_parameters = sum(parameter.numel() for parameter in GPT(config).parameters())
     return ModelInfo(
-        id=f"nanochat-{checkpoint.tag}-{stage}",
-        stage=stage,
+        id=f"nanochat-{checkpoint.tag}-{checkpoint.stage}",
+        stage=checkpoint.stage,
         tag=checkpoint.tag,
         step=checkpoint.step,
         num_parameters=num_parameters,
