@@ -151,6 +151,11 @@ def ask(page: Any, text: str) -> Any:
     return page.locator(f"{LAST} .said")
 
 
+def delete(page: Any, title: str) -> None:
+    page.locator("#chats li", has_text=title).hover()
+    page.get_by_role("button", name=f"Delete {title}").click()
+
+
 # ---- answers -----------------------------------------------------------------------------------
 
 
@@ -361,6 +366,24 @@ def test_conversations_are_kept_renamed_deleted_and_brought_back(
     page.get_by_role("button", name="Undo").click()
     expect(rows).to_have_count(2)
     expect(page.locator("article.user .said")).to_have_text("first talk")
+
+
+def test_a_conversation_deleted_while_its_answer_streams_stays_deleted(
+    site: Site, open_page: Callable[..., Any]
+) -> None:
+    page = open_page()
+    site.pace.hold_after(30)
+    start_asking(page, "long")
+    expect(page.locator(f"{LAST} .said")).to_contain_text("word word")
+    delete(page, "long")
+    expect(page.locator("#send")).to_have_attribute("aria-label", "Send")  # it is stopped
+    site.pace.go_on()
+    expect(page.locator("#chats li.none")).to_be_visible()
+    page.get_by_role("button", name="Undo").click()
+    expect(page.locator(LAST)).to_contain_text("You stopped this answer.")
+    delete(page, "long")
+    page.reload()
+    expect(page.locator("#chats li.none")).to_be_visible()
 
 
 # ---- settings and commands ---------------------------------------------------------------------
