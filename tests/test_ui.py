@@ -465,6 +465,31 @@ def test_look_inside_shows_tokens_alternatives_and_the_prompt(
     expect(tokens.first).to_be_visible()
 
 
+def test_look_inside_shows_no_other_conversation(open_page: Callable[..., Any]) -> None:
+    page = open_page()
+    ask(page, "first talk")
+    page.click("#new-chat")
+    ask(page, "smile, second talk")
+    page.locator("#chats .open", has_text="first talk").click()
+    page.click("#tab-inside")
+    expect(page.locator("#inside-none")).to_contain_text("only those of the newest answer")
+    for part in ("#inside-answer", "#inside-prompt"):
+        expect(page.locator(part)).to_be_hidden()
+    page.click("#new-chat")
+    page.click("#tab-inside")
+    expect(page.locator("#inside-none")).to_contain_text("No answer yet.")
+    page.locator("#chats .open", has_text="second talk").click()
+    rate = page.locator(f"{LAST} .facts").inner_text().split("\u00b7")[1].split()[0]
+    page.reload()
+    page.click("#tab-inside")
+    expect(page.locator("#answer-tokens button")).to_have_count(
+        len(tokens_of(*SCRIPT["smile"], END))
+    )
+    figure = page.locator("#answer-figures div", has_text="tokens per second").locator("dd")
+    expect(figure).to_have_text(f"{float(rate):.0f}")
+    expect(page.locator("#prompt-tokens")).to_contain_text("second")
+
+
 # ---- a small screen, a reader, trouble ---------------------------------------------------------
 
 
