@@ -31,6 +31,7 @@ CODE = 'def f(x):\n    return x < 2 and "<b>"'
 MARKDOWN = (
     f"# Title\nSome **bold** and `x<y`.\n\n- one\n- two\n\n```python\n{CODE}\n```\nEnd.\n\n#### 37"
 )
+CODE_FIRST = "Here:\n\n```python\nprint(1)\n```\nSome "
 OUTPUT = ("<|output_start|>", "42", "<|output_end|>")
 SCRIPT: dict[str, list[str]] = {
     "evil": [EVIL],
@@ -39,6 +40,7 @@ SCRIPT: dict[str, list[str]] = {
     "smile": ["\U0001f642 gr\u00fc\u00df dich \U0001f680"],
     "nothing": [],
     "long": ["word " * 200],
+    "code first": [CODE_FIRST, "word " * 40],
     "wide": ["a" * 300 + "\n\n```\n" + "b" * 300 + "\n```"],
 }
 
@@ -76,8 +78,9 @@ class Pace:
     def hold_after(self, steps: int) -> None:
         self._left = steps
 
-    def go_on(self) -> None:
-        self._left = None
+    def go_on(self, steps: int | None = None) -> None:
+        """Go on, to hold again after so many steps."""
+        self._left = steps
         self._may_run.set()
 
 
@@ -340,6 +343,31 @@ def test_a_reload_in_the_middle_keeps_what_was_written_and_frees_the_slot(
     assert page.locator(f"{LAST} .said").inner_text().count("word") > 100  # 512 tokens
 
 
+def test_what_is_written_already_keeps_focus_and_selection(
+    site: Site, open_page: Callable[..., Any]
+) -> None:
+    page = open_page()
+    site.pace.hold_after(len(tokens_of(CODE_FIRST)) + 6)
+    start_asking(page, "code first")
+    said = page.locator(f"{LAST} .said")
+    expect(said).to_contain_text("Some word")
+    selected = "getSelection().toString()"
+    said.get_by_role("button", name="Copy the code").focus()
+    said.locator("p").first.evaluate("(node) => getSelection().selectAllChildren(node)")
+    site.pace.go_on(20)
+    expect(said).to_contain_text("Some word word word")
+    expect(said.get_by_role("button", name="Copy the code")).to_be_focused()
+    assert page.evaluate(selected) == "Here:"
+    # The same in the paragraph that grows, until the answer is finished.
+    grows = said.locator("p").last
+    grows.evaluate("(node) => getSelection().setBaseAndExtent(node.firstChild, 0, node.firstChild, 9)")
+    site.pace.go_on()
+    expect(page.locator(LAST)).to_have_attribute("aria-busy", "false")
+    expect(page.locator(f"{LAST} > .tools")).to_contain_text("first after")
+    assert page.evaluate(selected) == "Some word"
+    expect(said.get_by_role("button", name="Copy the code")).to_be_focused()
+
+
 # ---- conversations -----------------------------------------------------------------------------
 
 
@@ -366,6 +394,35 @@ def test_conversations_are_kept_renamed_deleted_and_brought_back(
     page.get_by_role("button", name="Undo").click()
     expect(rows).to_have_count(2)
     expect(page.locator("article.user .said")).to_have_text("first talk")
+
+
+# The page stores a growing answer every 700 ms: so it does at each event.
+FAST_CLOCK = "const now = performance.now.bind(performance); performance.now = () => 1e4 * now();"
+
+
+def test_the_list_keeps_keyboard_and_typing_while_an_answer_streams(
+    site: Site, open_page: Callable[..., Any]
+) -> None:
+    page = open_page(init=FAST_CLOCK)
+    ask(page, "first talk")
+    page.click("#new-chat")
+    site.pace.hold_after(12)
+    start_asking(page, "long")
+    said = page.locator(f"{LAST} .said")
+    expect(said).to_contain_text("word word")
+    page.locator("#chats li", has_text="first talk").hover()
+    page.get_by_role("button", name="Rename first talk").click()
+    page.keyboard.type("renamed")
+    site.pace.go_on(15)
+    expect(said).to_contain_text("word word word word")
+    expect(page.get_by_label("New title")).to_be_focused()
+    expect(page.get_by_label("New title")).to_have_value("renamed")
+    page.keyboard.press("Enter")
+    renamed = page.locator("#chats .open", has_text="renamed")
+    expect(renamed).to_be_focused()
+    site.pace.go_on()
+    expect(page.locator(LAST)).to_have_attribute("aria-busy", "false")
+    expect(renamed).to_be_focused()
 
 
 def test_a_conversation_deleted_while_its_answer_streams_stays_deleted(
