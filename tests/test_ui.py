@@ -633,3 +633,27 @@ def test_a_key_is_asked_for_and_used(open_page: Callable[..., Any]) -> None:
         page.fill("#set-key", "k3y")
         page.get_by_role("button", name="Done").click()
         expect(ask(page, "Who?")).to_contain_text("Hello")
+
+
+def test_a_key_is_asked_for_once_and_then_when_a_question_is_refused(
+    open_page: Callable[..., Any],
+) -> None:
+    with serving(Site().service, Access(api_key="k3y")) as address:
+        page = open_page(address)
+        dialog = page.locator("#settings")
+        expect(page.locator("#set-key")).to_be_focused()
+        page.get_by_role("button", name="Done").click()
+        # So it is every 20 seconds, and when the window is looked at again.
+        with page.expect_response("**/health"):
+            page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+        page.click("#tab-inside")
+        expect(page.locator("#try-facts")).to_contain_text("asks for an API key")
+        expect(dialog).to_be_hidden()
+        page.click("#tab-chat")
+        ask(page, "Who?")
+        expect(page.locator("#set-key")).to_be_focused()
+        page.fill("#set-key", "k3y")
+        page.get_by_role("button", name="Done").click()
+        page.get_by_role("button", name="Write another answer").click()
+        expect(page.locator(f"{LAST} .said")).to_contain_text("Hello")
+        expect(dialog).to_be_hidden()
