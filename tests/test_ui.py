@@ -250,6 +250,17 @@ def test_a_call_is_shown_as_expression_and_result_and_sent_back_in_parts(
     ]
 
 
+def test_a_question_that_begins_like_a_command_is_not_lost(open_page: Callable[..., Any]) -> None:
+    page = open_page()
+    start_asking(page, "/etc/passwd? long")
+    expect(page.locator(".notice")).to_contain_text("There is no command /etc/passwd?")
+    expect(page.locator("#text")).to_have_value("/etc/passwd? long")
+    ask_from = page.locator("article.user .said")
+    expect(ask_from).to_have_count(0)
+    start_asking(page, " /etc/passwd? smile")
+    expect(ask_from).to_have_text("/etc/passwd? smile")
+
+
 # Gives the stream of an answer to the page byte by byte.
 BYTES = """
 const fetched = window.fetch;
@@ -441,6 +452,68 @@ def test_a_conversation_deleted_while_its_answer_streams_stays_deleted(
     delete(page, "long")
     page.reload()
     expect(page.locator("#chats li.none")).to_be_visible()
+
+
+# A stored conversation of so many characters.
+STORE = """([title, updated, size]) => localStorage.setItem(`nanochat.chat.${title}`, JSON.stringify(
+  {id: title, title, updated, messages: [{role: "user", content: "x".repeat(size)}]}))"""
+FILL = """() => {
+  let filler = "";
+  for (let size = 2 ** 23; size >= 1; size /= 2) {
+    try {
+      localStorage.setItem("filler", filler + "x".repeat(size));
+      filler += "x".repeat(size);
+    } catch { /* too much */ }
+  }
+}"""
+
+
+def test_what_a_full_storage_costs_is_told(open_page: Callable[..., Any]) -> None:
+    page = open_page()
+    for title, updated, size in (("oldest", 1, 10_000), ("older", 2, 10_000)):
+        page.evaluate(STORE, [title, updated, size])
+    page.evaluate(FILL)
+    ask(page, "Who?")
+    expect(page.locator("#toast")).to_contain_text("storage is full: the oldest conversation, ")
+    expect(page.locator("#toast")).to_contain_text("oldest\u201d, was deleted")
+    expect(page.locator("#chats .open")).to_have_text(["Who?", "older"])
+    page.reload()
+    expect(page.locator("article.user .said")).to_have_text("Who?")
+    # Nothing is left that could go.
+    page.click("#new-chat")
+    page.evaluate("for (const key of Object.keys(localStorage)) localStorage.removeItem(key)")
+    page.evaluate(FILL)
+    ask(page, "Who else?")
+    expect(page.locator("#toast")).to_contain_text("what is new is not kept")
+    page.get_by_role("button", name="OK", exact=True).click()
+    expect(ask(page, "And now?")).to_contain_text("Hello")
+    expect(page.locator("#toast")).to_be_hidden()
+
+
+BLOCKED = """for (const name of ["localStorage", "sessionStorage"]) {
+  const get = () => { throw new DOMException("Access is denied", "SecurityError"); };
+  Object.defineProperty(window, name, {get});
+}"""
+
+
+def test_without_storage_the_page_works_and_says_what_is_missing(
+    open_page: Callable[..., Any],
+) -> None:
+    page = open_page(init=BLOCKED)
+    expect(page.locator("#toast")).to_contain_text("This browser blocks storage")
+    page.get_by_role("button", name="OK", exact=True).click()
+    expect(page.locator("#chats li")).to_contain_text("not kept")
+    ask(page, "first talk")
+    page.click("#new-chat")
+    ask(page, "second talk")
+    page.locator("#chats .open", has_text="first talk").click()
+    expect(page.locator("article.user .said")).to_have_text("first talk")
+    delete(page, "first talk")
+    expect(page.locator("#chats .open")).to_have_text(["second talk"])
+    start_asking(page, "/temperature 0.3")
+    expect(page.locator(".notice")).to_have_text("Temperature is now 0.3.")
+    page.reload()
+    expect(page.locator("#toast")).to_contain_text("This browser blocks storage")
 
 
 # ---- settings and commands ---------------------------------------------------------------------
