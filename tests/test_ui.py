@@ -454,6 +454,52 @@ def test_a_conversation_deleted_while_its_answer_streams_stays_deleted(
     expect(page.locator("#chats li.none")).to_be_visible()
 
 
+# A stored conversation of so many messages of so many characters.
+OLD = """([count, size]) => {
+  const messages = Array.from({length: count}, (_, i) => (i % 2
+    ? {role: "assistant", parts: [{type: "text", text: "x".repeat(size)}], state: "done"}
+    : {role: "user", content: "x".repeat(Math.min(size, 8000))}));
+  localStorage.setItem("nanochat.chat.old", JSON.stringify(
+    {id: "old", title: "old", updated: 1, messages}));
+}"""
+
+
+# The page cuts at 498 messages, so 104 of 601, and at 30,000 characters; the server cuts what is
+# beyond its context of 4,096 tokens, here bytes: all of the long messages.
+@pytest.mark.parametrize(
+    "count, size, num_sent, num_dropped", [(600, 1, 497, 104), (12, 3000, 9, 12), (2, 9, 3, 0)]
+)
+def test_what_is_left_out_of_a_long_conversation_is_told(
+    open_page: Callable[..., Any], count: int, size: int, num_sent: int, num_dropped: int
+) -> None:
+    page = open_page()
+    page.evaluate(OLD, [count, size])
+    page.reload()
+    page.locator("#chats .open", has_text="old").click()
+    with page.expect_request("**/chat/completions") as sent:
+        ask(page, "Who?")
+    assert len(sent.value.post_data_json["messages"]) == num_sent
+    notice = page.locator(f"{LAST} .notice")
+    expect(notice).to_have_count(1 if num_dropped else 0)
+    told = f"the oldest {num_dropped} messages were left out"
+    if num_dropped:
+        expect(notice).to_contain_text(told)
+    page.click("#tab-inside")
+    expect(page.locator("#prompt-facts")).to_contain_text("that fit")
+    assert (told in page.locator("#prompt-facts").inner_text()) == (num_dropped > 0)
+
+
+def test_an_answer_longer_than_a_part_is_sent_back_whole(open_page: Callable[..., Any]) -> None:
+    page = open_page()
+    page.evaluate(OLD, [2, 8001])
+    page.reload()
+    page.locator("#chats .open", has_text="old").click()
+    with page.expect_request("**/chat/completions") as sent:
+        expect(ask(page, "Who?")).to_contain_text("Hello")
+    parts = sent.value.post_data_json["messages"][1]["content"]
+    assert "".join(part["text"] for part in parts) == "x" * 8001
+
+
 # A stored conversation of so many characters.
 STORE = """([title, updated, size]) => localStorage.setItem(`nanochat.chat.${title}`, JSON.stringify(
   {id: title, title, updated, messages: [{role: "user", content: "x".repeat(size)}]}))"""
