@@ -371,7 +371,9 @@ def test_what_is_written_already_keeps_focus_and_selection(
     assert page.evaluate(selected) == "Here:"
     # The same in the paragraph that grows, until the answer is finished.
     grows = said.locator("p").last
-    grows.evaluate("(node) => getSelection().setBaseAndExtent(node.firstChild, 0, node.firstChild, 9)")
+    grows.evaluate(
+        "(node) => getSelection().setBaseAndExtent(node.firstChild, 0, node.firstChild, 9)"
+    )
     site.pace.go_on()
     expect(page.locator(LAST)).to_have_attribute("aria-busy", "false")
     expect(page.locator(f"{LAST} > .tools")).to_contain_text("first after")
@@ -467,7 +469,8 @@ OLD = """([count, size]) => {
 # The page cuts at 498 messages, so 104 of 601, and at 30,000 characters; the server cuts what is
 # beyond its context of 4,096 tokens, here bytes: all of the long messages.
 @pytest.mark.parametrize(
-    "count, size, num_sent, num_dropped", [(600, 1, 497, 104), (12, 3000, 9, 12), (2, 9, 3, 0)]
+    ("count", "size", "num_sent", "num_dropped"),
+    [(600, 1, 497, 104), (12, 3000, 9, 12), (2, 9, 3, 0)],
 )
 def test_what_is_left_out_of_a_long_conversation_is_told(
     open_page: Callable[..., Any], count: int, size: int, num_sent: int, num_dropped: int
@@ -501,8 +504,11 @@ def test_an_answer_longer_than_a_part_is_sent_back_whole(open_page: Callable[...
 
 
 # A stored conversation of so many characters.
-STORE = """([title, updated, size]) => localStorage.setItem(`nanochat.chat.${title}`, JSON.stringify(
-  {id: title, title, updated, messages: [{role: "user", content: "x".repeat(size)}]}))"""
+STORE = """([title, updated, size]) => {
+  const messages = [{role: "user", content: "x".repeat(size)}];
+  localStorage.setItem(
+    `nanochat.chat.${title}`, JSON.stringify({id: title, title, updated, messages}));
+}"""
 FILL = """() => {
   let filler = "";
   for (let size = 2 ** 23; size >= 1; size /= 2) {
@@ -690,21 +696,91 @@ def test_nothing_is_wider_than_a_small_phone(open_page: Callable[..., Any]) -> N
     assert page.evaluate(width) == 320
 
 
-def test_everything_has_a_name_for_screen_readers(open_page: Callable[..., Any]) -> None:
-    page = open_page()
+# Controls without a name, names and states that lead nowhere or that their role does not have.
+TROUBLE_FOR_READERS = """() => {
+  const isSeen = (node) => node.checkVisibility();
+  const all = (query) => [...document.querySelectorAll(query)].filter(isSeen);
+  const nameless = all("button, input, textarea, select, dialog, a, [role=img], [role=tabpanel]")
+    .filter((node) => !(node.getAttribute("aria-label") || node.labels?.length
+      || node.getAttribute("aria-labelledby")
+      || (!/^(TEXTAREA|SELECT|DIALOG)$/.test(node.nodeName) && !node.matches("[role=tabpanel]")
+        && node.textContent.trim())));
+  const lost = ["aria-labelledby", "aria-controls", "aria-activedescendant", "for"]
+    .flatMap((name) => all(`[${name}]`).filter((node) => {
+      const target = document.getElementById(node.getAttribute(name));
+      return !target || (name === "aria-activedescendant" && !isSeen(target));
+    }));
+  const wrong = all("[aria-expanded]").filter((node) => !node.matches("button, [role=combobox]"));
+  const options = all("[role=option]").filter((node) => !node.closest("[role=listbox]"));
+  return [...nameless, ...lost, ...wrong, ...options].map((node) => node.outerHTML.slice(0, 80));
+}"""
+
+
+@pytest.mark.parametrize("width", [1280, 320])
+def test_every_view_and_dialog_can_be_read_by_screen_readers(
+    open_page: Callable[..., Any], width: int
+) -> None:
+    page = open_page(viewport={"width": width, "height": 640})
+
+    def check(*seen: str) -> None:
+        for place in seen:
+            expect(page.locator(place).first).to_be_visible()
+        assert page.evaluate(TROUBLE_FOR_READERS) == []
+
+    expect(page.locator("#model-stage")).to_be_visible()
+    check("#ideas button", "#text", "#send")
+    page.fill("#text", "/t")
+    check("#commands li")
+    page.press("#text", "Escape")
+    check("#text")
     ask(page, "markdown")
+    check(".block button", ".user .said", f"{LAST} .tools button", "#text")
+    page.locator("article.user").hover()
+    page.get_by_role("button", name="Edit and ask again from here").click()
+    check(".edit textarea", ".edit button")
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("main").get_by_role("heading", name="You asked")).to_have_count(1)
     page.click("#tab-inside")
-    expect(page.locator("#prompt-tokens")).to_be_visible()
-    nameless = page.evaluate(
-        """[...document.querySelectorAll("button, input, textarea, select, [role=img]")]
-           .filter((node) => node.checkVisibility())
-           .filter((node) => !(node.getAttribute("aria-label") || node.textContent.trim()
-             || node.labels?.length || node.getAttribute("aria-labelledby")))
-           .map((node) => node.outerHTML.slice(0, 80))"""
-    )
-    assert nameless == []
+    check("#answer-tokens button", "#prompt-tokens", "#try")
+    expect(page.get_by_role("main").get_by_role("tabpanel", name="Look inside")).to_be_visible()
+    for dialog in ("#settings", "#keys"):
+        if width == 320:
+            page.click("#menu")
+            check("#new-chat", "#chats .open")
+        page.click(f"#open-{dialog[1:]}")
+        check(dialog, f"{dialog} button")
+        page.keyboard.press("Escape")
+    if width == 320:
+        page.click("#menu")
+    page.locator("#chats li").hover()
+    page.get_by_role("button", name="Rename markdown").click()
+    check("#chats input")
+    page.keyboard.press("Escape")
+    delete(page, "markdown")
+    check("#toast-button")
     assert page.evaluate("document.documentElement.lang") == "en"
-    assert page.locator("main h2:has-text('You asked')").count() == 1
+
+
+def test_the_skip_link_leads_to_what_is_shown(open_page: Callable[..., Any]) -> None:
+    page = open_page()
+    ask(page, "Who?")
+    for tab, name, target in (
+        ("#tab-chat", "Skip to the question field", "#text"),
+        ("#tab-inside", "Skip to the tokens", "#inside"),
+    ):
+        page.click(tab)
+        page.get_by_role("link", name=name).focus()
+        page.keyboard.press("Enter")
+        expect(page.locator(target)).to_be_focused()
+        expect(page.locator("article")).to_have_count(2)  # the conversation is still open
+
+
+def test_a_closed_menu_gives_the_keyboard_back(open_page: Callable[..., Any]) -> None:
+    page = open_page(viewport={"width": 320, "height": 640})
+    page.click("#menu")
+    expect(page.locator("#new-chat")).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(page.locator("#menu")).to_be_focused()
 
 
 def test_a_banner_while_the_server_is_gone_and_none_when_it_is_back(
