@@ -551,8 +551,10 @@ BLOCKED = """for (const name of ["localStorage", "sessionStorage"]) {
 def test_without_storage_the_page_works_and_says_what_is_missing(
     open_page: Callable[..., Any],
 ) -> None:
-    page = open_page(init=BLOCKED)
+    page = open_page(init=BLOCKED, viewport={"width": 320, "height": 640})
     expect(page.locator("#toast")).to_contain_text("This browser blocks storage")
+    assert page.locator("#toast").bounding_box()["width"] > 280  # as wide as a phone allows
+    page.set_viewport_size({"width": 1280, "height": 640})
     page.get_by_role("button", name="OK", exact=True).click()
     expect(page.locator("#chats li")).to_contain_text("not kept")
     ask(page, "first talk")
@@ -677,6 +679,8 @@ def test_look_inside_shows_no_other_conversation(open_page: Callable[..., Any]) 
 
 def test_nothing_is_wider_than_a_small_phone(open_page: Callable[..., Any]) -> None:
     page = open_page(viewport={"width": 320, "height": 640}, has_touch=True, is_mobile=True)
+    expect(page.locator("#model-stage")).to_be_visible()
+    expect(page.locator("#welcome img")).to_be_in_viewport(ratio=1)
     ask(page, "wide " + "c" * 200)
     expect(page.locator("#model-name")).to_be_visible()
     expect(page.locator("#brand")).to_be_hidden()  # what is left is the model's own name
