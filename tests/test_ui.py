@@ -700,7 +700,8 @@ def test_nothing_is_wider_than_a_small_phone(open_page: Callable[..., Any]) -> N
     assert page.evaluate(width) == 320
 
 
-# Controls without a name, names and states that lead nowhere or that their role does not have.
+# Controls without a name, names and states that lead nowhere or that their role does not have,
+# and what only a mouse can scroll.
 TROUBLE_FOR_READERS = """() => {
   const isSeen = (node) => node.checkVisibility();
   const all = (query) => [...document.querySelectorAll(query)].filter(isSeen);
@@ -716,7 +717,11 @@ TROUBLE_FOR_READERS = """() => {
     }));
   const wrong = all("[aria-expanded]").filter((node) => !node.matches("button, [role=combobox]"));
   const options = all("[role=option]").filter((node) => !node.closest("[role=listbox]"));
-  return [...nameless, ...lost, ...wrong, ...options].map((node) => node.outerHTML.slice(0, 80));
+  const unreachable = all("*").filter((node) => /auto|scroll/.test(getComputedStyle(node).overflowY)
+    && node.scrollHeight > node.clientHeight && node.nodeName !== "TEXTAREA"
+    && !node.matches("[tabindex]") && !node.querySelector("button, input, textarea, [tabindex]"));
+  return [...nameless, ...lost, ...wrong, ...options, ...unreachable]
+    .map((node) => node.outerHTML.slice(0, 80));
 }"""
 
 
@@ -730,6 +735,8 @@ def test_every_view_and_dialog_can_be_read_by_screen_readers(
         for place in seen:
             expect(page.locator(place).first).to_be_visible()
         assert page.evaluate(TROUBLE_FOR_READERS) == []
+        expect(page.locator("h1")).to_have_count(1)
+        expect(page.locator("h1")).to_be_visible()
 
     expect(page.locator("#model-stage")).to_be_visible()
     check("#ideas button", "#text", "#send")
@@ -737,7 +744,7 @@ def test_every_view_and_dialog_can_be_read_by_screen_readers(
     check("#commands li")
     page.press("#text", "Escape")
     check("#text")
-    ask(page, "markdown")
+    ask(page, "markdown" + " why?" * 300)  # as long a prompt as must be scrolled
     check(".block button", ".user .said", f"{LAST} .tools button", "#text")
     page.locator("article.user").hover()
     page.get_by_role("button", name="Edit and ask again from here").click()
