@@ -31,6 +31,7 @@ CODE = 'def f(x):\n    return x < 2 and "<b>"'
 MARKDOWN = (
     f"# Title\nSome **bold** and `x<y`.\n\n- one\n- two\n\n```python\n{CODE}\n```\nEnd.\n\n#### 37"
 )
+CODE_FIRST = "Here:\n\n```python\nprint(1)\n```\nSome "
 OUTPUT = ("<|output_start|>", "42", "<|output_end|>")
 SCRIPT: dict[str, list[str]] = {
     "evil": [EVIL],
@@ -39,6 +40,7 @@ SCRIPT: dict[str, list[str]] = {
     "smile": ["\U0001f642 gr\u00fc\u00df dich \U0001f680"],
     "nothing": [],
     "long": ["word " * 200],
+    "code first": [CODE_FIRST, "word " * 40],
     "wide": ["a" * 300 + "\n\n```\n" + "b" * 300 + "\n```"],
 }
 
@@ -76,8 +78,9 @@ class Pace:
     def hold_after(self, steps: int) -> None:
         self._left = steps
 
-    def go_on(self) -> None:
-        self._left = None
+    def go_on(self, steps: int | None = None) -> None:
+        """Go on, to hold again after so many steps."""
+        self._left = steps
         self._may_run.set()
 
 
@@ -149,6 +152,11 @@ def ask(page: Any, text: str) -> Any:
     expect(page.locator("article.user").last).to_contain_text(text.split("\n")[0])
     expect(page.locator(LAST)).to_have_attribute("aria-busy", "false")
     return page.locator(f"{LAST} .said")
+
+
+def delete(page: Any, title: str) -> None:
+    page.locator("#chats li", has_text=title).hover()
+    page.get_by_role("button", name=f"Delete {title}").click()
 
 
 # ---- answers -----------------------------------------------------------------------------------
@@ -240,6 +248,17 @@ def test_a_call_is_shown_as_expression_and_result_and_sent_back_in_parts(
         "python_output",
         "text",
     ]
+
+
+def test_a_question_that_begins_like_a_command_is_not_lost(open_page: Callable[..., Any]) -> None:
+    page = open_page()
+    start_asking(page, "/etc/passwd? long")
+    expect(page.locator(".notice")).to_contain_text("There is no command /etc/passwd?")
+    expect(page.locator("#text")).to_have_value("/etc/passwd? long")
+    ask_from = page.locator("article.user .said")
+    expect(ask_from).to_have_count(0)
+    start_asking(page, " /etc/passwd? smile")
+    expect(ask_from).to_have_text("/etc/passwd? smile")
 
 
 # Gives the stream of an answer to the page byte by byte.
@@ -335,6 +354,33 @@ def test_a_reload_in_the_middle_keeps_what_was_written_and_frees_the_slot(
     assert page.locator(f"{LAST} .said").inner_text().count("word") > 100  # 512 tokens
 
 
+def test_what_is_written_already_keeps_focus_and_selection(
+    site: Site, open_page: Callable[..., Any]
+) -> None:
+    page = open_page()
+    site.pace.hold_after(len(tokens_of(CODE_FIRST)) + 6)
+    start_asking(page, "code first")
+    said = page.locator(f"{LAST} .said")
+    expect(said).to_contain_text("Some word")
+    selected = "getSelection().toString()"
+    said.get_by_role("button", name="Copy the code").focus()
+    said.locator("p").first.evaluate("(node) => getSelection().selectAllChildren(node)")
+    site.pace.go_on(20)
+    expect(said).to_contain_text("Some word word word")
+    expect(said.get_by_role("button", name="Copy the code")).to_be_focused()
+    assert page.evaluate(selected) == "Here:"
+    # The same in the paragraph that grows, until the answer is finished.
+    grows = said.locator("p").last
+    grows.evaluate(
+        "(node) => getSelection().setBaseAndExtent(node.firstChild, 0, node.firstChild, 9)"
+    )
+    site.pace.go_on()
+    expect(page.locator(LAST)).to_have_attribute("aria-busy", "false")
+    expect(page.locator(f"{LAST} > .tools")).to_contain_text("first after")
+    assert page.evaluate(selected) == "Some word"
+    expect(said.get_by_role("button", name="Copy the code")).to_be_focused()
+
+
 # ---- conversations -----------------------------------------------------------------------------
 
 
@@ -361,6 +407,167 @@ def test_conversations_are_kept_renamed_deleted_and_brought_back(
     page.get_by_role("button", name="Undo").click()
     expect(rows).to_have_count(2)
     expect(page.locator("article.user .said")).to_have_text("first talk")
+
+
+# The page stores a growing answer every 700 ms: so it does at each event.
+FAST_CLOCK = "const now = performance.now.bind(performance); performance.now = () => 1e4 * now();"
+
+
+def test_the_list_keeps_keyboard_and_typing_while_an_answer_streams(
+    site: Site, open_page: Callable[..., Any]
+) -> None:
+    page = open_page(init=FAST_CLOCK)
+    ask(page, "first talk")
+    page.click("#new-chat")
+    site.pace.hold_after(12)
+    start_asking(page, "long")
+    said = page.locator(f"{LAST} .said")
+    expect(said).to_contain_text("word word")
+    page.locator("#chats li", has_text="first talk").hover()
+    page.get_by_role("button", name="Rename first talk").click()
+    page.keyboard.type("renamed")
+    site.pace.go_on(15)
+    expect(said).to_contain_text("word word word word")
+    expect(page.get_by_label("New title")).to_be_focused()
+    expect(page.get_by_label("New title")).to_have_value("renamed")
+    page.keyboard.press("Enter")
+    renamed = page.locator("#chats .open", has_text="renamed")
+    expect(renamed).to_be_focused()
+    site.pace.go_on()
+    expect(page.locator(LAST)).to_have_attribute("aria-busy", "false")
+    expect(renamed).to_be_focused()
+
+
+def test_a_conversation_deleted_while_its_answer_streams_stays_deleted(
+    site: Site, open_page: Callable[..., Any]
+) -> None:
+    page = open_page()
+    site.pace.hold_after(30)
+    start_asking(page, "long")
+    expect(page.locator(f"{LAST} .said")).to_contain_text("word word")
+    delete(page, "long")
+    expect(page.locator("#send")).to_have_attribute("aria-label", "Send")  # it is stopped
+    site.pace.go_on()
+    expect(page.locator("#chats li.none")).to_be_visible()
+    page.get_by_role("button", name="Undo").click()
+    expect(page.locator(LAST)).to_contain_text("You stopped this answer.")
+    delete(page, "long")
+    page.reload()
+    expect(page.locator("#chats li.none")).to_be_visible()
+
+
+# A stored conversation of so many messages of so many characters.
+OLD = """([count, size]) => {
+  const messages = Array.from({length: count}, (_, i) => (i % 2
+    ? {role: "assistant", parts: [{type: "text", text: "x".repeat(size)}], state: "done"}
+    : {role: "user", content: "x".repeat(Math.min(size, 8000))}));
+  localStorage.setItem("nanochat.chat.old", JSON.stringify(
+    {id: "old", title: "old", updated: 1, messages}));
+}"""
+
+
+# The page cuts at 498 messages, so 104 of 601, and at 30,000 characters; the server cuts what is
+# beyond its context of 4,096 tokens, here bytes: all of the long messages.
+@pytest.mark.parametrize(
+    ("count", "size", "num_sent", "num_dropped"),
+    [(600, 1, 497, 104), (12, 3000, 9, 12), (2, 9, 3, 0)],
+)
+def test_what_is_left_out_of_a_long_conversation_is_told(
+    open_page: Callable[..., Any], count: int, size: int, num_sent: int, num_dropped: int
+) -> None:
+    page = open_page()
+    page.evaluate(OLD, [count, size])
+    page.reload()
+    page.locator("#chats .open", has_text="old").click()
+    with page.expect_request("**/chat/completions") as sent:
+        ask(page, "Who?")
+    assert len(sent.value.post_data_json["messages"]) == num_sent
+    notice = page.locator(f"{LAST} .notice")
+    expect(notice).to_have_count(1 if num_dropped else 0)
+    told = f"the oldest {num_dropped} messages were left out"
+    if num_dropped:
+        expect(notice).to_contain_text(told)
+    page.click("#tab-inside")
+    expect(page.locator("#prompt-facts")).to_contain_text("that fit")
+    assert (told in page.locator("#prompt-facts").inner_text()) == (num_dropped > 0)
+
+
+def test_an_answer_longer_than_a_part_is_sent_back_whole(open_page: Callable[..., Any]) -> None:
+    page = open_page()
+    page.evaluate(OLD, [2, 8001])
+    page.reload()
+    page.locator("#chats .open", has_text="old").click()
+    with page.expect_request("**/chat/completions") as sent:
+        expect(ask(page, "Who?")).to_contain_text("Hello")
+    parts = sent.value.post_data_json["messages"][1]["content"]
+    assert "".join(part["text"] for part in parts) == "x" * 8001
+
+
+# A stored conversation of so many characters.
+STORE = """([title, updated, size]) => {
+  const messages = [{role: "user", content: "x".repeat(size)}];
+  localStorage.setItem(
+    `nanochat.chat.${title}`, JSON.stringify({id: title, title, updated, messages}));
+}"""
+FILL = """() => {
+  let filler = "";
+  for (let size = 2 ** 23; size >= 1; size /= 2) {
+    try {
+      localStorage.setItem("filler", filler + "x".repeat(size));
+      filler += "x".repeat(size);
+    } catch { /* too much */ }
+  }
+}"""
+
+
+def test_what_a_full_storage_costs_is_told(open_page: Callable[..., Any]) -> None:
+    page = open_page()
+    for title, updated, size in (("oldest", 1, 10_000), ("older", 2, 10_000)):
+        page.evaluate(STORE, [title, updated, size])
+    page.evaluate(FILL)
+    ask(page, "Who?")
+    expect(page.locator("#toast")).to_contain_text("storage is full: the oldest conversation, ")
+    expect(page.locator("#toast")).to_contain_text("oldest\u201d, was deleted")
+    expect(page.locator("#chats .open")).to_have_text(["Who?", "older"])
+    page.reload()
+    expect(page.locator("article.user .said")).to_have_text("Who?")
+    # Nothing is left that could go.
+    page.click("#new-chat")
+    page.evaluate("for (const key of Object.keys(localStorage)) localStorage.removeItem(key)")
+    page.evaluate(FILL)
+    ask(page, "Who else?")
+    expect(page.locator("#toast")).to_contain_text("what is new is not kept")
+    page.get_by_role("button", name="OK", exact=True).click()
+    expect(ask(page, "And now?")).to_contain_text("Hello")
+    expect(page.locator("#toast")).to_be_hidden()
+
+
+BLOCKED = """for (const name of ["localStorage", "sessionStorage"]) {
+  const get = () => { throw new DOMException("Access is denied", "SecurityError"); };
+  Object.defineProperty(window, name, {get});
+}"""
+
+
+def test_without_storage_the_page_works_and_says_what_is_missing(
+    open_page: Callable[..., Any],
+) -> None:
+    page = open_page(init=BLOCKED, viewport={"width": 320, "height": 640})
+    expect(page.locator("#toast")).to_contain_text("This browser blocks storage")
+    assert page.locator("#toast").bounding_box()["width"] > 280  # as wide as a phone allows
+    page.set_viewport_size({"width": 1280, "height": 640})
+    page.get_by_role("button", name="OK", exact=True).click()
+    expect(page.locator("#chats li")).to_contain_text("not kept")
+    ask(page, "first talk")
+    page.click("#new-chat")
+    ask(page, "second talk")
+    page.locator("#chats .open", has_text="first talk").click()
+    expect(page.locator("article.user .said")).to_have_text("first talk")
+    delete(page, "first talk")
+    expect(page.locator("#chats .open")).to_have_text(["second talk"])
+    start_asking(page, "/temperature 0.3")
+    expect(page.locator(".notice")).to_have_text("Temperature is now 0.3.")
+    page.reload()
+    expect(page.locator("#toast")).to_contain_text("This browser blocks storage")
 
 
 # ---- settings and commands ---------------------------------------------------------------------
@@ -442,11 +649,38 @@ def test_look_inside_shows_tokens_alternatives_and_the_prompt(
     expect(tokens.first).to_be_visible()
 
 
+def test_look_inside_shows_no_other_conversation(open_page: Callable[..., Any]) -> None:
+    page = open_page()
+    ask(page, "first talk")
+    page.click("#new-chat")
+    ask(page, "smile, second talk")
+    page.locator("#chats .open", has_text="first talk").click()
+    page.click("#tab-inside")
+    expect(page.locator("#inside-none")).to_contain_text("only those of the newest answer")
+    for part in ("#inside-answer", "#inside-prompt"):
+        expect(page.locator(part)).to_be_hidden()
+    page.click("#new-chat")
+    page.click("#tab-inside")
+    expect(page.locator("#inside-none")).to_contain_text("No answer yet.")
+    page.locator("#chats .open", has_text="second talk").click()
+    rate = page.locator(f"{LAST} .facts").inner_text().split("\u00b7")[1].split()[0]
+    page.reload()
+    page.click("#tab-inside")
+    expect(page.locator("#answer-tokens button")).to_have_count(
+        len(tokens_of(*SCRIPT["smile"], END))
+    )
+    figure = page.locator("#answer-figures div", has_text="tokens per second").locator("dd")
+    expect(figure).to_have_text(f"{float(rate):.0f}")
+    expect(page.locator("#prompt-tokens")).to_contain_text("second")
+
+
 # ---- a small screen, a reader, trouble ---------------------------------------------------------
 
 
 def test_nothing_is_wider_than_a_small_phone(open_page: Callable[..., Any]) -> None:
     page = open_page(viewport={"width": 320, "height": 640}, has_touch=True, is_mobile=True)
+    expect(page.locator("#model-stage")).to_be_visible()
+    expect(page.locator("#welcome img")).to_be_in_viewport(ratio=1)
     ask(page, "wide " + "c" * 200)
     expect(page.locator("#model-name")).to_be_visible()
     expect(page.locator("#brand")).to_be_hidden()  # what is left is the model's own name
@@ -466,21 +700,98 @@ def test_nothing_is_wider_than_a_small_phone(open_page: Callable[..., Any]) -> N
     assert page.evaluate(width) == 320
 
 
-def test_everything_has_a_name_for_screen_readers(open_page: Callable[..., Any]) -> None:
-    page = open_page()
-    ask(page, "markdown")
+# Controls without a name, names and states that lead nowhere or that their role does not have,
+# and what only a mouse can scroll.
+TROUBLE_FOR_READERS = """() => {
+  const isSeen = (node) => node.checkVisibility();
+  const all = (query) => [...document.querySelectorAll(query)].filter(isSeen);
+  const nameless = all("button, input, textarea, select, dialog, a, [role=img], [role=tabpanel]")
+    .filter((node) => !(node.getAttribute("aria-label") || node.labels?.length
+      || node.getAttribute("aria-labelledby")
+      || (!/^(TEXTAREA|SELECT|DIALOG)$/.test(node.nodeName) && !node.matches("[role=tabpanel]")
+        && node.textContent.trim())));
+  const lost = ["aria-labelledby", "aria-controls", "aria-activedescendant", "for"]
+    .flatMap((name) => all(`[${name}]`).filter((node) => {
+      const target = document.getElementById(node.getAttribute(name));
+      return !target || (name === "aria-activedescendant" && !isSeen(target));
+    }));
+  const wrong = all("[aria-expanded]").filter((node) => !node.matches("button, [role=combobox]"));
+  const options = all("[role=option]").filter((node) => !node.closest("[role=listbox]"));
+  const unreachable = all("*").filter((node) => /auto|scroll/.test(getComputedStyle(node).overflowY)
+    && node.scrollHeight > node.clientHeight && node.nodeName !== "TEXTAREA"
+    && !node.matches("[tabindex]") && !node.querySelector("button, input, textarea, [tabindex]"));
+  return [...nameless, ...lost, ...wrong, ...options, ...unreachable]
+    .map((node) => node.outerHTML.slice(0, 80));
+}"""
+
+
+@pytest.mark.parametrize("width", [1280, 320])
+def test_every_view_and_dialog_can_be_read_by_screen_readers(
+    open_page: Callable[..., Any], width: int
+) -> None:
+    page = open_page(viewport={"width": width, "height": 640})
+
+    def check(*seen: str) -> None:
+        for place in seen:
+            expect(page.locator(place).first).to_be_visible()
+        assert page.evaluate(TROUBLE_FOR_READERS) == []
+        expect(page.locator("h1")).to_have_count(1)
+        expect(page.locator("h1")).to_be_visible()
+
+    expect(page.locator("#model-stage")).to_be_visible()
+    check("#ideas button", "#text", "#send")
+    page.fill("#text", "/t")
+    check("#commands li")
+    page.press("#text", "Escape")
+    check("#text")
+    ask(page, "markdown" + " why?" * 300)  # as long a prompt as must be scrolled
+    check(".block button", ".user .said", f"{LAST} .tools button", "#text")
+    page.locator("article.user").hover()
+    page.get_by_role("button", name="Edit and ask again from here").click()
+    check(".edit textarea", ".edit button")
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("main").get_by_role("heading", name="You asked")).to_have_count(1)
     page.click("#tab-inside")
-    expect(page.locator("#prompt-tokens")).to_be_visible()
-    nameless = page.evaluate(
-        """[...document.querySelectorAll("button, input, textarea, select, [role=img]")]
-           .filter((node) => node.checkVisibility())
-           .filter((node) => !(node.getAttribute("aria-label") || node.textContent.trim()
-             || node.labels?.length || node.getAttribute("aria-labelledby")))
-           .map((node) => node.outerHTML.slice(0, 80))"""
-    )
-    assert nameless == []
+    check("#answer-tokens button", "#prompt-tokens", "#try")
+    expect(page.get_by_role("main").get_by_role("tabpanel", name="Look inside")).to_be_visible()
+    for dialog in ("#settings", "#keys"):
+        if width == 320:
+            page.click("#menu")
+            check("#new-chat", "#chats .open")
+        page.click(f"#open-{dialog[1:]}")
+        check(dialog, f"{dialog} button")
+        page.keyboard.press("Escape")
+    if width == 320:
+        page.click("#menu")
+    page.locator("#chats li").hover()
+    page.get_by_role("button", name="Rename markdown").click()
+    check("#chats input")
+    page.keyboard.press("Escape")
+    delete(page, "markdown")
+    check("#toast-button")
     assert page.evaluate("document.documentElement.lang") == "en"
-    assert page.locator("main h2:has-text('You asked')").count() == 1
+
+
+def test_the_skip_link_leads_to_what_is_shown(open_page: Callable[..., Any]) -> None:
+    page = open_page()
+    ask(page, "Who?")
+    for tab, name, target in (
+        ("#tab-chat", "Skip to the question field", "#text"),
+        ("#tab-inside", "Skip to the tokens", "#inside"),
+    ):
+        page.click(tab)
+        page.get_by_role("link", name=name).focus()
+        page.keyboard.press("Enter")
+        expect(page.locator(target)).to_be_focused()
+        expect(page.locator("article")).to_have_count(2)  # the conversation is still open
+
+
+def test_a_closed_menu_gives_the_keyboard_back(open_page: Callable[..., Any]) -> None:
+    page = open_page(viewport={"width": 320, "height": 640})
+    page.click("#menu")
+    expect(page.locator("#new-chat")).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(page.locator("#menu")).to_be_focused()
 
 
 def test_a_banner_while_the_server_is_gone_and_none_when_it_is_back(
@@ -528,3 +839,27 @@ def test_a_key_is_asked_for_and_used(open_page: Callable[..., Any]) -> None:
         page.fill("#set-key", "k3y")
         page.get_by_role("button", name="Done").click()
         expect(ask(page, "Who?")).to_contain_text("Hello")
+
+
+def test_a_key_is_asked_for_once_and_then_when_a_question_is_refused(
+    open_page: Callable[..., Any],
+) -> None:
+    with serving(Site().service, Access(api_key="k3y")) as address:
+        page = open_page(address)
+        dialog = page.locator("#settings")
+        expect(page.locator("#set-key")).to_be_focused()
+        page.get_by_role("button", name="Done").click()
+        # So it is every 20 seconds, and when the window is looked at again.
+        with page.expect_response("**/health"):
+            page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+        page.click("#tab-inside")
+        expect(page.locator("#try-facts")).to_contain_text("asks for an API key")
+        expect(dialog).to_be_hidden()
+        page.click("#tab-chat")
+        ask(page, "Who?")
+        expect(page.locator("#set-key")).to_be_focused()
+        page.fill("#set-key", "k3y")
+        page.get_by_role("button", name="Done").click()
+        page.get_by_role("button", name="Write another answer").click()
+        expect(page.locator(f"{LAST} .said")).to_contain_text("Hello")
+        expect(dialog).to_be_hidden()
