@@ -109,6 +109,10 @@ def main(options_json: str) -> NoReturn:
 
 
 def _guarded(run: Callable[..., None], *arguments: Any) -> NoReturn:
+    # The trainer may be killed before it kills. After the namespaces, which would reset it.
+    walls.put_up("dies with the trainer", layers.die_with_parent)
+    if os.getppid() != options["trainer"]:
+        os._exit(1)  # it ended before that
     """A forked process never returns into the code of its parent."""
     try:
         run(*arguments)
