@@ -75,20 +75,30 @@ class _Walls:
         self.put_up("resource limits", layers.limit_resources, *limits, self.num_tasks)
         self.put_up("dies with its parent", layers.die_with_parent)
         if not options["unsafe"]:
+            self.put_up("no huge pages", layers.forbid_huge_pages)
             self.put_up("no_new_privs", layers.forbid_new_privileges)
-            self.put_up("landlock", layers.landlock, self.scratch, self.readable)
+            is_private = "private root" in self.active
+            landlock = partial(layers.landlock, may_remove=is_private)
+            self.put_up("landlock", landlock, self.scratch, self.readable)
             # Where nothing else keeps the user's files apart, none is opened for writing.
-            may_write = "landlock" in self.active or "private root" in self.active
+            may_write = "landlock" in self.active or is_private
             if not may_write:
                 self.missing.append("scratch folder: without landlock or private root, read-only")
             self.put_up("seccomp", partial(layers.filter_system_calls, may_write=may_write))
 
     @property
     def problem(self) -> str | None:
-        """Why nothing may run behind these walls, or None."""
-        if self.options["unsafe"] or any(name in self.active for name in REQUIRED):
+        """Why nothing may run behind these walls, or None.
+
+        Without seccomp and pid namespace a program may end its user's other processes; without
+        seccomp and private root it may change modes and times of files, which Landlock permits.
+        """
+        if self.options["unsafe"] or "seccomp" in self.active or "private root" in self.active:
             return None
-        return f"neither of {' and '.join(REQUIRED)} works here ({'; '.join(self.missing)})"
+        missing = "; ".join(self.missing)
+        if "pid namespace" not in self.active:
+            return f"neither of seccomp and pid namespace works here ({missing})"
+        return f"without seccomp or a private root files can be changed ({missing})"
 
 
 def main(options_json: str) -> NoReturn:
@@ -99,6 +109,10 @@ def main(options_json: str) -> NoReturn:
     verdict = options["verdict"]
     if not options["unsafe"]:
         walls.put_up("pid namespace", layers.enter_namespaces)
+    # The trainer may be killed before it kills. After the namespaces, which would reset it.
+    walls.put_up("dies with the trainer", layers.die_with_parent)
+    if os.getppid() != options["trainer"]:
+        os._exit(1)  # it ended before that
     child = os.fork()
     if child == 0:
         _guarded(_be_tester, walls, verdict)
@@ -109,10 +123,6 @@ def main(options_json: str) -> NoReturn:
 
 
 def _guarded(run: Callable[..., None], *arguments: Any) -> NoReturn:
-    # The trainer may be killed before it kills. After the namespaces, which would reset it.
-    walls.put_up("dies with the trainer", layers.die_with_parent)
-    if os.getppid() != options["trainer"]:
-        os._exit(1)  # it ended before that
     """A forked process never returns into the code of its parent."""
     try:
         run(*arguments)
