@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from benchmarks import bench_sandbox
 from nanochat import execution
 from nanochat.common import UserError
 from nanochat.execution import ExecutionResult, check_program, execute_code, sandbox_problem
@@ -69,6 +73,35 @@ def test_time_and_memory_are_reported_as_such() -> None:
     assert (large.timeout, large.memory_exceeded, large.success) == (False, True, False)
 
 
+@pytest.mark.parametrize(
+    "program",
+    [
+        "class OfNumpy(MemoryError): pass\nraise OfNumpy('Unable to allocate 1 GiB')",
+        "class OfNumpy(MemoryError): pass\ndef f(x): raise OfNumpy('Unable to allocate 1 GiB')",
+    ],
+)
+def test_a_subclass_of_memory_error_is_memory(program: str) -> None:
+    result = judge(program)
+    assert result.memory_exceeded
+    assert str(result.error).startswith("MemoryError: Unable to allocate 1 GiB")
+
+
+def test_what_is_only_named_like_a_memory_error_is_none() -> None:
+    result = execute_code("class MemoryErrors(Exception): pass\nraise MemoryErrors('two')")
+    assert (result.memory_exceeded, result.error) == (False, "MemoryErrors: two")
+
+
+def test_numpys_out_of_memory_is_memory() -> None:
+    result = execute_code("import numpy; numpy.ones(1 << 40, dtype='u1')", 20.0, 1 << 30)
+    assert result.memory_exceeded, result.error
+
+
+def test_an_error_is_short_and_can_be_printed() -> None:
+    result = judge("raise ValueError('\\ud800' * 1_000_000)")
+    assert str(result.error).startswith("ValueError: ???")
+    assert len(str(result.error)) < 3000
+
+
 def test_output_is_kept_up_to_a_limit() -> None:
     result = execute_code("print('x' * 10_000_000)")
     assert result.success
@@ -95,6 +128,11 @@ def test_a_models_own_demonstration_is_not_run_with_its_tests() -> None:
 def test_installed_packages_can_be_imported() -> None:
     result = execute_code("import numpy; print(numpy.arange(3).sum())", 20.0, 1 << 30)
     assert (result.error, result.stdout) == (None, "3\n")
+
+
+def test_a_program_may_close_its_output() -> None:
+    program = "import sys\nsys.stdout.close()\nsys.stderr = None\ndef f(x): return x * x"
+    assert judge(program).error is None
 
 
 def test_threads_work() -> None:
@@ -124,6 +162,23 @@ def test_what_a_program_leaves_is_removed_however_deep_and_closed(tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_is_written_to_while_it_is_removed_is_removed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "left"
+    (folder / "inside").mkdir(parents=True)
+    rmdir, late = os.rmdir, ["late"]
+
+    def remove_after_a_last_write(path: str | Path, *, dir_fd: int | None = None) -> None:
+        if late:
+            (folder / "inside" / late.pop()).touch()
+        rmdir(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr("os.rmdir", remove_after_a_last_write)
+    supervisor.remove(folder)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_every_wall_is_reported() -> None:
     result = execute_code("pass")
     assert {"process group", "clean environment", "capped output", "resource limits"} <= set(
@@ -149,6 +204,143 @@ def test_a_sandbox_that_cannot_start_is_skipped_with_its_reason(
     result = execute_code("pass")
     assert (result.skipped, result.success) == (True, False)
     assert result.error == "the sandbox did not start: no such kernel"
+
+
+@pytest.mark.parametrize(
+    "name", ["subprocess.Popen", "os.pipe", "tempfile.mkdtemp", "selectors.DefaultSelector"]
+)
+def test_a_machine_without_room_for_a_sandbox_skips_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(name, fail)
+        result = judge("def f(x): return x * x")
+    assert (result.skipped, result.success) == (True, False)
+    assert result.error == "the sandbox cannot run here: [Errno 28] No space left on device"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_private_root_what_is_in_the_folder_stays_there_to_be_counted() -> None:
+    program = """
+import os, tempfile
+def refused(action, *arguments):
+    try: action(*arguments)
+    except OSError: return True
+open("a", "w").close(); open("b", "w").close(); os.mkdir("c"); os.rmdir("c")
+print([refused(*call) for call in ((os.unlink, "a"), (os.rename, "a", "d"), (os.replace, "a", "b"),
+                                   (os.open, ".", os.O_TMPFILE | os.O_RDWR))])
+"""
+    request = {"program": program, "tests": None}
+    result = execution._execute(request, 5.0, MEMORY, unsafe=False, without=("private root",))
+    if not {"landlock", "seccomp"} <= set(result.layers):
+        pytest.skip("nothing can be written here without a private root")
+    assert (result.error, result.stdout) == (None, "[True, True, True, True]\n")
+
+
+def test_a_folder_that_cannot_be_looked_into_is_full(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def closed(path: str) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    assert not supervisor.is_full(tmp_path)
+    monkeypatch.setattr("os.scandir", closed)
+    assert supervisor.is_full(tmp_path)
+
+
+def test_nothing_runs_where_files_can_be_changed() -> None:
+    request = {"program": "print('ran')", "tests": None}
+    without = ("seccomp", "private root")
+    result = execution._execute(request, 5.0, MEMORY, unsafe=False, without=without)
+    assert (result.skipped, result.success, result.stdout) == (True, False, "")
+    if "pid namespace" in result.layers:
+        assert "without seccomp or a private root files can be changed" in str(result.error)
+
+
+def test_the_sandbox_ends_when_its_trainer_is_killed(tmp_path: Path) -> None:
+    program = f"open({str(tmp_path / 'running')!r}, 'w').close(); import time; time.sleep(600)"
+    trainer = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            f"from nanochat.execution import execute_code; execute_code({program!r}, 600.0,"
+            " unsafe=True)",
+        ],
+        cwd=REPOSITORY,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
+    wait_until((tmp_path / "running").exists)
+    processes = descendants(trainer.pid)
+    assert len(processes) == 3
+    trainer.kill()
+    trainer.wait()
+    wait_until(lambda: not any(map(is_alive, processes)))
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def descendants(process: int) -> list[int]:
+    text = Path(f"/proc/{process}/task/{process}/children").read_text()
+    children = [int(number) for number in text.split()]
+    return children + [below for child in children for below in descendants(child)]
+
+
+def is_alive(process: int) -> bool:
+    try:
+        status = Path(f"/proc/{process}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
+
+
+# The libc of macOS has no prctl, its kernel sets no limit of address space, and some are unknown.
+AS_ON_MACOS = """
+import ctypes, resource, sys, sysconfig
+sysconfig.get_config_vars()
+sys.platform = "darwin"
+class Libc(ctypes.CDLL):
+    def __getattr__(self, name):
+        if name in ("prctl", "unshare", "mount"):
+            raise AttributeError(f"dlsym: symbol {{name}} not found")
+        return super().__getattr__(name)
+ctypes.CDLL = Libc
+del resource.RLIMIT_NPROC, resource.RLIMIT_MEMLOCK
+setrlimit = resource.setrlimit
+def set_limit(what, limits):
+    if what == resource.RLIMIT_AS:
+        raise ValueError("current limit exceeds maximum limit")
+    setrlimit(what, limits)
+resource.setrlimit = set_limit
+"""
+
+
+def test_unsafe_runs_where_the_system_calls_of_linux_are_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(supervisor, "_LAUNCH", AS_ON_MACOS + supervisor._LAUNCH)
+    program = (
+        "import resource, sys\n"
+        "print(sys.platform, resource.getrlimit(resource.RLIMIT_NOFILE))\n"
+        "def f(x): return x * x"
+    )
+    result = judge(program, unsafe=True)
+    assert (result.error, result.stdout) == (None, "darwin (64, 64)\n")
+    missing = "\n".join(result.missing)
+    assert "dies with its parent: not on darwin" in missing
+    assert "resource limits: all but RLIMIT_MEMLOCK (" in missing
+    assert "RLIMIT_AS (current limit exceeds maximum limit)" in missing
+    slow = judge("while True: pass", timeout=0.5, unsafe=True)
+    assert slow.timeout
 
 
 def test_other_systems_than_linux_are_refused_in_a_sentence(
@@ -273,6 +465,19 @@ def test_frames_of_any_size_cross() -> None:
 def test_what_is_no_value_is_refused(data: object) -> None:
     with pytest.raises((ValueError, TypeError)):
         wire.decode(data)
+
+
+# ---- the benchmark -------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sandbox_problem() is not None, reason=str(sandbox_problem()))
+def test_the_benchmark_says_what_the_walls_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_sandbox.main(bench_sandbox.Config(programs=2)) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert (row["benchmark"], row["programs"], row["passed"]) == ("sandbox", 2, 2)
+    assert 0 < row["sandbox_median_ms"] <= row["sandbox_p95_ms"]
+    assert 0 < row["bare_median_ms"] <= row["bare_p95_ms"]
+    assert "resource limits" in row["layers"]
 
 
 # ---- HumanEval -----------------------------------------------------------------------------------

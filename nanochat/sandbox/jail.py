@@ -13,6 +13,7 @@ package. Standard library only.
 from __future__ import annotations
 
 import builtins
+import contextlib
 import json
 import os
 import signal
@@ -27,8 +28,7 @@ from typing import Any, NoReturn
 
 from nanochat.sandbox import layers, wire
 
-# One of them, or nothing runs: without either a program may kill its user's other processes.
-REQUIRED = ("seccomp", "pid namespace")
+_MESSAGE_CHARS = 2000  # kept of what a program or its tests say when they fail
 
 
 class _ProgramError(Exception):
@@ -75,20 +75,30 @@ class _Walls:
         self.put_up("resource limits", layers.limit_resources, *limits, self.num_tasks)
         self.put_up("dies with its parent", layers.die_with_parent)
         if not options["unsafe"]:
+            self.put_up("no huge pages", layers.forbid_huge_pages)
             self.put_up("no_new_privs", layers.forbid_new_privileges)
-            self.put_up("landlock", layers.landlock, self.scratch, self.readable)
+            is_private = "private root" in self.active
+            landlock = partial(layers.landlock, may_remove=is_private)
+            self.put_up("landlock", landlock, self.scratch, self.readable)
             # Where nothing else keeps the user's files apart, none is opened for writing.
-            may_write = "landlock" in self.active or "private root" in self.active
+            may_write = "landlock" in self.active or is_private
             if not may_write:
                 self.missing.append("scratch folder: without landlock or private root, read-only")
             self.put_up("seccomp", partial(layers.filter_system_calls, may_write=may_write))
 
     @property
     def problem(self) -> str | None:
-        """Why nothing may run behind these walls, or None."""
-        if self.options["unsafe"] or any(name in self.active for name in REQUIRED):
+        """Why nothing may run behind these walls, or None.
+
+        Without seccomp and pid namespace a program may end its user's other processes; without
+        seccomp and private root it may change modes and times of files, which Landlock permits.
+        """
+        if self.options["unsafe"] or "seccomp" in self.active or "private root" in self.active:
             return None
-        return f"neither of {' and '.join(REQUIRED)} works here ({'; '.join(self.missing)})"
+        missing = "; ".join(self.missing)
+        if "pid namespace" not in self.active:
+            return f"neither of seccomp and pid namespace works here ({missing})"
+        return f"without seccomp or a private root files can be changed ({missing})"
 
 
 def main(options_json: str) -> NoReturn:
@@ -99,6 +109,10 @@ def main(options_json: str) -> NoReturn:
     verdict = options["verdict"]
     if not options["unsafe"]:
         walls.put_up("pid namespace", layers.enter_namespaces)
+    # The trainer may be killed before it kills. After the namespaces, which would reset it.
+    walls.put_up("dies with the trainer", layers.die_with_parent)
+    if os.getppid() != options["trainer"]:
+        os._exit(1)  # it ended before that
     child = os.fork()
     if child == 0:
         _guarded(_be_tester, walls, verdict)
@@ -181,9 +195,9 @@ def _run_tests(program: _Program, request: dict[str, Any]) -> None:
 
 def _describe(error: BaseException, request: dict[str, Any]) -> str:
     """Type and message, and the line of the tests that did not hold."""
-    text = str(error)
+    text = str(error)[:_MESSAGE_CHARS]
     if not isinstance(error, _ProgramError):
-        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
     lines = (request["tests"] or "").splitlines()
     frames = traceback.extract_tb(error.__traceback__)
     numbers = [frame.lineno for frame in frames if frame.filename == "<tests>" and frame.lineno]
@@ -276,7 +290,8 @@ def _be_program(walls: _Walls, requests: int, answers: int) -> None:
             return
         answer = _answer(request, module)
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+            with contextlib.suppress(Exception):  # the program may have closed or replaced it
+                stream.flush()
         wire.send(answers, answer)
 
 
@@ -301,7 +316,10 @@ def _answer(request: dict[str, Any], module: types.ModuleType) -> dict[str, Any]
         if request.get("as_main") and error.__traceback__:
             # Without this module's own frame.
             traceback.print_exception(type(error), error, error.__traceback__.tb_next)
-        return {"raised": [type(error).__name__, _message(error)]}
+        # A library's may have a name of its own.
+        is_memory = issubclass(type(error), MemoryError)
+        name = "MemoryError" if is_memory else type(error).__name__
+        return {"raised": [name, _message(error)]}
     return {"result": None}
 
 

@@ -20,6 +20,7 @@ SCRATCH_ENTRIES = 4096
 # A loaded machine may need seconds to start an interpreter; the program's own time comes after.
 STARTUP_SECONDS = 20.0
 _TICK_SECONDS = 0.05  # between looks at the scratch folder, where its size is not limited
+_REMOVE_TRIES = 20
 _MAX_PATH_CHARS = 2048  # what lies deeper would soon be out of the kernel's reach, and uncounted
 _CHUNK_BYTES = 1 << 16
 _SOURCE = str(Path(__file__).resolve().parents[2])
@@ -63,6 +64,7 @@ class Run:
         verdict, verdict_end = os.pipe()
         try:
             options = {**options, "verdict": verdict_end, "source": _SOURCE}
+            options["trainer"] = os.getpid()
             launch = _LAUNCH.format(source=_SOURCE, options=json.dumps(options))
             environment = {"LANG": "C.UTF-8", "PATH": "/usr/bin:/bin"}
             if options["library_path"]:
@@ -210,16 +212,33 @@ def is_full(folder: Path) -> bool:
                         return True
                     if stat.S_ISDIR(status.st_mode):
                         pending.append(entry.path)
+        except PermissionError:
+            return True  # a folder closed to us, so that nobody can count what is in there
         except OSError:
-            continue  # removed, or closed to us, between two looks
+            continue  # removed between two looks
     return False
 
 
 def remove(folder: Path) -> None:
     """Delete what a program left, however deep its folders are and whatever they allow.
 
-    Goes down and up by descriptors: a path to the depth may be longer than the kernel takes, and
-    the nesting deeper than Python recurses.
+    More than once if need be: a process that was killed may still be in its last system call.
+    """
+    for _ in range(_REMOVE_TRIES - 1):
+        try:
+            _remove(folder)
+        except OSError:
+            time.sleep(_TICK_SECONDS)
+        else:
+            return
+    _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Go down and up by descriptors.
+
+    A path to the depth may be longer than the kernel takes, and the nesting deeper than Python
+    recurses.
     """
     here = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     names: list[str] = []
