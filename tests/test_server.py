@@ -397,8 +397,8 @@ def test_a_client_that_does_not_read_is_cut_off(
 
 
 def test_connections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "MAX_CONNECTIONS", 3)
-    service = service_of(lambda: ScriptedScheduler(always("Hey")))
+    monkeypatch.setattr(server, "SPARE_CONNECTIONS", 2)
+    service = service_of(lambda: ScriptedScheduler(always("Hey")), max_rows=1, max_waiting=0)
     with serving(service) as address, contextlib.ExitStack() as stack:
         url = httpx.URL(address)
         for _ in range(3):
@@ -438,10 +438,10 @@ def test_a_kept_connection_is_closed_soon_in_a_crowd_and_late_else(
     monkeypatch: pytest.MonkeyPatch, num_connections: int
 ) -> None:
     is_crowd = num_connections == 2
-    monkeypatch.setattr(server, "MAX_CONNECTIONS", 3)
+    monkeypatch.setattr(server, "SPARE_CONNECTIONS", 2)
     monkeypatch.setattr(protocol, "CROWDED_IDLE_SECONDS", 0.1 if is_crowd else 60)
     monkeypatch.setattr(protocol, "IDLE_SECONDS", 60 if is_crowd else 0.1)
-    service = service_of(lambda: ScriptedScheduler(always("Hey")))
+    service = service_of(lambda: ScriptedScheduler(always("Hey")), max_rows=1, max_waiting=0)
     with serving(service) as address, contextlib.ExitStack() as stack:
         url = httpx.URL(address)
         kept = [
