@@ -212,12 +212,18 @@ class ProcessLink:
         self._spawn()
 
     def _spawn(self) -> None:
-        self._ours, theirs = SPAWN.Pipe()
-        self._process = SPAWN.Process(
+        ours, theirs = SPAWN.Pipe()
+        process = SPAWN.Process(
             target=_engine_process, args=(self._recipe, theirs), name="engine", daemon=True
         )
-        self._process.start()
-        theirs.close()  # so that the end of the process is the end of the pipe
+        try:
+            process.start()
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()  # so that the end of the process is the end of the pipe
+        self._ours, self._process = ours, process
 
     def wait(self) -> None:
         """Wait until the process has its model. UserError when it never gets it."""
