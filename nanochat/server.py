@@ -47,7 +47,6 @@ from nanochat.serving.responses import (
     Health,
     ModelEntry,
     ModelList,
-    PromptToken,
     Stats,
     TextCompletion,
     Tokenized,
@@ -326,24 +325,20 @@ def _add_chat(app: FastAPI, service: Service) -> None:
         events = _chat_events(service, answer, start, wants_tokens=request.logprobs is not None)
         return EventStream(events, close=answer.close)
 
-    @app.post("/tokenize")
-    async def tokenize(request: TokenizeRequest) -> Tokenized:
+    @app.post("/tokenize", response_model=Tokenized)
+    async def tokenize(request: TokenizeRequest) -> Response:
         """Show what the model would read: the tokens of a conversation's prompt, or of a text."""
-        dropped, special = 0, service.names.special
+        dropped = 0
         if request.messages is not None:
             max_tokens = service.max_tokens(request.max_tokens)
             prompt = await service.chat_prompt(request.messages, max_tokens)
             ids, dropped = prompt.ids, prompt.dropped_turns
         else:
-            ids = service.tokenizer.encode(request.text or "")
-        return Tokenized(
-            tokens=[
-                PromptToken(id=token, text=service.names.label(token), special=token in special)
-                for token in ids
-            ],
-            dropped_turns=dropped,
-            context=service.model.context,
+            ids = await service.text_ids(request.text or "")
+        body = b'{"tokens":%b,"dropped_turns":%d,"context":%d}' % (
+            *(await service.listing(ids), dropped, service.model.context),
         )
+        return Response(body, media_type="application/json")
 
 
 async def _chat_events(
