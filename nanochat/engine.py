@@ -116,7 +116,10 @@ class Engine:
 
         Returns each prompt's answer, in order, without prompt and terminal token. Prompt i is
         answered as `generate(prompt, seed=seeds[i])` would; without `seeds`, as seed + i.
+        Raises UserError for a batch size below 1, and as `generate` does.
         """
+        if batch_size < 1:
+            raise UserError(f"batch size is {batch_size}; use a positive number")
         row_seeds = [seed + i for i in range(len(prompts))] if seeds is None else seeds
         each = [
             SamplingSettings(temperature, top_k, top_p, max_tokens=max_tokens or None, seed=s)
@@ -125,12 +128,15 @@ class Engine:
         limits = [answer_room(prompt, self.context, max_tokens) for prompt in prompts]
         if max_tokens == 0:
             return [[] for _ in limits]
-        self.scheduler.max_rows = batch_size
-        requests = [
-            self.scheduler.submit(prompt, settings)
-            for prompt, settings in zip(prompts, each, strict=True)
-        ]
-        self._finish(requests)
+        max_rows, self.scheduler.max_rows = self.scheduler.max_rows, batch_size
+        try:
+            requests = [
+                self.scheduler.submit(prompt, settings)
+                for prompt, settings in zip(prompts, each, strict=True)
+            ]
+            self._finish(requests)
+        finally:
+            self.scheduler.max_rows = max_rows
         return [request.tokens for request in requests]
 
     def _finish(self, requests: Sequence[Request]) -> None:

@@ -13,6 +13,7 @@ import logging
 import re
 import signal
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -29,6 +30,7 @@ from nanochat.common import UserError
 from nanochat.serving import links, openai_api
 from nanochat.serving.guard import MAX_HEAD_BYTES, Access, App, Guard, error_body, kind_of
 from nanochat.serving.pieces import Pieces
+from nanochat.serving.pool import Pool
 from nanochat.serving.protocol import PatientProtocol
 from nanochat.serving.requests import (
     LIMITS,
@@ -45,7 +47,6 @@ from nanochat.serving.responses import (
     Health,
     ModelEntry,
     ModelList,
-    PromptToken,
     Stats,
     TextCompletion,
     Tokenized,
@@ -57,8 +58,11 @@ from nanochat.serving.worker import Answer, AnswerError
 
 logger = logging.getLogger(__name__)
 
-# 64 answers in the making, as many waiting again several times, and people who only look.
-MAX_CONNECTIONS = 512
+# Beyond those of the requests that the engines take on: people who only look, and requests that
+# are told that the queue is full. One engine with its usual queue makes 512.
+SPARE_CONNECTIONS = 192
+# Open files that are no connections: the engines' pipes, the log, what Python itself holds.
+OTHER_FILES = 128
 DRAIN_SECONDS = 30
 _HERE = Path(__file__).parent
 _STREAM: dict[str, Any] = {"text/event-stream": {}}
@@ -117,7 +121,8 @@ def serve(service: Service, access: Access, listener: socket.socket) -> None:
     # uvicorn raises the signal again when it has drained; that is the end, not an accident.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    running = uvicorn.Server(settings_of(create_app(service, access)))
+    connections = allow_connections(max_connections(service.pool))
+    running = uvicorn.Server(settings_of(create_app(service, access), connections))
 
     def end() -> None:
         running.should_exit = True
@@ -129,7 +134,42 @@ def serve(service: Service, access: Access, listener: socket.socket) -> None:
         raise UserError("no engine could be kept alive; the log says how they died")
 
 
-def settings_of(app: App) -> uvicorn.Config:
+def max_connections(pool: Pool) -> int:
+    """Connections that may be open at once; uvicorn turns others away with a bare 503.
+
+    More than the engines take on, so that a full queue gives 429 and a time to come back.
+    """
+    return pool.capacity + SPARE_CONNECTIONS
+
+
+def allow_connections(wanted: int) -> int:
+    """Ask the system for so many open files; returns how many connections it allows."""
+    if sys.platform == "win32":  # has no such limit
+        return wanted
+    import resource
+
+    needed = wanted + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    if soft == unlimited or soft >= needed:
+        return wanted
+    allowed = needed if hard == unlimited else min(needed, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    except (OSError, ValueError):  # macOS has a lower limit than the one it tells
+        allowed = soft
+    if allowed == needed:
+        return wanted
+    connections = max(allowed - OTHER_FILES, 1)
+    logger.warning(
+        "the system lets this process open %d files, so at most %d connections are kept, not %d; "
+        "raise the limit with `ulimit -n %d`",
+        *(allowed, connections, wanted, needed),
+    )
+    return connections
+
+
+def settings_of(app: App, connections: int) -> uvicorn.Config:
     """How uvicorn is to serve: patient, but not for ever; bounded; quiet."""
     return uvicorn.Config(
         app,
@@ -141,7 +181,7 @@ def settings_of(app: App) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=MAX_CONNECTIONS,
+        limit_concurrency=connections,
         timeout_graceful_shutdown=DRAIN_SECONDS,
         h11_max_incomplete_event_size=MAX_HEAD_BYTES,
     )
@@ -286,24 +326,20 @@ def _add_chat(app: FastAPI, service: Service) -> None:
         events = _chat_events(service, answer, start, wants_tokens=request.logprobs is not None)
         return EventStream(events, close=answer.close)
 
-    @app.post("/tokenize")
-    async def tokenize(request: TokenizeRequest) -> Tokenized:
+    @app.post("/tokenize", response_model=Tokenized)
+    async def tokenize(request: TokenizeRequest) -> Response:
         """Show what the model would read: the tokens of a conversation's prompt, or of a text."""
-        dropped, special = 0, service.names.special
+        dropped = 0
         if request.messages is not None:
             max_tokens = service.max_tokens(request.max_tokens)
             prompt = await service.chat_prompt(request.messages, max_tokens)
             ids, dropped = prompt.ids, prompt.dropped_turns
         else:
-            ids = service.tokenizer.encode(request.text or "")
-        return Tokenized(
-            tokens=[
-                PromptToken(id=token, text=service.names.label(token), special=token in special)
-                for token in ids
-            ],
-            dropped_turns=dropped,
-            context=service.model.context,
+            ids = await service.text_ids(request.text or "")
+        body = b'{"tokens":%b,"dropped_turns":%d,"context":%d}' % (
+            *(await service.listing(ids), dropped, service.model.context),
         )
+        return Response(body, media_type="application/json")
 
 
 async def _chat_events(

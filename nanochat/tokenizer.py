@@ -308,6 +308,19 @@ class Tokenizer:
         opening = (self.encode_special("<|assistant_start|>"), 0)
         return self._assemble([(self.bos_id, 0), *self._turns(messages[:-1]), opening])[0]
 
+    def turn_lengths(self, messages: Sequence[Message]) -> list[int]:
+        """Return how many ids each message of a user or assistant adds to a conversation.
+
+        A leading system text changes the first user's message, which is not counted in here.
+        """
+        turns = [self._turns([message]) for message in messages]
+        texts = [piece for turn in turns for piece, _ in turn if isinstance(piece, str)]
+        lengths = map(len, self.encode(texts, num_threads=1))
+        return [
+            sum(1 if isinstance(piece, int) else next(lengths) for piece, _ in turn)
+            for turn in turns
+        ]
+
     def visualize_tokenization(self, ids: Sequence[int], mask: Sequence[int]) -> str:
         """Return the tokens between bars for a terminal: green where the mask is 1, else red."""
         colours = ("\033[91m", "\033[92m")

@@ -38,7 +38,7 @@ from nanochat.gpt import GPT
 from nanochat.sampling import SamplingSettings
 from nanochat.serving import worker
 from nanochat.serving.assembly import Recipe, load_service
-from nanochat.serving.links import Delivery, ProcessLink
+from nanochat.serving.links import SPAWN, Delivery, ProcessLink
 from nanochat.serving.pool import Pool
 from nanochat.serving.responses import ServerDefaults
 from nanochat.serving.service import Service
@@ -331,12 +331,15 @@ def test_an_engine_that_is_killed_again_and_again_ends_the_server(
 class MortalLink:
     """An engine that dies when it is told to, and starts as often as `starts` says."""
 
-    def __init__(self, starts: int) -> None:
+    def __init__(self, starts: int, trouble: Exception | None = None) -> None:
         self.starts = starts
+        self.trouble = trouble or UserError("no sft model")
+        self.num_tries = 0
 
     def start(self, deliver: Any, lost: Any) -> None:
+        self.num_tries += 1
         if self.starts == 0:
-            raise UserError("no sft model")
+            raise self.trouble
         self.starts -= 1
         self.lost = lost
 
@@ -366,17 +369,39 @@ def dying(worker_: Worker, *, times: int) -> list[bool]:
     return asyncio.run(run())
 
 
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What a worker slept, without sleeping."""
+    slept: list[float] = []
+    sleep = asyncio.sleep
+
+    async def note(seconds: float) -> None:
+        if seconds:
+            slept.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(asyncio, "sleep", note)
+    return slept
+
+
 @pytest.mark.parametrize(
-    ("starts", "alive"),
+    ("starts", "alive", "num_deaths", "num_pauses"),
     [
-        (100, [True] * (worker.MAX_DEATHS - 1) + [False]),
-        (1, [False]),  # it never comes back, and every try counts
+        (100, [True] * (worker.MAX_DEATHS - 1) + [False], worker.MAX_DEATHS, 0),
+        (1, [False], 1, len(worker.LOAD_PAUSES)),  # it never comes back
     ],
 )
+@pytest.mark.parametrize("trouble", [UserError("no sft model"), OSError(12, "no memory")])
 def test_an_engine_that_dies_too_often_is_given_up(
-    starts: int, alive: list[bool], caplog: pytest.LogCaptureFixture
+    starts: int,
+    alive: list[bool],
+    num_deaths: int,
+    num_pauses: int,
+    trouble: Exception,
+    pauses: list[float],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    link = MortalLink(starts)
+    link = MortalLink(starts, trouble)
     one = Worker(link, gpu_id=0, device="cpu", max_rows=1, max_waiting=1)
     pool = Pool([one])
     ended: list[bool] = []
@@ -384,8 +409,71 @@ def test_an_engine_that_dies_too_often_is_given_up(
     assert dying(one, times=len(alive)) == alive
     assert one.is_given_up
     assert ended == [True]
-    assert one.num_deaths == worker.MAX_DEATHS
+    assert one.num_deaths == num_deaths
+    assert pauses == list(worker.LOAD_PAUSES)[:num_pauses]
     assert "it is not started again" in caplog.text
+
+
+def test_an_engine_comes_back_when_what_was_short_is_there_again(
+    pauses: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    class ShortOfMemory(MortalLink):
+        def start(self, deliver: Any, lost: Any) -> None:
+            if self.num_tries in (1, 2):
+                self.num_tries += 1
+                raise self.trouble
+            super().start(deliver, lost)
+
+    link = ShortOfMemory(100, BlockingIOError(11, "Resource temporarily unavailable"))
+    one = Worker(link, gpu_id=0, device="cpu", max_rows=1, max_waiting=1)
+    assert dying(one, times=1) == [True]
+    assert not one.is_given_up
+    assert pauses == list(worker.LOAD_PAUSES)[:2]
+    assert "Resource temporarily unavailable); next try in 1 seconds" in caplog.text
+
+
+def test_an_engine_that_is_stopped_is_not_tried_again(pauses: list[float]) -> None:
+    class StoppedMeanwhile(MortalLink):
+        def start(self, deliver: Any, lost: Any) -> None:
+            if self.starts == 0:
+                one.stop()
+            super().start(deliver, lost)
+
+    link = StoppedMeanwhile(1)
+    one = Worker(link, gpu_id=0, device="cpu", max_rows=1, max_waiting=1)
+
+    async def run() -> None:
+        one.start()
+        one._lost("by SIGKILL")
+        assert one._revival is not None
+        await one._revival
+
+    asyncio.run(run())
+    assert (one.is_alive, one.is_given_up, link.num_tries) == (False, False, 2)
+
+
+def test_a_process_that_could_not_be_made_is_made_at_the_next_try(
+    base_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save("sft", scripted_model(GREETING))
+    link = ProcessLink(Recipe("sft", "d1", 7, "cpu", torch.float32, 4))
+    link.wait()
+    told: queue.Queue[str] = queue.Queue()
+    link.start(lambda _: None, told.put)
+    link._process.kill()
+    assert told.get(timeout=SECONDS) == "by SIGKILL"
+    with monkeypatch.context() as patch:
+
+        def fail(self: Any) -> None:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+
+        patch.setattr(SPAWN.Process, "start", fail)
+        for _ in range(2):
+            with pytest.raises(BlockingIOError):
+                link.start(lambda _: None, told.put)
+    link.start(lambda _: None, told.put)
+    assert link._process.is_alive()
+    link.stop()
 
 
 def test_an_engine_that_dies_now_and_then_is_started_again_each_time(

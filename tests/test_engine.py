@@ -119,6 +119,23 @@ def test_greedy_in_bfloat16_equals_full_forward() -> None:
     assert engine.complete(prompts, max_tokens=12, temperature=0.0) == expected
 
 
+@pytest.mark.parametrize("batch_size", [0, -3])
+def test_a_batch_size_that_means_nothing_is_refused(batch_size: int) -> None:
+    engine = Engine(random_model(), TOKENIZER)
+    with pytest.raises(UserError, match=f"batch size is {batch_size}; use a positive number"):
+        engine.complete([random_prompt(5)], max_tokens=4, batch_size=batch_size)
+
+
+def test_a_batch_size_holds_for_one_call_only() -> None:
+    engine = Engine(random_model(), TOKENIZER)
+    max_rows = engine.scheduler.max_rows
+    engine.complete([random_prompt(5)], max_tokens=4, batch_size=2)
+    assert engine.scheduler.max_rows == max_rows
+    with pytest.raises(UserError):
+        engine.complete([random_prompt(5), [10**6]], max_tokens=4, batch_size=2)
+    assert engine.scheduler.max_rows == max_rows
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 64])
 def test_answers_do_not_depend_on_the_batch_size(batch_size: int) -> None:
     engine = Engine(random_model(5), TOKENIZER)

@@ -122,7 +122,8 @@ def service_of(
 def serving(service: Service, access: Access | None = None, *, port: int = 0) -> Iterator[str]:
     """Run a server; yields its address."""
     with socket.create_server(("127.0.0.1", port)) as listener:
-        config = server.settings_of(server.create_app(service, access))
+        app = server.create_app(service, access)
+        config = server.settings_of(app, server.max_connections(service.pool))
         config.timeout_graceful_shutdown = 1
         running = uvicorn.Server(config)
         began = threading.Event()

@@ -95,10 +95,8 @@ class Guard:
             if refusal is not None:
                 await _discard_body(receive)
                 await _refuse(send_guarded, *refusal)
-            elif scope["method"] == "POST":
-                await self._with_body(scope, headers, receive, send_guarded)
             else:
-                await self.app(scope, receive, send_guarded)
+                await self._with_body(scope, headers, receive, send_guarded)
         finally:
             # Not the query, not the body; and no line breaks a client may have put in the path.
             path = ascii(scope["path"])[1:-1][:100]
@@ -143,6 +141,8 @@ class Guard:
     async def _with_body(
         self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send
     ) -> None:
+        # Of every method: a body that nobody reads would keep its connection for as long as a byte
+        # of it comes now and then.
         try:
             body = await asyncio.wait_for(_read_body(receive), BODY_SECONDS)
         except asyncio.TimeoutError:
@@ -154,8 +154,9 @@ class Guard:
             sentence = f"the body has more than {MAX_BODY_BYTES:,} bytes"
             await _refuse(send, 413, sentence, "body_too_large")
             return
+        is_post = scope["method"] == "POST"
         media_type = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-        if media_type != b"application/json":
+        if is_post and media_type != b"application/json":
             sentence = "send JSON, with the header `Content-Type: application/json`"
             await _refuse(send, 415, sentence, "unsupported_media_type")
             return
@@ -169,7 +170,8 @@ class Guard:
             is_read = True
             return {"type": "http.request", "body": body, "more_body": False}
 
-        await self._take_turns()
+        if is_post:
+            await self._take_turns()
         await self.app(scope, receive_again, send)
 
     async def _take_turns(self) -> None:

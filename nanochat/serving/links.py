@@ -15,10 +15,13 @@ import multiprocessing
 import queue
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from typing import Literal, NamedTuple, Protocol
+
+import torch
 
 from nanochat.common import UserError, setup_logging
 from nanochat.request import Request, TokenEvent
@@ -105,20 +108,33 @@ def run_engine(
             except UserError as error:
                 is_full = isinstance(error, QueueFullError)
                 deliver([(number, Failure("full" if is_full else "refused", str(error)))])
+        events: list[TokenEvent] | None = None
         try:
             events = scheduler.step()
-        except Exception:  # these requests end with a reason, later ones are served
+        except Exception as error:  # these requests end with a reason, later ones are served
             logger.exception("a step of the engine failed; its %d requests end", len(requests))
+            # Whoever keeps the error would keep all that its frames hold.
+            traceback.clear_frames(error.__traceback__)
+        if events is None:
             broken = Failure("broken", "the engine failed while it answered; try again")
             deliver([(number, broken) for number in requests])
             numbers.clear()
             requests.clear()
+            # A new one takes half of the free memory, to which the old one's cache must belong.
+            del scheduler
+            _free_memory()
             scheduler = make_scheduler()
             continue
         deliver([(numbers[event.request], Token.of(event)) for event in events])
         for event in events:
             if event.finish is not None:
                 del requests[numbers.pop(event.request)]
+
+
+def _free_memory() -> None:
+    """Let nothing of what is no longer used count as used."""
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing in a process that uses no GPU
 
 
 # ---- the side of the event loop ----------------------------------------------------------------
@@ -199,12 +215,18 @@ class ProcessLink:
         self._spawn()
 
     def _spawn(self) -> None:
-        self._ours, theirs = SPAWN.Pipe()
-        self._process = SPAWN.Process(
+        ours, theirs = SPAWN.Pipe()
+        process = SPAWN.Process(
             target=_engine_process, args=(self._recipe, theirs), name="engine", daemon=True
         )
-        self._process.start()
-        theirs.close()  # so that the end of the process is the end of the pipe
+        try:
+            process.start()
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()  # so that the end of the process is the end of the pipe
+        self._ours, self._process = ours, process
 
     def wait(self) -> None:
         """Wait until the process has its model. UserError when it never gets it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -67,6 +68,17 @@ class TokenNames:
             return data.decode()
         except UnicodeDecodeError:
             return "".join(f"<{byte:02X}>" for byte in data)
+
+    def listing(self, tokens: Sequence[int]) -> bytes:
+        """A JSON list of {"id", "text", "special"} for each token (`PromptToken`)."""
+        # Written once for each token that occurs, and joined: an object, or a check, for each of
+        # 100,000 tokens would take most of a second.
+        written: dict[int, str] = {}
+        for token in tokens:
+            if token not in written:
+                entry = {"id": token, "text": self.label(token), "special": token in self.special}
+                written[token] = json.dumps(entry)
+        return f"[{','.join(written[token] for token in tokens)}]".encode()
 
     def describe(self, token: int) -> dict[str, Any]:
         """A token as the OpenAI API writes it: text, and the bytes behind it."""

@@ -39,6 +39,11 @@ class Pool:
             self.hopeless()
 
     @property
+    def capacity(self) -> int:
+        """Requests that may be answered, or wait, at once."""
+        return sum(worker.max_rows + worker.max_waiting for worker in self.workers)
+
+    @property
     def num_alive(self) -> int:
         """Workers whose engine runs."""
         return sum(worker.is_alive for worker in self.workers)

@@ -39,6 +39,8 @@ class PatientProtocol(H11Protocol):
         connection = transport.get_extra_info("socket")
         if connection.family in (socket.AF_INET, socket.AF_INET6):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # Whatever the system does not take at once waits for the reader, and is waited for.
+        transport.set_write_buffer_limits(high=0)
         self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -33,6 +33,10 @@ MAX_CHOICES = 8
 MAX_STOPS, MAX_STOP_CHARS = 4, 100
 MAX_LOGPROBS = 20
 MAX_SEED = 2**63 - 1
+# More than any request has. A body has room for 20,000 parts, or 60,000 unknown fields; pydantic
+# makes an object, or an error, of each, and nobody else is answered meanwhile.
+MAX_PARTS = 4_000
+MAX_FIELDS = 100
 # 32,000 characters, each written \ud83d\ude00 (12 bytes), and 500 messages around them.
 MAX_BODY_BYTES = 512 * 1024
 
@@ -54,11 +58,44 @@ def _kind(value: Any) -> str:
     return "ids" if value and isinstance(value[0], int) else "list"
 
 
+def _few_tokens(value: Any) -> Any:
+    entries = _list(value)
+    lengths = (len(entry) for entry in entries if isinstance(entry, str | list))
+    if len(entries) > MAX_TOTAL_CHARS or sum(lengths) > MAX_TOTAL_CHARS:
+        raise ValueError(
+            f"the prompts have more than {MAX_TOTAL_CHARS:,} characters or tokens together"
+        )
+    return value
+
+
 TokenId = Annotated[Whole, Field(ge=0)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOTAL_CHARS, fail_fast=True)]
 
 
 class _Model(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class _Request(_Model):
+    @model_validator(mode="before")
+    @classmethod
+    def _is_within_reason(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        messages = _list(value.get("messages"))
+        objects = [message for message in messages if isinstance(message, dict)]
+        lists = [message.get(name) for message in objects for name in ("content", "parts")]
+        parts = [part for entries in lists for part in _list(entries)]
+        if len(parts) > MAX_PARTS:
+            raise ValueError(f"messages have more than {MAX_PARTS:,} parts together")
+        values = [value, *value.values(), *objects, *parts]
+        if any(isinstance(each, dict) and len(each) > MAX_FIELDS for each in values):
+            raise ValueError(f"an object has more than {MAX_FIELDS} fields")
+        return value
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 # ---- conversations -----------------------------------------------------------------------------
@@ -71,7 +108,8 @@ class ContentPart(_Model):
     text: Annotated[str, Field(max_length=MAX_MESSAGE_CHARS)]
 
 
-Parts = Annotated[list[ContentPart], Field(min_length=1, max_length=MAX_MESSAGES)]
+# Lists end at their first mistake: only one is told, and a body has room for 300,000.
+Parts = Annotated[list[ContentPart], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 # Only at the value that changes nothing: the model has nothing of the kind.
 NoText = Annotated[str, Field(max_length=0)]
 NoList = Annotated[list[Any], Field(max_length=0)]
@@ -116,13 +154,15 @@ class ChatMessage(_Model):
         return self.content if self.parts is None else self.parts
 
 
-Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+Messages = Annotated[
+    list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
+]
 
 
 # ---- settings ----------------------------------------------------------------------------------
 
 
-class Sampling(_Model):
+class Sampling(_Request):
     """How to choose tokens; what is left out is as the server was started."""
 
     temperature: Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)] | None = None
@@ -160,7 +200,7 @@ class ChatRequest(Sampling):
     stream: Literal[True] | None = None
 
 
-class TokenizeRequest(_Model):
+class TokenizeRequest(_Request):
     """POST /tokenize: a conversation as the model would read it, or a plain text."""
 
     messages: Messages | None = None
@@ -224,16 +264,17 @@ class OpenAICompletionRequest(_OpenAI):
         Annotated[str, Field(min_length=1, max_length=MAX_TOTAL_CHARS), Tag("text")]
         | Annotated[
             list[Annotated[str, Field(min_length=1, max_length=MAX_TOTAL_CHARS)]],
-            Field(min_length=1, max_length=MAX_CHOICES),
+            Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True),
             Tag("list"),
         ]
-        | Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOTAL_CHARS), Tag("ids")]
+        | Annotated[TokenIds, Tag("ids")]
         | Annotated[
-            list[Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOTAL_CHARS)]],
-            Field(min_length=1, max_length=MAX_CHOICES),
+            list[TokenIds],
+            Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True),
             Tag("lists"),
         ],
         Discriminator(_kind),
+        BeforeValidator(_few_tokens),
     ]
     echo: bool | None = None
     logprobs: Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)] | None = None

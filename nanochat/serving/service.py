@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -110,10 +110,10 @@ class Service:
                 "allowed: leave out old messages",
                 param="messages",
             )
-        if chars <= SHORT_CHARS:
-            fitted = self._fit(messages, max_tokens)
-        else:
-            fitted = await asyncio.to_thread(self._fit, messages, max_tokens)
+        if messages[0].role == "system":
+            # Where not all fits, it is read in front of each message that may come first.
+            chars += total_chars(messages[:1]) * (len(messages) // 2)
+        fitted = await _unhurried(chars, lambda: self._fit(messages, max_tokens))
         return Prompt(fitted.ids, fitted.dropped_turns)
 
     def _fit(self, messages: Sequence[ChatMessage], max_tokens: int) -> FittedPrompt:
@@ -131,21 +131,21 @@ class Service:
     async def text_prompts(self, request: OpenAICompletionRequest) -> list[Prompt]:
         """The prompts of a completion. RequestError (400) for one that leaves no room."""
         texts, lists = _prompts(request.prompt)
-        size = sum(map(len, texts)) + sum(map(len, lists))
-        if size > MAX_TOTAL_CHARS:
-            raise RequestError(
-                400,
-                f"the prompts have {size:,} characters or tokens; at most {MAX_TOTAL_CHARS:,} "
-                "are allowed",
-                param="prompt",
-            )
-        if texts and size <= SHORT_CHARS:
-            lists = self.tokenizer.encode(texts, self.tokenizer.bos_id)
-        elif texts:
-            lists = await asyncio.to_thread(self.tokenizer.encode, texts, self.tokenizer.bos_id)
+        if texts:
+            size, bos = sum(map(len, texts)), self.tokenizer.bos_id
+            lists = await _unhurried(size, lambda: self.tokenizer.encode(texts, bos))
         for ids in lists:
             self._check_ids(ids)
         return [Prompt(ids) for ids in lists]
+
+    async def text_ids(self, text: str) -> list[int]:
+        """The tokens of a text, nothing around them."""
+        ids: list[int] = await _unhurried(len(text), lambda: self.tokenizer.encode(text))
+        return ids
+
+    async def listing(self, ids: Sequence[int]) -> bytes:
+        """Tokens as `TokenNames.listing` writes them."""
+        return await _unhurried(len(ids), lambda: self.names.listing(ids))
 
     def _check_ids(self, ids: Sequence[int]) -> None:
         if len(ids) >= self.model.context:
@@ -180,6 +180,11 @@ class Service:
         """Log an answer, where that was asked for."""
         if self.log_conversations:
             logger.info("answered: %s", ascii(text))
+
+
+async def _unhurried(size: int, work: Callable[[], T]) -> T:
+    """Do `work` on so many characters or tokens without holding up the event loop."""
+    return work() if size <= SHORT_CHARS else await asyncio.to_thread(work)
 
 
 def _prompts(

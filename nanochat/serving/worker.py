@@ -9,7 +9,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from nanochat.common import UserError
 from nanochat.sampling import SamplingSettings
 from nanochat.scheduler import QueueFullError
 from nanochat.serving.links import Delivery, Failure, Link, Token
@@ -21,6 +20,8 @@ logger = logging.getLogger(__name__)
 SECONDS_PER_STREAM = 0.002
 # An engine that has died so often within so long would only die again.
 MAX_DEATHS, DEATHS_SECONDS = 3, 300
+# Before each new try to load a model. What was short, memory or processes, may be there by then.
+LOAD_PAUSES = (1.0, 5.0, 25.0)
 
 
 class AnswerError(Exception):
@@ -87,7 +88,8 @@ class Answer:
 class Worker:
     """An engine as the event loop sees it. All methods belong to the loop's thread.
 
-    An engine that dies is started again, unless it dies too often: `is_given_up` then.
+    An engine that dies is started again, unless it dies too often, or cannot be started:
+    `is_given_up` then.
     """
 
     def __init__(self, link: Link, *, gpu_id: int, device: str, max_rows: int, max_waiting: int):
@@ -189,22 +191,40 @@ class Worker:
                 "started again",
                 *(self.device, how, MAX_DEATHS, DEATHS_SECONDS),
             )
-            self.is_given_up = True
-            self.given_up()
+            self._give_up()
             return
         logger.error("the engine on %s has died (%s); it is started again", self.device, how)
         self._revival = asyncio.ensure_future(self._revive())
 
+    def _give_up(self) -> None:
+        self.is_given_up = True
+        self.given_up()
+
     async def _revive(self) -> None:
-        began = time.monotonic()
-        deliver, lost = self._callbacks()
-        try:
-            # In a thread, as it takes seconds; requests are refused with 503 meanwhile.
-            await asyncio.to_thread(self._link.start, deliver, lost)
-        except UserError as error:
-            self._lost(str(error))
-            return
-        if not self._is_stopped:
+        began, num_deaths = time.monotonic(), self.num_deaths
+        for pause in (*LOAD_PAUSES, None):
+            try:
+                # In a thread, as it takes seconds; requests are refused with 503 meanwhile.
+                await asyncio.to_thread(self._link.start, *self._callbacks())
+                break
+            except Exception as error:  # no memory, no process, no checkpoint: all may pass
+                if pause is None:
+                    logger.error(
+                        "the engine on %s could not be started %d times (%s: %s); it is not "
+                        "started again",
+                        *(self.device, len(LOAD_PAUSES) + 1, type(error).__name__, error),
+                    )
+                    self._give_up()
+                    return
+                logger.error(
+                    "the engine on %s could not be started (%s: %s); next try in %g seconds",
+                    *(self.device, type(error).__name__, error, pause),
+                )
+                await asyncio.sleep(pause)
+            if self._is_stopped:
+                return
+        # One that has died already is being started again by another revival.
+        if not self._is_stopped and self.num_deaths == num_deaths:
             self.is_alive = True
             seconds = time.monotonic() - began
             logger.warning("the engine on %s is back after %.1f seconds", self.device, seconds)
