@@ -19,8 +19,8 @@ from nanochat.serving import links
 from nanochat.serving.links import Command, Delivery, Failure, run_engine
 
 SETTINGS = SamplingSettings(temperature=0.0, max_tokens=5)
-SUBMIT: Command = ("submit", 1, tokens_of("Hey"), SETTINGS)
-STOP: Command = ("stop", 0, (), None)
+SUBMIT: Command = ("submit", 1, tokens_of("Hey"), SETTINGS, 0)
+STOP: Command = ("stop", 0, (), None, 0)
 
 
 def run(make_scheduler: Any) -> list[Any]:
@@ -91,3 +91,15 @@ def test_the_memory_of_a_real_decoder_is_given_back() -> None:
     assert isinstance(delivered[0], Failure)
     assert "".join(token.text for token in delivered[1:]) == "!"
     assert len(alive) == 4
+
+
+def test_the_code_of_a_process_that_another_thread_reaps_is_waited_for() -> None:
+    codes = iter([None, None, -9, -9])
+
+    class ReapedElsewhere:
+        exitcode = property(lambda self: next(codes))
+
+        def join(self) -> None:
+            """Its end is known, its code is not yet."""
+
+    assert links._exit_code(ReapedElsewhere()) == -9  # type: ignore[arg-type]

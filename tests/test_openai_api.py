@@ -419,7 +419,7 @@ def test_what_is_not_possible_is_a_bad_request_that_names_the_field(
     assert caught.value.type == "invalid_request_error"
 
 
-IN_ALL = "the prompts have 40,000 characters or tokens; at most 32,000 are allowed"
+IN_ALL = "prompt must have at most 32,000 characters or tokens in all"
 
 
 @pytest.mark.parametrize(
@@ -433,7 +433,7 @@ IN_ALL = "the prompts have 40,000 characters or tokens; at most 32,000 are allow
         (["a"] * 9, "at most 8 entries"),
         ([[65]] * 9, "at most 8 entries"),
         ("a" * 32_001, "at most 32,000 characters"),
-        ([65] * 32_001, "at most 32,000 entries"),
+        ([65] * 32_001, IN_ALL),
         (["a" * 20_000] * 2, IN_ALL),
         ([[65] * 20_000] * 2, IN_ALL),
     ],

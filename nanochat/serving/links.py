@@ -15,10 +15,12 @@ import multiprocessing
 import queue
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -236,8 +238,7 @@ class ProcessLink:
             is_there = self._ours.poll(START_SECONDS)
             word = self._ours.recv_bytes().decode() if is_there else "it is too late"
         except (EOFError, OSError):
-            self._process.join()
-            word = f"it ended {_ending(self._process.exitcode)}"
+            word = f"it ended {_ending(_exit_code(self._process))}"
         if word != _READY:
             self._process.kill()
             self._process.join()
@@ -263,9 +264,9 @@ class ProcessLink:
                     deliver(_unpacked(pipe.recv_bytes()))
             except (EOFError, OSError):
                 outgoing.put(_STOP)
-                process.join()
+                ending = _ending(_exit_code(process))
                 self._is_ready = False
-                lost(_ending(process.exitcode))
+                lost(ending)
 
         def talk() -> None:
             while True:
@@ -301,6 +302,20 @@ def spare_the_collector() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+def _exit_code(process: BaseProcess) -> int | None:
+    """Wait for the end of a process of ours.
+
+    Whoever starts a process has `multiprocessing` look after all that have ended. When it takes
+    this one's code from the system at the same time, `join` ends a moment before the code is known.
+    """
+    process.join()
+    for _ in range(100):
+        if process.exitcode is not None:
+            break
+        time.sleep(0.01)
+    return process.exitcode
 
 
 def _ending(exitcode: int | None) -> str:

@@ -62,9 +62,7 @@ def _few_tokens(value: Any) -> Any:
     entries = _list(value)
     lengths = (len(entry) for entry in entries if isinstance(entry, str | list))
     if len(entries) > MAX_TOTAL_CHARS or sum(lengths) > MAX_TOTAL_CHARS:
-        raise ValueError(
-            f"the prompts have more than {MAX_TOTAL_CHARS:,} characters or tokens together"
-        )
+        raise ValueError(f"must have at most {MAX_TOTAL_CHARS:,} characters or tokens in all")
     return value
 
 
