@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import secrets
 import sys
 import tempfile
@@ -136,27 +137,36 @@ def _execute(
         )
     started = time.monotonic()
     nonce = secrets.token_hex(16)
+    options = {
+        "seconds": math.ceil(timeout),
+        "memory_bytes": memory_bytes,
+        "scratch_bytes": SCRATCH_BYTES,
+        "unsafe": unsafe,
+        "without": list(without),
+        "library_path": os.environ.get("LD_LIBRARY_PATH", ""),
+    }
+    try:
+        run = _run(options, json.dumps({**request, "nonce": nonce}).encode(), timeout)
+    except OSError as error:
+        # No process, no memory, no room for the folder: that is no wrong answer.
+        return _skipped(f"the sandbox cannot run here: {error}")
+    return _result(run, nonce, time.monotonic() - started)
+
+
+def _run(options: dict[str, Any], request: bytes, timeout: float) -> Run:
+    """Run one request in a folder of its own, until its end. OSError where that cannot be."""
     # Not the user's: an inner user must be able to enter, and the name says nothing.
     work = Path(tempfile.mkdtemp(prefix="nanochat-"))
     try:
         work.chmod(0o711)
         for name in ("root", "scratch"):
             (work / name).mkdir(mode=0o700)
-        options = {
-            "root": str(work / "root"),
-            "scratch": str(work / "scratch"),
-            "seconds": math.ceil(timeout),
-            "memory_bytes": memory_bytes,
-            "scratch_bytes": SCRATCH_BYTES,
-            "unsafe": unsafe,
-            "without": list(without),
-            "library_path": os.environ.get("LD_LIBRARY_PATH", ""),
-        }
-        run = Run(options, json.dumps({**request, "nonce": nonce}).encode())
+        folders = {"root": str(work / "root"), "scratch": str(work / "scratch")}
+        run = Run({**options, **folders}, request)
         run.wait(timeout, work / "scratch")
     finally:
         remove(work)
-    return _result(run, nonce, time.monotonic() - started)
+    return run
 
 
 def _skipped(reason: str) -> ExecutionResult:
@@ -192,6 +202,9 @@ def _result(run: Run, nonce: str, seconds: float) -> ExecutionResult:
         skipped = True
     elif not verdict:
         error = "the sandbox ended before its verdict"
+    if error is not None:
+        # It may quote the program, whose texts need not be any that can be printed.
+        error = error.encode("utf-8", "replace").decode("utf-8")
     own_walls = ("process group", "clean environment", "empty scratch folder", "capped output")
     return ExecutionResult(
         success=passed,
@@ -199,7 +212,7 @@ def _result(run: Run, nonce: str, seconds: float) -> ExecutionResult:
         stderr=run.stderr.text,
         error=None if passed else error,
         timeout=run.killed == "timeout" or "SIGXCPU" in (error or ""),
-        memory_exceeded=(error or "").startswith("MemoryError"),
+        memory_exceeded=re.match(r"MemoryError\b", error or "") is not None,
         skipped=skipped,
         truncated=run.stdout.is_truncated or run.stderr.is_truncated,
         seconds=seconds,

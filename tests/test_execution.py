@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -69,6 +70,35 @@ def test_time_and_memory_are_reported_as_such() -> None:
     assert (large.timeout, large.memory_exceeded, large.success) == (False, True, False)
 
 
+@pytest.mark.parametrize(
+    "program",
+    [
+        "class OfNumpy(MemoryError): pass\nraise OfNumpy('Unable to allocate 1 GiB')",
+        "class OfNumpy(MemoryError): pass\ndef f(x): raise OfNumpy('Unable to allocate 1 GiB')",
+    ],
+)
+def test_a_subclass_of_memory_error_is_memory(program: str) -> None:
+    result = judge(program)
+    assert result.memory_exceeded
+    assert str(result.error).startswith("MemoryError: Unable to allocate 1 GiB")
+
+
+def test_what_is_only_named_like_a_memory_error_is_none() -> None:
+    result = execute_code("class MemoryErrors(Exception): pass\nraise MemoryErrors('two')")
+    assert (result.memory_exceeded, result.error) == (False, "MemoryErrors: two")
+
+
+def test_numpys_out_of_memory_is_memory() -> None:
+    result = execute_code("import numpy; numpy.ones(1 << 40, dtype='u1')", 20.0, 1 << 30)
+    assert result.memory_exceeded, result.error
+
+
+def test_an_error_is_short_and_can_be_printed() -> None:
+    result = judge("raise ValueError('\\ud800' * 1_000_000)")
+    assert str(result.error).startswith("ValueError: ???")
+    assert len(str(result.error)) < 3000
+
+
 def test_output_is_kept_up_to_a_limit() -> None:
     result = execute_code("print('x' * 10_000_000)")
     assert result.success
@@ -95,6 +125,11 @@ def test_a_models_own_demonstration_is_not_run_with_its_tests() -> None:
 def test_installed_packages_can_be_imported() -> None:
     result = execute_code("import numpy; print(numpy.arange(3).sum())", 20.0, 1 << 30)
     assert (result.error, result.stdout) == (None, "3\n")
+
+
+def test_a_program_may_close_its_output() -> None:
+    program = "import sys\nsys.stdout.close()\nsys.stderr = None\ndef f(x): return x * x"
+    assert judge(program).error is None
 
 
 def test_threads_work() -> None:
@@ -124,6 +159,23 @@ def test_what_a_program_leaves_is_removed_however_deep_and_closed(tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_is_written_to_while_it_is_removed_is_removed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "left"
+    (folder / "inside").mkdir(parents=True)
+    rmdir, late = os.rmdir, ["late"]
+
+    def remove_after_a_last_write(path: str | Path, *, dir_fd: int | None = None) -> None:
+        if late:
+            (folder / "inside" / late.pop()).touch()
+        rmdir(path, dir_fd=dir_fd)
+
+    monkeypatch.setattr("os.rmdir", remove_after_a_last_write)
+    supervisor.remove(folder)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_every_wall_is_reported() -> None:
     result = execute_code("pass")
     assert {"process group", "clean environment", "capped output", "resource limits"} <= set(
@@ -149,6 +201,24 @@ def test_a_sandbox_that_cannot_start_is_skipped_with_its_reason(
     result = execute_code("pass")
     assert (result.skipped, result.success) == (True, False)
     assert result.error == "the sandbox did not start: no such kernel"
+
+
+@pytest.mark.parametrize(
+    "name", ["subprocess.Popen", "os.pipe", "tempfile.mkdtemp", "selectors.DefaultSelector"]
+)
+def test_a_machine_without_room_for_a_sandbox_skips_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(name, fail)
+        result = judge("def f(x): return x * x")
+    assert (result.skipped, result.success) == (True, False)
+    assert result.error == "the sandbox cannot run here: [Errno 28] No space left on device"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_systems_than_linux_are_refused_in_a_sentence(

@@ -13,6 +13,7 @@ package. Standard library only.
 from __future__ import annotations
 
 import builtins
+import contextlib
 import json
 import os
 import signal
@@ -29,6 +30,7 @@ from nanochat.sandbox import layers, wire
 
 # One of them, or nothing runs: without either a program may kill its user's other processes.
 REQUIRED = ("seccomp", "pid namespace")
+_MESSAGE_CHARS = 2000  # kept of what a program or its tests say when they fail
 
 
 class _ProgramError(Exception):
@@ -181,9 +183,9 @@ def _run_tests(program: _Program, request: dict[str, Any]) -> None:
 
 def _describe(error: BaseException, request: dict[str, Any]) -> str:
     """Type and message, and the line of the tests that did not hold."""
-    text = str(error)
+    text = str(error)[:_MESSAGE_CHARS]
     if not isinstance(error, _ProgramError):
-        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
     lines = (request["tests"] or "").splitlines()
     frames = traceback.extract_tb(error.__traceback__)
     numbers = [frame.lineno for frame in frames if frame.filename == "<tests>" and frame.lineno]
@@ -276,7 +278,8 @@ def _be_program(walls: _Walls, requests: int, answers: int) -> None:
             return
         answer = _answer(request, module)
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+            with contextlib.suppress(Exception):  # the program may have closed or replaced it
+                stream.flush()
         wire.send(answers, answer)
 
 
@@ -301,7 +304,10 @@ def _answer(request: dict[str, Any], module: types.ModuleType) -> dict[str, Any]
         if request.get("as_main") and error.__traceback__:
             # Without this module's own frame.
             traceback.print_exception(type(error), error, error.__traceback__.tb_next)
-        return {"raised": [type(error).__name__, _message(error)]}
+        # A library's may have a name of its own.
+        is_memory = issubclass(type(error), MemoryError)
+        name = "MemoryError" if is_memory else type(error).__name__
+        return {"raised": [name, _message(error)]}
     return {"result": None}
 
 

@@ -20,6 +20,7 @@ SCRATCH_ENTRIES = 4096
 # A loaded machine may need seconds to start an interpreter; the program's own time comes after.
 STARTUP_SECONDS = 20.0
 _TICK_SECONDS = 0.05  # between looks at the scratch folder, where its size is not limited
+_REMOVE_TRIES = 20
 _MAX_PATH_CHARS = 2048  # what lies deeper would soon be out of the kernel's reach, and uncounted
 _CHUNK_BYTES = 1 << 16
 _SOURCE = str(Path(__file__).resolve().parents[2])
@@ -218,8 +219,23 @@ def is_full(folder: Path) -> bool:
 def remove(folder: Path) -> None:
     """Delete what a program left, however deep its folders are and whatever they allow.
 
-    Goes down and up by descriptors: a path to the depth may be longer than the kernel takes, and
-    the nesting deeper than Python recurses.
+    More than once if need be: a process that was killed may still be in its last system call.
+    """
+    for _ in range(_REMOVE_TRIES - 1):
+        try:
+            _remove(folder)
+        except OSError:
+            time.sleep(_TICK_SECONDS)
+        else:
+            return
+    _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Go down and up by descriptors.
+
+    A path to the depth may be longer than the kernel takes, and the nesting deeper than Python
+    recurses.
     """
     here = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     names: list[str] = []
