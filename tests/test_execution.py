@@ -221,6 +221,47 @@ def test_a_machine_without_room_for_a_sandbox_skips_with_its_reason(
     assert list(tmp_path.iterdir()) == []
 
 
+# The libc of macOS has no prctl, its kernel sets no limit of address space, and some are unknown.
+AS_ON_MACOS = """
+import ctypes, resource, sys, sysconfig
+sysconfig.get_config_vars()
+sys.platform = "darwin"
+class Libc(ctypes.CDLL):
+    def __getattr__(self, name):
+        if name in ("prctl", "unshare", "mount"):
+            raise AttributeError(f"dlsym: symbol {{name}} not found")
+        return super().__getattr__(name)
+ctypes.CDLL = Libc
+del resource.RLIMIT_NPROC, resource.RLIMIT_MEMLOCK
+setrlimit = resource.setrlimit
+def set_limit(what, limits):
+    if what == resource.RLIMIT_AS:
+        raise ValueError("current limit exceeds maximum limit")
+    setrlimit(what, limits)
+resource.setrlimit = set_limit
+"""
+
+
+def test_unsafe_runs_where_the_system_calls_of_linux_are_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(supervisor, "_LAUNCH", AS_ON_MACOS + supervisor._LAUNCH)
+    program = (
+        "import resource, sys\n"
+        "print(sys.platform, resource.getrlimit(resource.RLIMIT_NOFILE))\n"
+        "def f(x): return x * x"
+    )
+    result = judge(program, unsafe=True)
+    assert (result.error, result.stdout) == (None, "darwin (64, 64)\n")
+    missing = "\n".join(result.missing)
+    assert "dies with its parent: not on darwin" in missing
+    assert "resource limits: all but RLIMIT_MEMLOCK (" in missing
+    assert "RLIMIT_AS (current limit exceeds maximum limit)" in missing
+    slow = judge("while True: pass", timeout=0.5, unsafe=True)
+    assert slow.timeout
+
+
 def test_other_systems_than_linux_are_refused_in_a_sentence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

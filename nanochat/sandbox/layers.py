@@ -11,6 +11,7 @@ import ctypes
 import os
 import resource
 import struct
+import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -70,7 +71,12 @@ def _prctl(option: int, first: int, second: object = 0) -> int:
 
 
 def die_with_parent() -> None:
-    """Be killed when the process that started this one ends; must follow a change of user."""
+    """Be killed when the process that started this one ends; must follow a change of user.
+
+    Also no core dumps, and /proc/PID of this process only for root.
+    """
+    if not sys.platform.startswith("linux"):
+        raise OSError(f"not on {sys.platform}")
     _check(_prctl(_SET_DEATH_SIGNAL, _SIGKILL), "death signal")
     _check(_prctl(_SET_DUMPABLE, 0), "dumpable")
 
@@ -193,25 +199,35 @@ def limit_resources(
 
     num_tasks: `count_tasks()`, or None for no limit. The limit counts what the user runs anywhere
     on the machine, the trainer's threads included, so it is set a little above what there is.
+    OSError names those that this system does not have or refuses; the others are set all the same.
     """
     limits = {
-        resource.RLIMIT_CPU: seconds,
-        resource.RLIMIT_FSIZE: file_bytes,
-        resource.RLIMIT_NOFILE: _OPEN_FILES,
-        resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_STACK: _STACK_BYTES,
-        resource.RLIMIT_MEMLOCK: 0,
-        resource.RLIMIT_AS: memory_bytes,
+        "RLIMIT_CPU": seconds,
+        "RLIMIT_FSIZE": file_bytes,
+        "RLIMIT_NOFILE": _OPEN_FILES,
+        "RLIMIT_CORE": 0,
+        "RLIMIT_STACK": _STACK_BYTES,
+        "RLIMIT_MEMLOCK": 0,
+        "RLIMIT_AS": memory_bytes,
     }
     if num_tasks is not None:
-        limits[resource.RLIMIT_NPROC] = num_tasks + _EXTRA_TASKS
-    for what, value in limits.items():
-        # A second more for CPU time: SIGXCPU first, which says why, then SIGKILL.
-        ceiling = value + 1 if what == resource.RLIMIT_CPU else value
-        _, hard = resource.getrlimit(what)
-        if hard != resource.RLIM_INFINITY:
-            value, ceiling = min(value, hard), min(ceiling, hard)
-        resource.setrlimit(what, (value, ceiling))
+        limits["RLIMIT_NPROC"] = num_tasks + _EXTRA_TASKS
+    problems = []
+    for name, value in limits.items():
+        try:
+            # A second more for CPU time: SIGXCPU first, which says why, then SIGKILL.
+            _limit(getattr(resource, name), value, value + (name == "RLIMIT_CPU"))
+        except (AttributeError, ValueError, OSError) as error:
+            problems.append(f"{name} ({error})")
+    if problems:
+        raise OSError(f"all but {', '.join(problems)}")
+
+
+def _limit(what: int, value: int, ceiling: int) -> None:
+    _, hard = resource.getrlimit(what)
+    if hard != resource.RLIM_INFINITY:
+        value, ceiling = min(value, hard), min(ceiling, hard)
+    resource.setrlimit(what, (value, ceiling))
 
 
 def forbid_new_privileges() -> None:
