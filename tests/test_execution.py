@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -219,6 +221,47 @@ def test_a_machine_without_room_for_a_sandbox_skips_with_its_reason(
     assert (result.skipped, result.success) == (True, False)
     assert result.error == "the sandbox cannot run here: [Errno 28] No space left on device"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_sandbox_ends_when_its_trainer_is_killed(tmp_path: Path) -> None:
+    program = f"open({str(tmp_path / 'running')!r}, 'w').close(); import time; time.sleep(600)"
+    trainer = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            f"from nanochat.execution import execute_code; execute_code({program!r}, 600.0,"
+            " unsafe=True)",
+        ],
+        cwd=REPOSITORY,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
+    wait_until((tmp_path / "running").exists)
+    processes = descendants(trainer.pid)
+    assert len(processes) == 3
+    trainer.kill()
+    trainer.wait()
+    wait_until(lambda: not any(map(is_alive, processes)))
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def descendants(process: int) -> list[int]:
+    text = Path(f"/proc/{process}/task/{process}/children").read_text()
+    children = [int(number) for number in text.split()]
+    return children + [below for child in children for below in descendants(child)]
+
+
+def is_alive(process: int) -> bool:
+    try:
+        status = Path(f"/proc/{process}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
 
 
 # The libc of macOS has no prctl, its kernel sets no limit of address space, and some are unknown.

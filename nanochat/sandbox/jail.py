@@ -101,6 +101,10 @@ def main(options_json: str) -> NoReturn:
     verdict = options["verdict"]
     if not options["unsafe"]:
         walls.put_up("pid namespace", layers.enter_namespaces)
+    # The trainer may be killed before it kills. After the namespaces, which would reset it.
+    walls.put_up("dies with the trainer", layers.die_with_parent)
+    if os.getppid() != options["trainer"]:
+        os._exit(1)  # it ended before that
     child = os.fork()
     if child == 0:
         _guarded(_be_tester, walls, verdict)

@@ -64,6 +64,7 @@ class Run:
         verdict, verdict_end = os.pipe()
         try:
             options = {**options, "verdict": verdict_end, "source": _SOURCE}
+            options["trainer"] = os.getpid()
             launch = _LAUNCH.format(source=_SOURCE, options=json.dumps(options))
             environment = {"LANG": "C.UTF-8", "PATH": "/usr/bin:/bin"}
             if options["library_path"]:
