@@ -223,6 +223,43 @@ def test_a_machine_without_room_for_a_sandbox_skips_with_its_reason(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_without_a_private_root_what_is_in_the_folder_stays_there_to_be_counted() -> None:
+    program = """
+import os, tempfile
+def refused(action, *arguments):
+    try: action(*arguments)
+    except OSError: return True
+open("a", "w").close(); open("b", "w").close(); os.mkdir("c"); os.rmdir("c")
+print([refused(*call) for call in ((os.unlink, "a"), (os.rename, "a", "d"), (os.replace, "a", "b"),
+                                   (os.open, ".", os.O_TMPFILE | os.O_RDWR))])
+"""
+    request = {"program": program, "tests": None}
+    result = execution._execute(request, 5.0, MEMORY, unsafe=False, without=("private root",))
+    if not {"landlock", "seccomp"} <= set(result.layers):
+        pytest.skip("nothing can be written here without a private root")
+    assert (result.error, result.stdout) == (None, "[True, True, True, True]\n")
+
+
+def test_a_folder_that_cannot_be_looked_into_is_full(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def closed(path: str) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    assert not supervisor.is_full(tmp_path)
+    monkeypatch.setattr("os.scandir", closed)
+    assert supervisor.is_full(tmp_path)
+
+
+def test_nothing_runs_where_files_can_be_changed() -> None:
+    request = {"program": "print('ran')", "tests": None}
+    without = ("seccomp", "private root")
+    result = execution._execute(request, 5.0, MEMORY, unsafe=False, without=without)
+    assert (result.skipped, result.success, result.stdout) == (True, False, "")
+    if "pid namespace" in result.layers:
+        assert "without seccomp or a private root files can be changed" in str(result.error)
+
+
 def test_the_sandbox_ends_when_its_trainer_is_killed(tmp_path: Path) -> None:
     program = f"open({str(tmp_path / 'running')!r}, 'w').close(); import time; time.sleep(600)"
     trainer = subprocess.Popen(

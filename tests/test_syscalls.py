@@ -71,7 +71,15 @@ def test_the_filter_decides_as_its_tables_say(machine: str, may_write: bool) -> 
     )
     assert (decide("ioctl", 0, 0x5401), decide("ioctl", 0, 0x5412)) == (ALLOW, ENOTTY)
     assert (decide("prlimit64", 0), decide("prlimit64", 4321)) == (ALLOW, EPERM)
+    private, shared, shared_memory = 0x22, 0x1, 0x21
+    assert decide("mmap", 0, 4096, 3, private) == ALLOW
+    assert decide("mmap", 0, 4096, 3, shared) == (ALLOW if may_write else EPERM)
+    assert decide("mmap", 0, 4096, 3, shared_memory) == EPERM
+    set_death_signal, set_name = 1, 15
+    assert (decide("prctl", set_death_signal), decide("prctl", set_name)) == (EPERM, ALLOW)
     reading, truncating, creating = 0o2000000, 0o1000, 0o101
+    nameless = 0o20200002
+    assert decide("openat", 0, 0, nameless) == EPERM
     assert decide("openat", 0, 0, reading) == ALLOW
     assert decide("openat", 0, 0, truncating) == EPERM
     assert decide("openat", 0, 0, creating) == (ALLOW if may_write else EPERM)

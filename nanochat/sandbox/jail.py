@@ -28,8 +28,6 @@ from typing import Any, NoReturn
 
 from nanochat.sandbox import layers, wire
 
-# One of them, or nothing runs: without either a program may kill its user's other processes.
-REQUIRED = ("seccomp", "pid namespace")
 _MESSAGE_CHARS = 2000  # kept of what a program or its tests say when they fail
 
 
@@ -77,20 +75,30 @@ class _Walls:
         self.put_up("resource limits", layers.limit_resources, *limits, self.num_tasks)
         self.put_up("dies with its parent", layers.die_with_parent)
         if not options["unsafe"]:
+            self.put_up("no huge pages", layers.forbid_huge_pages)
             self.put_up("no_new_privs", layers.forbid_new_privileges)
-            self.put_up("landlock", layers.landlock, self.scratch, self.readable)
+            is_private = "private root" in self.active
+            landlock = partial(layers.landlock, may_remove=is_private)
+            self.put_up("landlock", landlock, self.scratch, self.readable)
             # Where nothing else keeps the user's files apart, none is opened for writing.
-            may_write = "landlock" in self.active or "private root" in self.active
+            may_write = "landlock" in self.active or is_private
             if not may_write:
                 self.missing.append("scratch folder: without landlock or private root, read-only")
             self.put_up("seccomp", partial(layers.filter_system_calls, may_write=may_write))
 
     @property
     def problem(self) -> str | None:
-        """Why nothing may run behind these walls, or None."""
-        if self.options["unsafe"] or any(name in self.active for name in REQUIRED):
+        """Why nothing may run behind these walls, or None.
+
+        Without seccomp and pid namespace a program may end its user's other processes; without
+        seccomp and private root it may change modes and times of files, which Landlock permits.
+        """
+        if self.options["unsafe"] or "seccomp" in self.active or "private root" in self.active:
             return None
-        return f"neither of {' and '.join(REQUIRED)} works here ({'; '.join(self.missing)})"
+        missing = "; ".join(self.missing)
+        if "pid namespace" not in self.active:
+            return f"neither of seccomp and pid namespace works here ({missing})"
+        return f"without seccomp or a private root files can be changed ({missing})"
 
 
 def main(options_json: str) -> NoReturn:

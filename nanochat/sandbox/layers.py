@@ -29,6 +29,7 @@ _RECURSIVE, _PRIVATE = 0x4000, 0x40000
 _DETACH = 2  # umount2(2)
 # prctl(2)
 _SET_DEATH_SIGNAL, _SET_DUMPABLE, _SET_SECCOMP, _DROP_BOUND, _NO_NEW_PRIVS = 1, 4, 22, 24, 38
+_NO_HUGE_PAGES = 41
 _SIGKILL = 9
 _SECCOMP_FILTER = 2
 _CAPABILITY_VERSION_3 = 0x20080522
@@ -40,14 +41,14 @@ _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
 _WRITE_FILE, _READ_FILE, _READ_DIR, _TRUNCATE = 1 << 1, 1 << 2, 1 << 3, 1 << 14
 _REMOVE_DIR, _REMOVE_FILE, _MAKE_DIR, _MAKE_REGULAR = 1 << 4, 1 << 5, 1 << 7, 1 << 8
 _FILE_RIGHTS = _WRITE_FILE | _READ_FILE | _TRUNCATE
-_SCRATCH_RIGHTS = _FILE_RIGHTS | _READ_DIR | _REMOVE_DIR | _REMOVE_FILE | _MAKE_DIR | _MAKE_REGULAR
+_SCRATCH_RIGHTS = _FILE_RIGHTS | _READ_DIR | _REMOVE_DIR | _MAKE_DIR | _MAKE_REGULAR
 
 SCRATCH = "/scratch"  # inside the private root
 MAX_FILES = 4096
 _OPEN_FILES = 64
 _STACK_BYTES = 16 << 20
 _EXTRA_TASKS = 64  # threads a program may have; numpy starts one a core
-_DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
+_DEVICES = ("/dev/null", "/dev/urandom")
 
 
 @cache
@@ -108,7 +109,7 @@ def _mount(source: str, target: str, kind: str | None, flags: int, data: str = "
 
 
 def enter_private_root(root: Path, readable: Sequence[str], scratch_bytes: int) -> None:
-    """Make a small file system in memory the root: what is readable, three devices, scratch.
+    """Make a small file system in memory the root: what is readable, two devices, scratch.
 
     root: an empty folder. Needs a mount namespace of one's own. Undone when it fails.
     """
@@ -230,6 +231,14 @@ def _limit(what: int, value: int, ceiling: int) -> None:
     resource.setrlimit(what, (value, ceiling))
 
 
+def forbid_huge_pages() -> None:
+    """Give memory in small pages only.
+
+    Of a huge one all stays when all but a small one is unmapped, which is all that then counts.
+    """
+    _check(_prctl(_NO_HUGE_PAGES, 1), "huge pages")
+
+
 def forbid_new_privileges() -> None:
     """No program started from here gains rights (setuid files)."""
     _check(_prctl(_NO_NEW_PRIVS, 1), "no_new_privs")
@@ -238,8 +247,11 @@ def forbid_new_privileges() -> None:
 # ---- Landlock and seccomp ------------------------------------------------------------------------
 
 
-def landlock(scratch: str, readable: Sequence[str]) -> None:
+def landlock(scratch: str, readable: Sequence[str], *, may_remove: bool) -> None:
     """Read only what is listed, write only below `scratch`.
+
+    may_remove: whether files there may be removed or renamed. Where the trainer watches how much
+    lies in the folder, none may: an open or mapped file without a name is not seen.
 
     From version 4 also no TCP, from 6 no signals to and no abstract sockets of others
     (Documentation/userspace-api/landlock.rst).
@@ -255,7 +267,8 @@ def landlock(scratch: str, readable: Sequence[str]) -> None:
     ruleset = _check(libc.syscall(_LANDLOCK_CREATE, attributes, size, 0), "landlock ruleset")
     rules = [(path, _READ_FILE | _READ_DIR) for path in readable]
     rules += [(path, _READ_FILE | _WRITE_FILE) for path in _DEVICES]
-    for path, rights in [*rules, (scratch, _SCRATCH_RIGHTS)]:
+    scratch_rights = _SCRATCH_RIGHTS | (_REMOVE_FILE if may_remove else 0)
+    for path, rights in [*rules, (scratch, scratch_rights)]:
         with _opened(path) as descriptor:
             if descriptor is None:
                 continue

@@ -212,8 +212,10 @@ def is_full(folder: Path) -> bool:
                         return True
                     if stat.S_ISDIR(status.st_mode):
                         pending.append(entry.path)
+        except PermissionError:
+            return True  # a folder closed to us, so that nobody can count what is in there
         except OSError:
-            continue  # removed, or closed to us, between two looks
+            continue  # removed between two looks
     return False
 
 

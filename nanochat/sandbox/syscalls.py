@@ -60,12 +60,31 @@ REFUSED: dict[str, tuple[int | None, int | None]] = {
     "migrate_pages": (256, 238),
     "move_pages": (279, 239),
     "setrlimit": (160, 164),
-    # memory shared by name
+    # memory, semaphores and queues shared by name or by a number that can be guessed
     "shmget": (29, 194),
     "shmat": (30, 196),
+    "shmctl": (31, 195),
     "semget": (64, 190),
+    "semop": (65, 193),
+    "semtimedop": (220, 192),
+    "semctl": (66, 191),
     "msgget": (68, 186),
+    "msgsnd": (69, 189),
+    "msgrcv": (70, 188),
+    "msgctl": (71, 187),
     "mq_open": (240, 180),
+    "mq_unlink": (241, 181),
+    # memory that is no address space: the limit does not count it
+    "memfd_create": (319, 279),
+    "vmsplice": (278, 75),
+    "splice": (275, 76),
+    "tee": (276, 77),
+    "timer_create": (222, 107),
+    # what others do with their files and disks
+    "inotify_init": (253, None),
+    "inotify_init1": (294, 26),
+    "sync": (162, 81),
+    "syncfs": (306, 267),
     # who one is, where one is
     "setuid": (105, 146),
     "setgid": (106, 144),
@@ -161,15 +180,24 @@ LOOKED_AT: dict[str, tuple[int | None, int | None]] = {
     "clone": (56, 220),
     "fcntl": (72, 25),
     "ioctl": (16, 29),
+    "mmap": (9, 222),
+    "prctl": (157, 167),
     "prlimit64": (302, 261),
     "open": (2, None),
     "openat": (257, 56),
 }
 _OPEN_FLAGS = {"open": 1, "openat": 2}  # which argument they are
 _WRITING, _CREATING, _TRUNCATING = 0o3, 0o100, 0o1000  # O_WRONLY | O_RDWR, O_CREAT, O_TRUNC
+_NAMELESS = 0o20000000  # the bit of O_TMPFILE that is not O_DIRECTORY
 
 # fcntl: F_SETOWN, F_SETSIG, F_SETOWN_EX: they choose a process and a signal it is to get.
-_REFUSED_FCNTL = (8, 10, 15)
+# F_SETLEASE, F_NOTIFY: who else opens a file. F_SETPIPE_SZ: memory that no limit counts.
+_REFUSED_FCNTL = (8, 10, 15, 1024, 1026, 1031)
+# prctl: PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_THP_DISABLE: what `layers` has set stays.
+_REFUSED_PRCTL = (1, 4, 41)
+# mmap: pages shared without a file stay when all but one of them are unmapped, and only that one
+# counts as address space.
+_MAP_SHARED, _MAP_ANONYMOUS = 0x1, 0x20
 # ioctl: TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX: what Python does to files.
 _ALLOWED_IOCTL = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 
@@ -225,10 +253,17 @@ def filter_program(machine: str, *, may_write: bool) -> bytes:
 def _argument_rules(may_write: bool) -> dict[str, tuple[int, list[bytes]]]:
     """For each call of LOOKED_AT the argument and the rules on it."""
     fcntl = [part for command in _REFUSED_FCNTL for part in _when(_JUMP_EQUAL, command, _REFUSE)]
+    prctl = [part for option in _REFUSED_PRCTL for part in _when(_JUMP_EQUAL, option, _REFUSE)]
     ioctl = [part for what in _ALLOWED_IOCTL for part in _when(_JUMP_EQUAL, what, _ALLOW)]
+    # Where /dev/zero can be opened, its shared pages are such pages as well.
+    shared = [
+        *(_unless(_JUMP_SET, _MAP_ANONYMOUS, _ALLOW) if may_write else []),
+        *_when(_JUMP_SET, _MAP_SHARED, _REFUSE),
+    ]
     if may_write:
         # Truncating what was opened for reading, which Landlock sees from version 3 on.
         opening = [
+            *_when(_JUMP_SET, _NAMELESS, _REFUSE),
             *_unless(_JUMP_SET, _TRUNCATING, _ALLOW),
             *_unless(_JUMP_SET, _WRITING, _REFUSE),
         ]
@@ -238,6 +273,8 @@ def _argument_rules(may_write: bool) -> dict[str, tuple[int, list[bytes]]]:
         "clone": (0, _unless(_JUMP_SET, _CLONE_THREAD, _REFUSE)),
         "fcntl": (1, fcntl),
         "ioctl": (1, [*ioctl, _instruction(_RETURN, _ERRNO | errno.ENOTTY)]),
+        "mmap": (3, shared),
+        "prctl": (0, prctl),
         # Limits of oneself only; others of the same user have a process number.
         "prlimit64": (0, _unless(_JUMP_EQUAL, 0, _REFUSE)),
         **{name: (argument, opening) for name, argument in _OPEN_FLAGS.items()},
