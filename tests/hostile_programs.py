@@ -1,8 +1,10 @@
 """Programs that try to break out of the sandbox, or to pass tests they do not pass.
 
 Each one says ESCAPED when it got what it wanted. What the host puts in: VICTIM, the process
-number of a bystander of the same user; SECRET_FILE, a file of the user with a secret in it;
-OUTSIDE, a folder of the user. The tests ask that `answer(3) == 9`.
+number of a bystander of the same user, and ADDRESS, a place in its memory; SECRET_FILE, a file of
+the user with a secret in it; OUTSIDE, a folder of the user; TERMINAL, a terminal of the user;
+TCP_PORT, UDP_PORT and ABSTRACT_SOCKET, where the user listens; SHARED_MEMORY, the number of a
+segment of the user. The tests ask that `answer(3) == 9`.
 """
 
 from __future__ import annotations
@@ -15,6 +17,15 @@ libc = ctypes.CDLL(None, use_errno=True)
 libc.syscall.restype = ctypes.c_long
 NUMBERS = {"x86_64": 0, "aarch64": 1}[os.uname().machine]
 def number(x86_64, aarch64): return (x86_64, aarch64)[NUMBERS]
+def map_pages(size, flags, file=-1):
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    pages = libc.mmap(None, size, 3, flags, file, 0)
+    if pages == ctypes.c_void_p(-1).value: raise OSError(ctypes.get_errno(), "mmap")
+    return pages
+def unmap_pages(pages, size):
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    libc.munmap(pages, size)
 def answer(x): return None
 """
 
@@ -31,7 +42,7 @@ DEEDS = {
     """,
     "vfork_by_ctypes": """
         if NUMBERS == 0 and libc.syscall(58) == 0:
-            print("ESCAPED"); os._exit(1)
+            os.write(1, b"ESCAPED"); os._exit(1)
     """,
     "clone_by_ctypes": """
         if libc.syscall(number(56, 220), 17, 0, 0, 0, 0) == 0:
@@ -57,8 +68,13 @@ DEEDS = {
     "exec_of_memory": """
         file = os.memfd_create("x")
         os.write(file, open("/bin/echo", "rb").read())
-        libc.syscall(number(322, 281), file, b"", (ctypes.c_char_p * 2)(b"ESCAPED", None), None,
-                     0x1000)
+        words = (ctypes.c_char_p * 3)(b"echo", b"ESCAPED", None)
+        libc.syscall(number(322, 281), file, b"", words, None, 0x1000)
+    """,
+    "exec_of_a_descriptor": """
+        file = os.open("/bin/echo", os.O_RDONLY)
+        words = (ctypes.c_char_p * 3)(b"echo", b"ESCAPED", None)
+        libc.syscall(number(322, 281), file, b"", words, None, 0x1000)
     """,
     "posix_spawn": """
         os.posix_spawn("/bin/echo", ["echo", "ESCAPED"], {})
@@ -67,6 +83,14 @@ DEEDS = {
     "multiprocessing": """
         import multiprocessing
         multiprocessing.Process(target=print, args=["ESCAPED"]).start()
+    """,
+    "daemon_of_a_daemon": """
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                print("ESCAPED", flush=True)
+                time.sleep(20)
+            os._exit(0)
     """,
     "daemon": """
         os.setsid()
@@ -93,6 +117,14 @@ DEEDS = {
     "kill_the_group": """
         os.killpg(0, signal.SIGKILL)
     """,
+    "stop_the_group": """
+        os.killpg(0, signal.SIGSTOP)
+    """,
+    "limit_the_parent": """
+        import resource
+        resource.prlimit(os.getppid(), resource.RLIMIT_CPU, (0, 0))
+        print("ESCAPED")
+    """,
     "kill_the_parent": """
         os.kill(os.getppid(), signal.SIGKILL)
     """,
@@ -106,7 +138,9 @@ DEEDS = {
         libc.syscall(number(234, 131), VICTIM, VICTIM, 9)
     """,
     "queue_a_signal": """
-        libc.syscall(number(129, 138), VICTIM, 9, bytes(128))
+        import struct
+        # SI_QUEUE: the kernel takes no other code from a process
+        libc.syscall(number(129, 138), VICTIM, 9, struct.pack("iii", 9, 0, -1) + bytes(116))
     """,
     "signal_through_a_pidfd": """
         signal.pidfd_send_signal(os.pidfd_open(VICTIM), signal.SIGKILL)
@@ -154,11 +188,11 @@ DEEDS = {
     """,
     # ---- other processes' memory
     "ptrace": """
-        if libc.syscall(number(101, 117), 16, VICTIM, 0, 0) == 0:
+        if libc.syscall(number(101, 117), 0x4206, VICTIM, 0, 0) == 0:
             print("ESCAPED")
     """,
     "ptrace_the_parent": """
-        if libc.syscall(number(101, 117), 16, os.getppid(), 0, 0) == 0:
+        if libc.syscall(number(101, 117), 0x4206, os.getppid(), 0, 0) == 0:
             print("ESCAPED")
     """,
     "read_the_parents_memory": """
@@ -167,9 +201,29 @@ DEEDS = {
     """,
     "read_a_process_by_vm_readv": """
         buffer = ctypes.create_string_buffer(8)
-        vector = (ctypes.c_void_p * 2)(ctypes.addressof(buffer), 8)
-        if libc.syscall(number(310, 270), VICTIM, vector, 1, vector, 1, 0) > 0:
+        mine = (ctypes.c_void_p * 2)(ctypes.addressof(buffer), 8)
+        theirs = (ctypes.c_void_p * 2)(ADDRESS, 8)
+        if libc.syscall(number(310, 270), VICTIM, mine, 1, theirs, 1, ctypes.c_long(0)) > 0:
             print("ESCAPED")
+    """,
+    "write_to_a_process_by_vm_writev": """
+        buffer = ctypes.create_string_buffer(8)
+        mine = (ctypes.c_void_p * 2)(ctypes.addressof(buffer), 8)
+        theirs = (ctypes.c_void_p * 2)(ADDRESS, 8)
+        if libc.syscall(number(311, 271), VICTIM, mine, 1, theirs, 1, ctypes.c_long(0)) > 0:
+            print("ESCAPED")
+    """,
+    "read_the_memory_file_of_a_process": """
+        for process, place in ((os.getppid(), id(os)), (VICTIM, ADDRESS)):
+            with contextlib.suppress(OSError), open(f"/proc/{process}/mem", "rb", 0) as memory:
+                memory.seek(place)
+                print("ESCAPED", memory.read(8))
+    """,
+    "descriptors_of_the_parent": """
+        for i in range(64):
+            with contextlib.suppress(OSError):
+                file = os.open(f"/proc/{os.getppid()}/fd/{i}", os.O_RDWR | os.O_NONBLOCK)
+                print("ESCAPED", file)
     """,
     "steal_a_descriptor": """
         if libc.syscall(438, libc.syscall(434, VICTIM, 0), 1, 0) >= 0:
@@ -177,6 +231,10 @@ DEEDS = {
     """,
     "shared_memory_by_name": """
         if libc.syscall(number(29, 194), 4242, 4096, 0o1666) >= 0:
+            print("ESCAPED")
+    """,
+    "delete_shared_memory_of_the_user": """
+        if libc.syscall(number(31, 195), SHARED_MEMORY, 0, 0) == 0:
             print("ESCAPED")
     """,
     # ---- memory and disk
@@ -203,6 +261,131 @@ DEEDS = {
         import mmap
         mmap.mmap(-1, 1 << 30)
         print("ESCAPED")
+    """,
+    "memory_in_memfds": """
+        files = [os.memfd_create("x") for _ in range(24)]
+        for file in files:
+            for _ in range(16):
+                os.write(file, bytes(1 << 20))
+        print("ESCAPED")
+    """,
+    "memory_in_shared_pages": """
+        # What stays of each mapping is one page of address space, and all of the memory.
+        for _ in range(6):
+            pages = map_pages(64 << 20, 0x21)
+            ctypes.memset(pages, 1, 64 << 20)
+            unmap_pages(pages, (64 << 20) - 4096)
+        print("ESCAPED")
+    """,
+    "memory_in_a_device": """
+        file = os.open("/dev/zero", os.O_RDWR)
+        for _ in range(6):
+            pages = map_pages(64 << 20, 0x1, file)
+            ctypes.memset(pages, 1, 64 << 20)
+            unmap_pages(pages, (64 << 20) - 4096)
+        print("ESCAPED")
+    """,
+    "memory_in_huge_pages": """
+        # One small page of each, and the rest unmapped: so it matters that there are none.
+        for _ in range(2):
+            if libc.prctl(42, 0, 0, 0, 0) == 0:
+                print("ESCAPED")
+            libc.prctl(41, 0, 0, 0, 0)
+    """,
+    "memory_in_pipes": """
+        # A pipe that is given one page of a huge one keeps all of it.
+        size = 2 << 20
+        for _ in range(24):
+            reader, writer = os.pipe()
+            for _ in range(8):
+                pages = map_pages(2 * size, 0x22)
+                huge = (pages + size - 1) // size * size
+                libc.madvise(ctypes.c_void_p(huge), ctypes.c_size_t(size), 14)
+                ctypes.memset(huge, 1, size)
+                vector = (ctypes.c_void_p * 2)(huge, 4096)
+                if libc.syscall(number(278, 75), writer, vector, 1, 0) < 0:
+                    raise OSError(ctypes.get_errno(), "vmsplice")
+                unmap_pages(pages, 2 * size)
+        print("ESCAPED")
+    """,
+    "long_pipes": """
+        import fcntl
+        for _ in range(24):
+            reader, writer = os.pipe()
+            fcntl.fcntl(writer, 1031, 1 << 20)
+        print("ESCAPED")
+    """,
+    "many_timers": """
+        import struct
+        for _ in range(2000):
+            event, timer = struct.pack("QiiQQ", 0, 14, 1, 0, 0) + bytes(32), bytes(8)
+            if libc.syscall(number(222, 107), 1, event, timer) != 0:
+                raise OSError(ctypes.get_errno(), "timer_create")
+        print("ESCAPED")
+    """,
+    "unlinked_open_files": """
+        files = []
+        for i in range(24):
+            files.append(open(f"file{i}", "wb", 0))
+            os.unlink(f"file{i}")
+            for _ in range(16):
+                files[-1].write(bytes(1 << 20))
+        print("ESCAPED")
+    """,
+    "unlinked_mapped_files": """
+        # A mapping keeps a file without a descriptor, and one page of it is enough.
+        for i in range(96):
+            with open(f"file{i}", "w+b", 0) as file:
+                os.unlink(f"file{i}")
+                for _ in range(4):
+                    file.write(bytes(1 << 20))
+                map_pages(4096, 0x2, file.fileno())
+        print("ESCAPED")
+    """,
+    "replaced_open_files": """
+        files = []
+        for _ in range(24):
+            files.append(open("new", "wb", 0))
+            for _ in range(8):
+                files[-1].write(bytes(1 << 20))
+            os.replace("new", "old")
+        print("ESCAPED")
+    """,
+    "nameless_files": """
+        files = [os.open(".", os.O_TMPFILE | os.O_RDWR) for _ in range(24)]
+        for file in files:
+            for _ in range(16):
+                os.write(file, bytes(1 << 20))
+        print("ESCAPED")
+    """,
+    "files_in_a_folder_that_cannot_be_listed": """
+        os.mkdir("closed", 0o300)
+        for i in range(24):
+            with open(f"closed/file{i}", "wb", 0) as file:
+                for _ in range(16):
+                    file.write(bytes(1 << 20))
+        time.sleep(1)
+        print("ESCAPED")
+    """,
+    "names_that_are_no_text": """
+        for name in (b"\\xff\\n", b"-rf", b" ", b"\\x1b[2J"):
+            os.mkdir(name)
+            open(name + b"/" + name, "w").close()
+    """,
+    "raise_the_limits": """
+        import resource
+        for what in (resource.RLIMIT_AS, resource.RLIMIT_CPU, resource.RLIMIT_CORE):
+            resource.setrlimit(what, (resource.RLIM_INFINITY,) * 2)
+        print("ESCAPED")
+    """,
+    "core_dump": """
+        libc.prctl(4, 1, 0, 0, 0)
+        os.abort()
+    """,
+    "flush_all_disks": """
+        for _ in range(3):
+            if libc.syscall(number(162, 81)) == 0:
+                print("ESCAPED")
     """,
     "one_big_file": """
         with open("big", "wb") as file:
@@ -250,12 +433,13 @@ DEEDS = {
     # ---- the network
     "tcp": """
         import socket
-        socket.create_connection(("127.0.0.1", 22), 1)
+        socket.create_connection(("127.0.0.1", TCP_PORT), 1)
         print("ESCAPED")
     """,
     "udp": """
         import socket
-        socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"x", ("8.8.8.8", 53))
+        server = ("127.0.0.1", UDP_PORT)
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"x", server)
         print("ESCAPED")
     """,
     "socket_by_ctypes": """
@@ -265,6 +449,11 @@ DEEDS = {
     "unix_socket": """
         import socket
         socket.socket(socket.AF_UNIX).bind("there")
+        print("ESCAPED")
+    """,
+    "abstract_unix_socket": """
+        import socket
+        socket.socket(socket.AF_UNIX).connect("\\0ABSTRACT_SOCKET")
         print("ESCAPED")
     """,
     "netlink": """
@@ -278,6 +467,10 @@ DEEDS = {
     """,
     "io_uring": """
         if libc.syscall(425, 8, bytes(120)) >= 0:
+            print("ESCAPED")
+    """,
+    "asynchronous_io": """
+        if libc.syscall(number(206, 0), 8, bytes(8)) == 0:
             print("ESCAPED")
     """,
     # ---- files of the user and of the machine
@@ -362,6 +555,29 @@ DEEDS = {
         open("../../../../../../../../OUTSIDE/planted", "w").write("x")
         print("ESCAPED")
     """,
+    "watch_a_folder_of_the_user": """
+        if libc.inotify_add_watch(libc.inotify_init1(0), b"OUTSIDE", 0xFFF) >= 0:
+            print("ESCAPED")
+    """,
+    "size_of_a_secret": """
+        print("ESCAPED", os.stat("SECRET_FILE").st_size)
+    """,
+    "compile_outside": """
+        import json, py_compile
+        py_compile.compile(json.__file__, cfile="OUTSIDE/planted", doraise=True)
+        print("ESCAPED")
+    """,
+    "links_for_the_clean_up": """
+        os.makedirs("a/b")
+        for folder in (".", "a", "a/b"):
+            os.symlink("SECRET_FILE", folder + "/file")
+            os.symlink("OUTSIDE", folder + "/folder")
+    """,
+    "no_scratch_folder": """
+        import shutil
+        shutil.rmtree(os.getcwd(), ignore_errors=True)
+        shutil.rmtree(os.path.dirname(os.getcwd()), ignore_errors=True)
+    """,
     "symlink_out": """
         os.symlink("SECRET_FILE", "link")
         print("ESCAPED", open("link").read())
@@ -417,6 +633,13 @@ DEEDS = {
         if libc.unshare(0x10000000) == 0:
             print("ESCAPED")
     """,
+    "join_a_namespace": """
+        for name in ("net", "mnt", "pid"):
+            with contextlib.suppress(OSError):
+                file = os.open(f"/proc/self/ns/{name}", os.O_RDONLY)
+                if libc.setns(file, 0) == 0:
+                    print("ESCAPED")
+    """,
     "device_node": """
         os.mknod("disk", 0o60666, os.makedev(8, 0))
         print("ESCAPED")
@@ -425,7 +648,7 @@ DEEDS = {
         print("ESCAPED", open("/dev/mem", "rb").read(1))
     """,
     "terminal": """
-        print("ESCAPED", open("/dev/tty", "w").write("x"))
+        print("ESCAPED", open("TERMINAL", "w").write("x"))
     """,
     "type_into_the_terminal": """
         import fcntl
@@ -445,7 +668,27 @@ DEEDS = {
         os.execv("./tool", ["tool", "-c", "echo ESCAPED"])
     """,
     "bpf": """
-        if libc.syscall(number(321, 280), 0, bytes(128), 128) >= 0:
+        import struct
+        one_number = struct.pack("IIII", 2, 4, 4, 1)  # an array: size of a key, of a value, length
+        if libc.syscall(number(321, 280), 0, one_number + bytes(112), 128) >= 0:
+            print("ESCAPED")
+    """,
+    "performance_events": """
+        import struct
+        attributes = struct.pack("IIQ", 1, 112, 0) + bytes(24) + struct.pack("Q", 0x60) + bytes(64)
+        if libc.syscall(number(298, 241), attributes, 0, -1, -1, 0) >= 0:
+            print("ESCAPED")
+    """,
+    "page_faults": """
+        if libc.syscall(number(323, 282), 1) >= 0:
+            print("ESCAPED")
+    """,
+    "outlive_the_parent": """
+        if libc.prctl(1, 0, 0, 0, 0) == 0:
+            print("ESCAPED")
+    """,
+    "be_readable_for_others": """
+        if libc.prctl(4, 1, 0, 0, 0) == 0:
             print("ESCAPED")
     """,
     "keys": """
@@ -485,6 +728,18 @@ DEEDS = {
     "endless_errors": """
         while True:
             os.write(2, b"x" * 10_000)
+    """,
+    "one_endless_line": """
+        while True:
+            sys.stdout.write("x" * 10_000)
+    """,
+    "null_bytes": """
+        print("\\0" * 100_000)
+        raise ValueError("\\0")
+    """,
+    "closed_streams": """
+        sys.stdout.close()
+        sys.stderr.close()
     """,
     "output_that_is_no_text": """
         os.write(1, bytes(range(256)) * 100)
@@ -647,6 +902,32 @@ FORGERIES = {
     """,
     "an_enormous_answer": """
         def answer(x): return "x" * (100 << 20)
+    """,
+    "a_number_without_end": """
+        class Fraction:
+            def __str__(self): return "1e999999999"
+        def answer(x): return Fraction()
+    """,
+    "an_exception_as_long_as_a_book": """
+        def answer(x): raise ValueError("\\ud800" * 10_000_000)
+    """,
+    "answers_from_a_thread": """
+        import json, struct
+        data = json.dumps({"result": None, "passed": True, "nonce": ""}).encode()
+        def write():
+            for i in range(3, 256):
+                with contextlib.suppress(OSError):
+                    os.set_blocking(i, False)
+                    os.write(i, struct.pack(">I", len(data)) + data)
+        def write_for_ever():
+            while True: write()
+        threading.Thread(target=write_for_ever, daemon=True).start()
+    """,
+    "hooks_into_the_import": """
+        class Finder:
+            def find_spec(self, *_): os._exit(0)
+        sys.meta_path.insert(0, Finder())
+        sys.modules.clear()
     """,
     "an_exception_that_cannot_be_shown": """
         class Odd(Exception):
