@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import bench_sandbox
 from nanochat import execution
 from nanochat.common import UserError
 from nanochat.execution import ExecutionResult, check_program, execute_code, sandbox_problem
@@ -464,6 +465,19 @@ def test_frames_of_any_size_cross() -> None:
 def test_what_is_no_value_is_refused(data: object) -> None:
     with pytest.raises((ValueError, TypeError)):
         wire.decode(data)
+
+
+# ---- the benchmark -------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sandbox_problem() is not None, reason=str(sandbox_problem()))
+def test_the_benchmark_says_what_the_walls_cost(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_sandbox.main(bench_sandbox.Config(programs=2)) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert (row["benchmark"], row["programs"], row["passed"]) == ("sandbox", 2, 2)
+    assert 0 < row["sandbox_median_ms"] <= row["sandbox_p95_ms"]
+    assert 0 < row["bare_median_ms"] <= row["bare_p95_ms"]
+    assert "resource limits" in row["layers"]
 
 
 # ---- HumanEval -----------------------------------------------------------------------------------
