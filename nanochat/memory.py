@@ -31,7 +31,7 @@ def estimate_memory(
     # AdamW keeps two numbers for each one, Muon one; each rank has a share.
     states = 2 * total - counts["transformer_matrices"]
     tokens = rows * config.sequence_len
-    is_native = model.device.type == "cpu" and fused_native.trains_in(compute_dtype)
+    is_native = model.device.type == "cpu" and fused_native.trains(config, compute_dtype)
     per_layer = SAVED_PER_LAYER
     if is_native:
         per_layer = SAVED_BY_KERNELS + SAVED_FOR_MIXES * config.residual_scalars

@@ -204,6 +204,7 @@ def train_stage(
         compile=config.shard != "full"
         and wants_compile(
             config.compile,
+            model.config,
             device=runtime.device,
             dtype=runtime.compute_dtype,
             training_flops=model.estimate_flops() * rows_per_step * sequence_len * num_iterations,
@@ -287,17 +288,19 @@ def _announce(title: str, model: GPT, plan: Plan, facts: dict[str, Any], runtime
         f"{facts['total_batch_size']:,}",
         f"{tokens:,}",
         tokens * model.estimate_flops(),
-        _how(plan, runtime),
+        _how(plan, model.config, runtime),
         f", {tokens / counts['total']:.1f} tokens per parameter",
     )
 
 
-def _how(plan: Plan, runtime: Runtime) -> str:
+def _how(plan: Plan, config: GPTConfig, runtime: Runtime) -> str:
     """What the passes of a step run on."""
     if plan.compile:
         return "compiled"
-    is_native = runtime.device.type == "cpu" and fused_native.trains_in(runtime.compute_dtype)
-    return "compiled kernels" if is_native else "uncompiled"
+    if runtime.device.type != "cpu" or not fused_native.trains(config, runtime.compute_dtype):
+        return "uncompiled"
+    without = fused_native.left_to_pytorch(config)
+    return "compiled kernels" + (f" (not for {' and '.join(without)})" if without else "")
 
 
 def _announce_writes(run_dir: Path, plan: Plan, model: GPT, runtime: Runtime) -> None:
