@@ -244,8 +244,8 @@ class Trainer:
             part = next_token_loss_sum(
                 self._hidden(inputs.to(device, non_blocking=True)),
                 self.model.lm_head.weight,
-                targets.to(device, non_blocking=True),
-                weights=None if weights is None else weights.to(device, non_blocking=True),
+                targets,  # on the host, where it is known which of them are ignored
+                weights=weights,
                 cap=self.model.config.logit_softcap,
                 vocab_size=self.model.config.vocab_size,
                 compiled=self.plan.compile,
