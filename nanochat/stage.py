@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 from nanochat import checkpoint_manager, fp8, fused_native, report
 from nanochat.common import UserError, checkpoints_dir
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.memory import estimate_memory, format_bytes
+from nanochat.memory import checkpoint_bytes, estimate_memory, format_bytes
 from nanochat.optimizers import OptimizerConfig
 from nanochat.plan import Plan, StepLoader, wants_compile
 from nanochat.presets import TRAINING, OptimizerName
@@ -282,6 +282,17 @@ def _announce(title: str, model: GPT, plan: Plan, facts: dict[str, Any], runtime
     steps = plan.schedule.num_iterations
     tokens = steps * facts["total_batch_size"]
     logger.info("%s: %s parameters (%s)", title, f"{counts['total']:,}", groups)
+    sizes = model.config
+    logger.info(
+        "%d layers, width %d, %d query and %d key heads of %d, context %s, vocabulary %s",
+        sizes.n_layer,
+        sizes.n_embd,
+        sizes.n_head,
+        sizes.num_kv_heads,
+        sizes.head_dim,
+        f"{sizes.sequence_len:,}",
+        f"{sizes.vocab_size:,}",
+    )
     logger.info(
         "%s steps x %s tokens = %s tokens, %.2e FLOPs, %s%s",
         f"{steps:,}",
@@ -310,17 +321,18 @@ def _announce_writes(run_dir: Path, plan: Plan, model: GPT, runtime: Runtime) ->
         rows=plan.micro_batch_rows,
         compute_dtype=runtime.compute_dtype,
         world_size=runtime.world.size,
+        shard=plan.shard,
+        background_save=plan.background_save,
     )
     parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in memory.items())
     logger.info("about %s of memory on each device (%s)", format_bytes(sum(memory.values())), parts)
-    size = memory["weights"] + runtime.world.size * memory["optimizer"]
     steps = plan.schedule.num_iterations
     saves = 1 + (steps - 1) // plan.save_every if plan.save_every else 1
     logger.info(
         "dry run: nothing is written; a run would write %d checkpoint(s) of about %s to %s and "
         "keep %d%s, %s beside them, and a section of the report",
         saves,
-        format_bytes(size),
+        format_bytes(checkpoint_bytes(model, shard=plan.shard)),
         run_dir,
         min(saves, plan.keep_last),
         " and the best" if plan.keep_best else "",
