@@ -25,7 +25,7 @@ from nanochat.runtime import Runtime
 from nanochat.schedule import Schedule
 from nanochat.stopping import EXIT_STOPPED, StoppedError, StopRequest, catch_signals
 from nanochat.tokenizer import Tokenizer
-from nanochat.tracking import MetricWriter, open_mirrors
+from nanochat.tracking import MetricWriter, open_mirrors, wandb_project
 from nanochat.training import Hook, Trainer
 
 logger = logging.getLogger(__name__)
@@ -260,7 +260,7 @@ def _train(trainer: Trainer, config: StageConfig, facts: dict[str, Any]) -> None
         report.describe_machine()
         mirrors = open_mirrors(
             config.run,
-            project=f"nanochat-{facts['stage']}",
+            project=wandb_project(facts["stage"]),
             config=facts,
             tensorboard_dir=run_dir / "tensorboard" if config.tensorboard else None,
         )
