@@ -10,6 +10,7 @@ weights, bit for bit, as one that was left alone.
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +32,13 @@ from nanochat.plan import Plan, StepLoader
 from nanochat.precision import MasterWeights
 from nanochat.progress import Progress
 from nanochat.run_folder import step_name
-from nanochat.runtime import Runtime, keep_freed_memory
+from nanochat.runtime import (
+    Runtime,
+    collecting_rarely,
+    first_line,
+    halve_pass,
+    keep_freed_memory,
+)
 from nanochat.saving import CheckpointSaver, not_finite
 from nanochat.stopping import StoppedError, StopRequest
 from nanochat.tracking import MetricWriter
@@ -151,7 +158,7 @@ class Trainer:
         if self.runtime.device.type == "cpu":
             keep_freed_memory()
         last = self.plan.schedule.num_iterations
-        with self.saver:
+        with self.saver, collecting_rarely() as after_step:
             while True:
                 is_last = self.state.step >= last
                 self._stop_if_asked()
@@ -161,6 +168,7 @@ class Trainer:
                     self._write_costs()
                     return self.state
                 self._step()
+                after_step()
 
     def _stop_if_asked(self) -> None:
         """Save and stop when a signal or the clock asks any rank to, or when a save has failed."""
@@ -196,6 +204,7 @@ class Trainer:
                 self._acted.add(hook.name)
                 with self.weights.gathered(), fp8.paused(self.model):
                     values |= hook.action(self)
+            gc.collect()  # an evaluation may leave garbage that holds memory of the device
             if values:
                 self.state.note_evaluation(values)
                 self._write(step, **values)
