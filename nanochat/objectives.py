@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from nanochat import fused_native
 from nanochat.gpt import GPT, LOGIT_SOFTCAP
+from nanochat.runtime import first_line, halve_pass
 
 IGNORED = -1
 CHUNK_ROWS = 512  # rows of logits alive at once: 512 x 8,192 in bf16 is 8 MiB, which stays in cache
@@ -83,6 +84,23 @@ def token_losses(model: GPT, idx: Tensor, targets: Tensor) -> Tensor:
             logits, flat[part], ignore_index=IGNORED, reduction="none"
         )
     return losses.view_as(targets)
+
+
+def token_losses_in_passes(
+    model: GPT, idx: Tensor, targets: Tensor, *, rows: int, rank: int
+) -> tuple[Tensor, int]:
+    """`token_losses` of at most `rows` rows a pass, fewer where the device has no room for them.
+
+    Returns the losses and the rows that a pass may have from now on.
+    """
+    while True:
+        size = min(rows, len(idx))
+        parts = [slice(start, start + size) for start in range(0, len(idx), size)]
+        try:
+            return torch.cat([token_losses(model, idx[p], targets[p]) for p in parts]), rows
+        except torch.OutOfMemoryError as error:
+            reason = first_line(error)
+        rows = halve_pass(size, reason, rank=rank)
 
 
 def _chunk_loss_and_gradient(

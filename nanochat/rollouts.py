@@ -24,7 +24,7 @@ from nanochat.common import UserError
 from nanochat.conversation import Conversation
 from nanochat.dataloader import Batch
 from nanochat.gpt import GPT
-from nanochat.objectives import IGNORED, token_losses
+from nanochat.objectives import IGNORED, token_losses_in_passes
 from nanochat.request import Request
 from nanochat.runtime import World
 from nanochat.sampling import SamplingSettings
@@ -163,7 +163,8 @@ class RolloutLoader:
         self._settings, self._world = settings, world
         self._reference, self._row_length = reference, row_length
         self._padding = tokenizer.encode_special("<|assistant_end|>")
-        self._steps = 0
+        self._rows_per_pass = MAX_ROWS
+        self._steps, self._waited = 0, 0.0
 
     def next_step(self) -> Batch:
         """Ask this rank's questions of the next step; rows of the answers that teach something."""
@@ -256,13 +257,15 @@ class RolloutLoader:
         Its mean over samples is the KL divergence of the model from the reference.
         """
         assert self._reference is not None
-        excess = torch.zeros(targets.shape)
-        for start in range(0, len(inputs), MAX_ROWS):
-            part = slice(start, start + MAX_ROWS)
-            idx, wanted = inputs[part].to(self._model.device), targets[part].to(self._model.device)
-            losses = token_losses(self._reference, idx, wanted)
-            excess[part] = (losses - token_losses(self._model, idx, wanted)).cpu()
-        return excess
+        idx, wanted = inputs.to(self._model.device), targets.to(self._model.device)
+        excess = self._losses(self._reference, idx, wanted) - self._losses(self._model, idx, wanted)
+        return excess.cpu()
+
+    def _losses(self, model: GPT, idx: Tensor, targets: Tensor) -> Tensor:
+        losses, self._rows_per_pass = token_losses_in_passes(
+            model, idx, targets, rows=self._rows_per_pass, rank=self._world.rank
+        )
+        return losses
 
     def _measures(self, groups: Sequence[Group], useful: Sequence[Group]) -> dict[str, float]:
         """Of all answers of the step on all ranks."""

@@ -238,8 +238,7 @@ class Trainer:
             try:
                 return batch, self._add_up(batch)
             except torch.OutOfMemoryError as error:
-                # Only the text: the error keeps the tensors of its frames alive.
-                reason = str(error).strip().splitlines()[0]
+                reason = first_line(error)
             self._take_smaller_parts(reason)
 
     def _add_up(self, batch: Batch) -> Tensor:
@@ -270,26 +269,12 @@ class Trainer:
     def _take_smaller_parts(self, reason: str) -> None:
         """Halve the rows of a pass; this rank alone, for losses are sums over rows."""
         before = self._micro_batch_rows
-        if before == 1:
-            raise UserError(
-                f"out of memory with a single row ({reason}); lower --max-seq-len or --depth"
-            )
-        if self._full_shard is not None:  # a pass has collectives: no rank can repeat it alone
+        if self._full_shard is not None and before > 1:
+            # A pass has collectives: no rank can repeat it alone.
             raise UserError(f"out of memory ({reason}); lower --device-batch-size below {before}")
-        self._micro_batch_rows = (before + 1) // 2
         self.optimizer.zero_grad()
         self.model.zero_grad()
-        torch.cuda.empty_cache()
-        # An error in level only, so that ranks other than the main one are heard as well.
-        logger.error(
-            "rank %d is out of memory with %d rows a pass: going on with %d and more passes a "
-            "step (--device-batch-size=%d starts like this); %s",
-            self.runtime.world.rank,
-            before,
-            self._micro_batch_rows,
-            self._micro_batch_rows,
-            reason,
-        )
+        self._micro_batch_rows = halve_pass(before, reason, rank=self.runtime.world.rank)
 
     def _step(self) -> None:
         """One optimizer step."""
