@@ -117,6 +117,7 @@ class Trainer:
             from nanochat.fullshard import FullShard  # a second of imports that few runs need
 
             self._full_shard = self.weights = self.optimizer = FullShard(model, optimizer, runtime)
+            logger.info("with --shard=full a slow rank is not named: each pass waits for all ranks")
         else:
             self.weights = MasterWeights(model, runtime.compute_dtype)
             self.optimizer = build_optimizer(
@@ -279,7 +280,11 @@ class Trainer:
     def _step(self) -> None:
         """One optimizer step."""
         started = time.perf_counter()
-        with self.progress.own_work.measured():
+        if self._full_shard is None:
+            with self.progress.own_work.measured():
+                batch, loss_sum = self.accumulate_gradients()
+                self.progress.own_work.leave_out(batch.waited_seconds)
+        else:  # its passes wait for all ranks again and again: whose work is slow is not to be seen
             batch, loss_sum = self.accumulate_gradients()
         multiplier = self.plan.schedule.multiplier(self.state.step)
         grad_norm: Tensor | None = torch.zeros(())

@@ -609,16 +609,29 @@ def test_a_slow_rank_is_one_that_works_much_longer_than_the_others() -> None:
     assert slow_ranks([5.0]) == {}
 
 
-def train_with_a_slow_rank(runtime: Runtime, folder: Path) -> list[str]:
-    """Rank 1 takes its time to hand out rows; what the log says."""
+def work_long() -> None:
+    started = time.perf_counter()
+    while time.perf_counter() - started < 1.0:
+        np.linalg.norm(np.ones(1000))
+
+
+def train_with_a_slow_rank(runtime: Runtime, folder: Path, has_sums: bool) -> list[str]:
+    """Rank 1 takes its time to hand out rows; what the log says.
+
+    has_sums: the ranks come together while they make their rows, as in reinforcement learning.
+    """
     trainer = make_trainer(folder, runtime, steps=3, log_every=1)
     next_step = trainer.loader.next_step
 
     def take_long() -> Batch:
-        started = time.perf_counter()
-        while time.perf_counter() - started < 1.0:
-            np.linalg.norm(np.ones(1000))
-        return next_step()
+        if runtime.world.rank == 1:
+            work_long()
+        batch = next_step()
+        if has_sums:
+            started = time.perf_counter()
+            runtime.world.sum(1.0)
+            batch.waited_seconds = time.perf_counter() - started
+        return batch
 
     if runtime.world.rank == 1:
         trainer.loader.next_step = take_long  # type: ignore[method-assign]
@@ -633,7 +646,8 @@ def train_with_a_slow_rank(runtime: Runtime, folder: Path) -> list[str]:
     return [message for message in messages if "slow" in message]
 
 
-def test_a_slow_rank_is_named_once(tmp_path: Path) -> None:
-    (message,), of_other_rank = run_ranks(train_with_a_slow_rank, 2, tmp_path)
+@pytest.mark.parametrize("has_sums", [False, True])
+def test_a_slow_rank_is_named_once(tmp_path: Path, has_sums: bool) -> None:
+    (message,), of_other_rank = run_ranks(train_with_a_slow_rank, 2, tmp_path, has_sums)
     assert message.startswith("rank 1 is slow and keeps the others waiting")
     assert of_other_rank == []  # only the main rank talks
