@@ -78,7 +78,7 @@ class StageConfig:
     grad_clip: float | None = None
     """Largest global gradient norm, 0 = off; default: the optimizer's."""
     eval_every: int = 150
-    """Steps between validations; -1 = only at the end."""
+    """Steps between validations; 0 = only at the end, -1 = never."""
     eval_tokens: int = 20 * 524_288
     """Validation tokens."""
     save_every: int = -1

@@ -52,7 +52,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Hook:
-    """An action at step 0, at every `every` steps and at the end; `every` 0 = at the end only."""
+    """An action at step 0, at every `every` steps and at the end.
+
+    `every` 0 = at the end only, less = never.
+    """
 
     name: str
     every: int
@@ -64,10 +67,10 @@ class Hook:
 
     def is_due(self, step: int, is_last: bool) -> bool:
         """Whether to act at this boundary."""
+        if self.every <= 0:
+            return is_last and self.every == 0
         if is_last:
             return True
-        if self.every <= 0:
-            return False
         return step % self.every == 0 and (step > 0 or self.at_start)
 
 

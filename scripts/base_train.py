@@ -76,13 +76,13 @@ class Config(StageConfig):
     packing: Literal["stream", "best-fit"] = "stream"
     """How documents fill rows."""
     eval_every: int = 250
-    """Steps between validations; -1 = only at the end."""
+    """Steps between validations; 0 = only at the end, -1 = never."""
     core_metric_every: int = 2000
     """Steps between CORE evaluations; -1 = never."""
     core_metric_max_per_task: int = 500
     """Items of each CORE task; -1 = all."""
     sample_every: int = 2000
-    """Steps between sample generations; -1 = only at the end."""
+    """Steps between sample generations; 0 = only at the end, -1 = never."""
 
 
 def main(config: Config) -> int:
