@@ -152,6 +152,7 @@ def main(config: Config) -> int:
             sequence_len=config.max_seq_len,
             world=rt.world,
             packing=config.packing,
+            pin_memory=rt.device.type == "cuda",
         )
         return train_stage(
             config,
