@@ -406,7 +406,12 @@ def test_an_exported_model_has_equal_logits_in_transformers(preset: str, tmp_pat
         difference = (loaded(ids).logits - expected).abs().max()
         assert difference < 1e-5 * scale
         written = loaded.generate(
-            ids[:1, :20], max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+            ids[:1, :20],
+            attention_mask=torch.ones(1, 20),  # else a token 0 is taken for padding
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
         )
     cache, tokens = model.new_cache(1, 40), ids[:1, :20]
     new = tokens
