@@ -99,6 +99,8 @@ class StageConfig:
     """Steps between console lines."""
     resume: bool = False
     """Continue from this run's newest valid checkpoint, if there is one."""
+    resume_from_step: int = -1
+    """Continue from this saved step instead, and rename later ones; -1 = as --resume says."""
     dry_run: bool = False
     """Print sizes, steps and where results would go; train nothing."""
     compile: str = "auto"
@@ -255,7 +257,9 @@ def train_stage(
 def _train(trainer: Trainer, config: StageConfig, facts: dict[str, Any]) -> None:
     """Run the trainer in its folder, from where an earlier run ended if it is to be resumed."""
     run_dir, world = trainer.saver.run_dir, trainer.runtime.world
-    checkpoint = previous_run(run_dir, facts, resume=config.resume, world=world)
+    step = config.resume_from_step if config.resume_from_step >= 0 else None
+    resume = config.resume or step is not None
+    checkpoint = previous_run(run_dir, facts, resume=resume, world=world, step=step)
     if world.is_main:
         report.describe_machine()
         mirrors = open_mirrors(

@@ -462,6 +462,32 @@ def test_another_model_is_not_resumed_and_nothing_is_touched(
     assert saved_steps(run_dir) == [6]
 
 
+def test_a_run_goes_back_to_a_step_and_ends_where_it_ended(
+    runtime: Runtime, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings: dict[str, Any] = {"save_every": 2, "keep_last": 9}
+    trainer = make_trainer(tmp_path, runtime, **settings)
+    trainer.facts = FACTS
+    trainer.run()
+    run_dir, end = tmp_path / "run", newest(tmp_path).weights_hash
+    facts = FACTS | {"config": {**FACTS["config"], "resume_from_step": 2}}  # type: ignore[dict-item]
+    for step in (3, 8):
+        with pytest.raises(UserError, match=rf"no step {step} in .*/run; there is 2, 4, 6$"):
+            resuming.previous_run(run_dir, facts, resume=True, world=World(), step=step)
+    found = resuming.previous_run(run_dir, facts, resume=True, world=World(), step=2)
+    assert found is not None
+    assert found.step == 2
+    assert saved_steps(run_dir) == [2]
+    assert {path.name for path in run_dir.glob("later.*")} == {
+        "later.step_000004",
+        "later.step_000006",
+    }
+    assert "step_000004 is later and was renamed to later.step_000004" in caplog.text
+    go_on(tmp_path, runtime, **settings).run()
+    assert newest(tmp_path).weights_hash == end
+    assert list(losses(tmp_path)) == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_changed_learning_rate_goes_on_and_is_named(
     runtime: Runtime, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
