@@ -64,7 +64,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def rotate_and_norm(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """`rotate`, then `rms_norm` of each head (QK norm, arXiv:2010.04245)."""
-    if fused_native.takes(x) and rotary[0].ndim == 2 and x.size(-1) % 64 == 0:
+    is_native = fused_native.takes(x) and fused_native.takes_head_size(x.size(-1))
+    if is_native and rotary[0].ndim == 2:
         return fused_native.rotate_and_norm(x, *rotary, NORM_EPS)
     if fused.pays_for(x) and rotary[0].ndim == 2:
         return fused.rotate_and_norm(x, *rotary, NORM_EPS)

@@ -68,6 +68,7 @@ __all__ = [
     "lock_run",
     "newest_checkpoint",
     "open_checkpoint",
+    "open_step",
     "prune",
     "save_checkpoint",
     "saved_steps",
@@ -276,9 +277,14 @@ def find_checkpoint(
         checkpoint = newest_checkpoint(run_dir, weights_only=weights_only)
         assert checkpoint is not None  # a run has at least one step folder
         return checkpoint
+    return open_step(run_dir, step, weights_only=weights_only)
+
+
+def open_step(run_dir: Path, step: int, *, weights_only: bool = False) -> Checkpoint:
+    """A step of a run, verified; UserError that names the others when it is not there."""
     path = run_dir / step_name(step)
     if not path.is_dir():
-        steps = ", ".join(str(step_of(other)) for other in step_folders(run_dir))
+        steps = ", ".join(map(str, saved_steps(run_dir))) or "none"
         raise UserError(f"no step {step} in {run_dir}; there is {steps}")
     return open_checkpoint(path, weights_only=weights_only)
 

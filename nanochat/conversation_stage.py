@@ -158,6 +158,7 @@ def train_on_conversations(
         world=runtime.world,
         masked=config.masked,
         packing=config.packing,
+        pin_memory=runtime.device.type == "cuda",
     )
     return train_stage(
         config,

@@ -66,6 +66,8 @@ class Batch:
     """What the loss of each target is multiplied by, (B, T) fp32; None = 1."""
     measures: dict[str, float] = field(default_factory=dict)
     """What else there is to tell about the step, equal on every rank; goes to the metrics."""
+    waited_seconds: float = 0.0
+    """Time in which making the batch waited for other ranks."""
 
 
 class Loader:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from nanochat.common import UserError
 
@@ -108,6 +109,7 @@ class _Product(torch.autograd.Function):
         return product(x, weight, x.dtype, (FORWARD, FORWARD))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         (gradient,) = gradients

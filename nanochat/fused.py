@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # 128 queries keep a block of scores inside the L2 cache.
 QUERY_BLOCK = 128
@@ -92,6 +93,7 @@ class _RmsNorm(torch.autograd.Function):
         return normed
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return _norm_gradient(gradients[0], *ctx.saved_tensors), None
 
@@ -118,6 +120,7 @@ class _RotateAndNorm(torch.autograd.Function):
         return normed
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         normed, inverse, cos, sin = ctx.saved_tensors
         gradient = _norm_gradient(gradients[0], normed, inverse)
@@ -132,6 +135,7 @@ class _ReluSquared(torch.autograd.Function):
         return positive * positive
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (positive,) = ctx.saved_tensors
         return gradients[0].mul(positive).mul_(2.0)
@@ -144,6 +148,7 @@ class _ScaledSum(torch.autograd.Function):
         return torch.add(x * keep, first, alpha=float(back))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, first, keep, back = ctx.saved_tensors
         (gradient,) = gradients
@@ -177,6 +182,7 @@ class _CausalAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *weights = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)

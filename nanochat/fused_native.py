@@ -11,15 +11,45 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from nanochat.gpt_config import GPTConfig
 from nanochat.kernels import training
 
+LARGEST_CAP = 60.0  # exp of a logit at this softcap, times any vocabulary, fits fp32
+_HEAD_STEP = 64  # a rotation works on two halves of a head
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def trains_in(dtype: torch.dtype) -> bool:
-    """Whether training in this dtype on this machine's CPU goes through the kernels."""
-    return dtype == torch.bfloat16 and training.load() is not None
+def trains(config: GPTConfig, dtype: torch.dtype) -> bool:
+    """Whether training this model in this dtype on this machine's CPU goes through the kernels.
+
+    Of a few models they do most of the work and not all of it: see `left_to_pytorch`.
+    """
+    is_possible = dtype == torch.bfloat16 and training.load() is not None
+    return is_possible and not {"matrices", "attention"} & set(left_to_pytorch(config))
+
+
+def left_to_pytorch(config: GPTConfig) -> list[str]:
+    """Parts of this model whose shapes or options the kernels do not take."""
+    widths = (config.n_embd, config.num_kv_heads * config.head_dim, config.mlp_width)
+    is_taken = {
+        "matrices": all(width % training.WIDTH == 0 for width in widths),
+        "attention": config.head_dim % training.WIDTH == 0,
+        "rotations": takes_head_size(config.head_dim),
+        "head": config.n_embd % training.WIDTH == 0 and takes_cap(config.logit_softcap),
+    }
+    return [part for part, taken in is_taken.items() if not taken]
+
+
+def takes_head_size(size: int) -> bool:
+    """Whether heads of this size can be rotated by the kernels."""
+    return size % _HEAD_STEP == 0
+
+
+def takes_cap(cap: float) -> bool:
+    """Whether the head's kernel is exact with this softcap: it takes no maximum off the logits."""
+    return 0 < cap <= LARGEST_CAP
 
 
 def takes(*tensors: Tensor) -> bool:
@@ -34,14 +64,21 @@ def takes(*tensors: Tensor) -> bool:
 
 
 def takes_layers(x: Tensor, layers: Sequence[nn.Module]) -> bool:
-    """Whether these layers on x go through the kernels: none of another kind, none with hooks."""
+    """Whether these layers on x go through the kernels: plain matrices, none with hooks."""
     for layer in layers:
-        if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+        if type(layer) is not nn.Linear or _has_bias_or_hooks(layer):
             return False
         if layer.out_features % training.WIDTH:
             return False
     weights: list[Tensor] = [layer.weight for layer in layers]  # type: ignore[misc]
     return takes(x, *weights)
+
+
+def _has_bias_or_hooks(layer: nn.Module) -> bool:
+    if layer._parameters.get("bias") is not None:
+        return True
+    forward = layer._forward_hooks or layer._forward_pre_hooks
+    return bool(forward or layer._backward_hooks or layer._backward_pre_hooks)
 
 
 def linears(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -64,7 +101,9 @@ def rms_norm(x: Tensor, eps: float) -> Tensor:
 
 def rotate_and_norm(x: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
     """`fused.rotate_and_norm`, where D is a multiple of 64: x (B, T, H, D)."""
-    out: Tensor = _RotateAndNorm.apply(x, cos, sin, eps)  # type: ignore[no-untyped-call]
+    # The tables of a model that was cast as a whole are bf16; the kernel reads fp32.
+    tables = cos.float(), sin.float()
+    out: Tensor = _RotateAndNorm.apply(x, *tables, eps)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -95,11 +134,16 @@ class _Linears(torch.autograd.Function):
         return tuple(training.linear(x, weight) for weight in weights)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
         whole = [gradient.contiguous() for gradient in gradients]
         dx = training.linear_input_gradient(whole, weights)
-        return dx, *(training.linear_weight_gradient(gradient, x) for gradient in whole)
+        wanted = ctx.needs_input_grad[1:]  # a frozen matrix costs no product
+        return dx, *(
+            training.linear_weight_gradient(gradient, x) if is_wanted else None
+            for gradient, is_wanted in zip(whole, wanted, strict=True)
+        )
 
 
 class _ReluSquaredMLP(torch.autograd.Function):
@@ -111,12 +155,14 @@ class _ReluSquaredMLP(torch.autograd.Function):
         return training.linear(h, w_out)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, h, w_in, w_out = ctx.saved_tensors
         gradient = gradients[0].contiguous()
-        dw_out = training.linear_weight_gradient(gradient, h)
+        _, wants_in, wants_out = ctx.needs_input_grad
+        dw_out = training.linear_weight_gradient(gradient, h) if wants_out else None
         inner = training.linear_input_gradient([gradient], [w_out], h)
-        dw_in = training.linear_weight_gradient(inner, x)
+        dw_in = training.linear_weight_gradient(inner, x) if wants_in else None
         return training.linear_input_gradient([inner], [w_in]), dw_in, dw_out
 
 
@@ -128,6 +174,7 @@ class _RmsNorm(torch.autograd.Function):
         return normed
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return training.rms_norm_gradient(gradients[0].contiguous(), *ctx.saved_tensors), None
 
@@ -141,6 +188,7 @@ class _RotateAndNorm(torch.autograd.Function):
         return normed
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         gradient = gradients[0].contiguous()
         return training.rotate_and_norm_gradient(gradient, *ctx.saved_tensors), None, None, None
@@ -156,6 +204,7 @@ class _CausalAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         gradient = gradients[0].contiguous()
@@ -185,6 +234,7 @@ class _HeadLoss(torch.autograd.Function):
         return torch.tensor(loss, dtype=torch.float32)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the gradients made in the forward pass."""
         hidden, weight = ctx.saved_tensors

@@ -125,6 +125,15 @@ def _turned_back(matrix: Tensor, head_dim: int) -> Tensor:
     return heads.flip(1).reshape(matrix.shape)
 
 
+def is_known_elsewhere(config: GPTConfig) -> bool:
+    """Whether there is an architecture that computes what this model computes."""
+    try:
+        _target(config)
+    except UserError:
+        return False
+    return True
+
+
 def _target(config: GPTConfig) -> str:
     """Which architecture computes what this model computes: qwen3 or nanochat."""
     is_portable = config.mlp == "swiglu" and config.logit_softcap == 0

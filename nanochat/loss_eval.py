@@ -7,6 +7,7 @@ the information of all predicted tokens by the UTF-8 bytes they stand for.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,7 +19,7 @@ from nanochat.common import UserError
 from nanochat.dataloader import evaluation_batches
 from nanochat.dataset import DocumentSource, Split
 from nanochat.gpt import GPT
-from nanochat.objectives import IGNORED, token_losses
+from nanochat.objectives import IGNORED, token_losses_in_passes
 from nanochat.runtime import World
 from nanochat.tokenizer import Tokenizer
 
@@ -76,11 +77,14 @@ def sum_losses(
     was_training = model.training
     model.eval()
     nats, num_bytes, num_tokens = 0.0, 0, 0
+    rows = sys.maxsize  # of a pass
     for batch in batches:
         targets = batch.targets.to(model.device)
         bytes_of = torch.where(targets >= 0, token_bytes[targets.clamp_min(0)], 0)
         counted = torch.where(bytes_of > 0, targets, IGNORED)
-        losses = token_losses(model, batch.inputs.to(model.device), counted)
+        losses, rows = token_losses_in_passes(
+            model, batch.inputs.to(model.device), counted, rows=rows, rank=world.rank
+        )
         # Sums of one batch are small enough for fp32; Python's floats add them up in double.
         nats += float(losses.sum())
         num_bytes += int(bytes_of.sum())

@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nanochat import fused_native
 from nanochat.gpt import GPT, LOGIT_SOFTCAP
+from nanochat.runtime import first_line, halve_pass
 
 IGNORED = -1
 CHUNK_ROWS = 512  # rows of logits alive at once: 512 x 8,192 in bf16 is 8 MiB, which stays in cache
@@ -40,18 +42,24 @@ def next_token_loss_sum(
     -1 = ignored; weights: what each target's loss is multiplied by, of the shape of targets,
     None = 1; cap: the model's softcap, 0 = none; vocab_size: rows of the head behind it are
     padding, None = there are none. The gradient is made during the forward pass, chunk by chunk,
-    from the logits at hand. Rows whose target is ignored never meet the head.
+    from the logits at hand. Where targets and weights are given on the host, rows whose target is
+    ignored never meet the head, wherever that is.
 
     With the advantages of sampled tokens as weights the gradient is that of the policy gradient
     (REINFORCE, doi:10.1007/BF00992696): minus the mean of advantage x gradient of log probability.
     """
     rows, flat = hidden.flatten(0, -2), targets.flatten()
     factors = None if weights is None else weights.flatten().float()
-    if bool((flat == IGNORED).any()):
+    # Asked on the host alone: for an answer of the device the host would have to wait.
+    if flat.device.type == "cpu" and bool((flat == IGNORED).any()):
         kept = (flat != IGNORED).nonzero().squeeze(1)
-        rows, flat = rows.index_select(0, kept), flat.index_select(0, kept)
-        factors = None if factors is None else factors.index_select(0, kept)
-    if cap and flat.numel() and fused_native.takes(rows, head_weight):
+        flat = flat.index_select(0, kept)
+        factors = None if factors is None else factors.index_select(0, kept.to(factors.device))
+        rows = rows.index_select(0, kept.to(rows.device, non_blocking=True))
+    flat = flat.to(rows.device, non_blocking=True)
+    factors = None if factors is None else factors.to(rows.device, non_blocking=True)
+    is_native = fused_native.takes_cap(cap) and fused_native.takes(rows, head_weight)
+    if is_native and flat.numel():
         used = head_weight.size(0) if vocab_size is None else vocab_size
         return fused_native.head_loss_sum(rows, head_weight, flat, factors, cap, used)
     if vocab_size == head_weight.size(0):
@@ -78,6 +86,23 @@ def token_losses(model: GPT, idx: Tensor, targets: Tensor) -> Tensor:
     return losses.view_as(targets)
 
 
+def token_losses_in_passes(
+    model: GPT, idx: Tensor, targets: Tensor, *, rows: int, rank: int
+) -> tuple[Tensor, int]:
+    """`token_losses` of at most `rows` rows a pass, fewer where the device has no room for them.
+
+    Returns the losses and the rows that a pass may have from now on.
+    """
+    while True:
+        size = min(rows, len(idx))
+        parts = [slice(start, start + size) for start in range(0, len(idx), size)]
+        try:
+            return torch.cat([token_losses(model, idx[p], targets[p]) for p in parts]), rows
+        except torch.OutOfMemoryError as error:
+            reason = first_line(error)
+        rows = halve_pass(size, reason, rank=rank)
+
+
 def _chunk_loss_and_gradient(
     raw: Tensor, targets: Tensor, factors: Tensor | None, *, cap: float, vocab_size: int | None
 ) -> tuple[Tensor, Tensor]:
@@ -86,11 +111,16 @@ def _chunk_loss_and_gradient(
     raw: (n, V) logits before the softcap; targets: (n,), -1 adds nothing; factors: (n,) fp32,
     None = 1. Returns fp32 scalar and (n, V) in raw's dtype.
     """
-    # In place and without subtracting the maximum: softcapped logits are at most 15, and exp(15)
-    # times any vocabulary fits fp32. Every line is one pass over memory, which is what this costs.
+    # In place and without subtracting the maximum of logits that are capped low enough. Every line
+    # is one pass over memory, which is what this costs.
+    largest: Tensor | float = 0.0
     if cap:
         squashed = raw.float().div_(cap).tanh_()
-        weights = (squashed * cap).exp_()
+        weights = squashed * cap
+        if cap > fused_native.LARGEST_CAP:
+            largest = weights.amax(dim=-1, keepdim=True)
+            weights -= largest
+        weights.exp_()
     else:
         squashed = raw.float() - raw.amax(dim=-1, keepdim=True).float()
         weights = squashed.exp()
@@ -101,7 +131,7 @@ def _chunk_loss_and_gradient(
     counted = (targets != IGNORED).unsqueeze(-1).float()
     if factors is not None:
         counted = counted * factors.unsqueeze(-1)
-    losses = normalizer.log() - (cap or 1.0) * squashed.gather(-1, index)
+    losses = normalizer.log() + largest - (cap or 1.0) * squashed.gather(-1, index)
     probabilities = weights.mul_(counted / normalizer)
     probabilities.scatter_add_(-1, index, -counted)
     if cap:
@@ -158,6 +188,7 @@ class _HeadLoss(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the gradients made in the forward pass."""
         hidden_gradient, weight_gradient = ctx.saved_tensors

@@ -13,6 +13,7 @@ import torch
 from nanochat import fused_native
 from nanochat.common import UserError
 from nanochat.dataloader import Batch
+from nanochat.gpt_config import GPTConfig
 from nanochat.schedule import Schedule
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,12 @@ class Plan:
 
 
 def wants_compile(
-    mode: str, *, device: torch.device, dtype: torch.dtype, training_flops: float
+    mode: str,
+    config: GPTConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    training_flops: float,
 ) -> bool:
     """Resolve --compile: "on", "off", or "auto" = where compiling saves more than it costs."""
     if mode not in ("auto", "on", "off"):
@@ -87,7 +93,7 @@ def wants_compile(
         return True
     if device.type != "cpu" or training_flops < CPU_COMPILE_FLOPS:
         return False
-    if fused_native.trains_in(dtype):  # faster than what a compiler makes, from the first step on
+    if fused_native.trains(config, dtype):  # faster than a compiler's code, from the first step on
         return False
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         logger.warning("no C++ compiler found: training runs uncompiled, about a fifth slower")

@@ -48,23 +48,29 @@ class OwnWork:
     def __init__(self, device: torch.device) -> None:
         self._is_cuda = device.type == "cuda"
         self._seconds: list[float] = []
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event, float]] = []
+        self._waited = 0.0
 
     @contextmanager
     def measured(self) -> Iterator[None]:
-        """Around the work of one step, in which nothing waits for another rank."""
-        started = time.perf_counter()
+        """Around the work of one step; what of it waits for another rank is told by `leave_out`."""
+        started, self._waited = time.perf_counter(), 0.0
         begin = self._mark()
         yield
         end = self._mark()
         if begin is not None and end is not None:
-            self._events.append((begin, end))
-        self._seconds.append(time.perf_counter() - started)
+            self._events.append((begin, end, self._waited))
+        self._seconds.append(time.perf_counter() - started - self._waited)
+
+    def leave_out(self, seconds: float) -> None:
+        """So much of what is being measured was no work, but waiting for other ranks."""
+        self._waited += seconds
 
     def take(self) -> float:
         """Mean seconds a step since the last call. The device must have finished those steps."""
         host = statistics.fmean(self._seconds) if self._seconds else 0.0
-        on_device = [begin.elapsed_time(end) / 1000 for begin, end in self._events]
+        # While the host waits its GPU is idle.
+        on_device = [a.elapsed_time(b) / 1000 - waited for a, b, waited in self._events]
         self._seconds.clear()
         self._events.clear()
         # A rank can be slow on either side: waiting for its data, or for its GPU.

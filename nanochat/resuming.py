@@ -10,14 +10,14 @@ from typing import Any
 from nanochat import checkpoint_manager
 from nanochat.common import UserError
 from nanochat.lineage import LINEAGE
-from nanochat.run_folder import DAMAGED, pass_over
+from nanochat.run_folder import DAMAGED, LATER, pass_over
 from nanochat.runtime import World
 from nanochat.sources import changed_data
 
 logger = logging.getLogger(__name__)
 
 PREVIOUS = "previous"  # folder of the run that was started over
-_RUN_FILES = ("step_*", f"{DAMAGED}*", "metrics.jsonl", "tensorboard")
+_RUN_FILES = ("step_*", f"{DAMAGED}*", f"{LATER}*", "metrics.jsonl", "tensorboard")
 
 # Settings that say how a run is carried out, not what it computes: a resumed run may differ. Those
 # that `scripts/stages.sh` calls free are among them.
@@ -26,6 +26,7 @@ _FREE = frozenset(
         "run",
         "tensorboard",
         "resume",
+        "resume_from_step",
         "dry_run",
         "device_batch_size",
         "device_type",
@@ -72,19 +73,20 @@ _CHANGEABLE = frozenset(
 
 
 def previous_run(
-    run_dir: Path, facts: dict[str, Any], *, resume: bool, world: World
+    run_dir: Path, facts: dict[str, Any], *, resume: bool, world: World, step: int | None = None
 ) -> checkpoint_manager.Checkpoint | None:
     """The checkpoint to go on from, None to start from nothing. The run's folder is locked.
 
     Without `resume` an earlier run moves to the subfolder `previous`. With it, the newest sound
     checkpoint is taken; UserError when it belongs to another run than `facts` describe. The main
     rank looks, all get its answer: verifying once is enough, and nobody looks while folders move.
+    step: to go on from instead; the ones after it are renamed.
     """
     found: checkpoint_manager.Checkpoint | None = None
     problem: str | None = None
     if world.is_main:
         try:
-            found = _look(run_dir, facts, resume=resume)
+            found = _look(run_dir, facts, resume=resume, step=step)
         except UserError as error:
             problem = str(error)
     found, problem = world.gather_objects((found, problem))[0]
@@ -94,12 +96,15 @@ def previous_run(
 
 
 def _look(
-    run_dir: Path, facts: dict[str, Any], *, resume: bool
+    run_dir: Path, facts: dict[str, Any], *, resume: bool, step: int | None
 ) -> checkpoint_manager.Checkpoint | None:
     if not resume:
         _set_aside(run_dir)
         return None
-    newest = checkpoint_manager.newest_checkpoint(run_dir)
+    if step is None:
+        newest = checkpoint_manager.newest_checkpoint(run_dir)
+    else:
+        newest = checkpoint_manager.open_step(run_dir, step)
     if newest is None:
         logger.info("nothing to resume in %s: starting from nothing", run_dir)
         return None
@@ -119,7 +124,7 @@ def _look(
             run_dir,
             "; ".join(different.values()),
         )
-    pass_over(run_dir, newest.step)
+    pass_over(run_dir, newest.step, prefix=DAMAGED if step is None else LATER)
     return newest
 
 

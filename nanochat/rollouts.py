@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -24,7 +25,7 @@ from nanochat.common import UserError
 from nanochat.conversation import Conversation
 from nanochat.dataloader import Batch
 from nanochat.gpt import GPT
-from nanochat.objectives import IGNORED, token_losses
+from nanochat.objectives import IGNORED, token_losses_in_passes
 from nanochat.request import Request
 from nanochat.runtime import World
 from nanochat.sampling import SamplingSettings
@@ -163,13 +164,15 @@ class RolloutLoader:
         self._settings, self._world = settings, world
         self._reference, self._row_length = reference, row_length
         self._padding = tokenizer.encode_special("<|assistant_end|>")
-        self._steps = 0
+        self._rows_per_pass = MAX_ROWS
+        self._steps, self._waited = 0, 0.0
 
     def next_step(self) -> Batch:
         """Ask this rank's questions of the next step; rows of the answers that teach something."""
         first = self._steps * self._settings.examples_per_step
         self._steps += 1
         own = range(self._world.rank, self._settings.examples_per_step, self._world.size)
+        self._waited = 0.0
         return self._batch(self._ask([first + slot for slot in own]))
 
     def state_dict(self) -> dict[str, Any]:
@@ -208,10 +211,10 @@ class RolloutLoader:
         return self._task.reward(conversation, plain_text(self._tokenizer, answer.tokens))
 
     def _batch(self, groups: Sequence[Group]) -> Batch:
-        settings, world = self._settings, self._world
+        settings = self._settings
         has_price = settings.kl_weight > 0
         useful = [group for group in groups if has_price or any(advantages(group.rewards))]
-        num_targets = int(world.sum(sum(group.num_chosen for group in useful)))
+        num_targets = int(self._sum(sum(group.num_chosen for group in useful)))
         rows = []
         for group in useful:
             # The trainer divides by all targets of the step. What is left then is the mean over
@@ -227,8 +230,15 @@ class RolloutLoader:
         if has_price:
             excess = self._excess(inputs, targets)
             worth -= settings.kl_weight * excess
-            measures["kl"] = world.sum(float(excess.sum())) / num_targets
-        return Batch(inputs, targets, num_targets, worth * shares, measures)
+            measures["kl"] = self._sum(float(excess.sum())) / num_targets
+        return Batch(inputs, targets, num_targets, worth * shares, measures, self._waited)
+
+    def _sum(self, value: float) -> float:
+        """Over ranks; the time in which this rank may have waited for others is noted."""
+        started = time.perf_counter()
+        total = self._world.sum(value)
+        self._waited += time.perf_counter() - started
+        return total
 
     def _tensors(
         self, rows: Sequence[tuple[list[int], Answer, float, float]]
@@ -256,24 +266,26 @@ class RolloutLoader:
         Its mean over samples is the KL divergence of the model from the reference.
         """
         assert self._reference is not None
-        excess = torch.zeros(targets.shape)
-        for start in range(0, len(inputs), MAX_ROWS):
-            part = slice(start, start + MAX_ROWS)
-            idx, wanted = inputs[part].to(self._model.device), targets[part].to(self._model.device)
-            losses = token_losses(self._reference, idx, wanted)
-            excess[part] = (losses - token_losses(self._model, idx, wanted)).cpu()
-        return excess
+        idx, wanted = inputs.to(self._model.device), targets.to(self._model.device)
+        excess = self._losses(self._reference, idx, wanted) - self._losses(self._model, idx, wanted)
+        return excess.cpu()
+
+    def _losses(self, model: GPT, idx: Tensor, targets: Tensor) -> Tensor:
+        losses, self._rows_per_pass = token_losses_in_passes(
+            model, idx, targets, rows=self._rows_per_pass, rank=self._world.rank
+        )
+        return losses
 
     def _measures(self, groups: Sequence[Group], useful: Sequence[Group]) -> dict[str, float]:
         """Of all answers of the step on all ranks."""
-        world, settings = self._world, self._settings
+        settings = self._settings
         num_answers = settings.examples_per_step * settings.num_samples
         answers = [answer for group in groups for answer in group.answers]
         return {
-            "reward": world.sum(math.fsum(sum(group.rewards) for group in groups)) / num_answers,
-            "answer_tokens": world.sum(sum(len(a.tokens) for a in answers)) / num_answers,
-            "cut_off": world.sum(sum(a.is_cut_off for a in answers)) / num_answers,
-            "useful_questions": world.sum(len(useful)) / settings.examples_per_step,
+            "reward": self._sum(math.fsum(sum(group.rewards) for group in groups)) / num_answers,
+            "answer_tokens": self._sum(sum(len(a.tokens) for a in answers)) / num_answers,
+            "cut_off": self._sum(sum(a.is_cut_off for a in answers)) / num_answers,
+            "useful_questions": self._sum(len(useful)) / settings.examples_per_step,
         }
 
 

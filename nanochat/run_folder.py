@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 TEMPORARY = "tmp."  # prefix of folders being written or removed; `step_folders` skips them
 REPLACED = f"{TEMPORARY}replaced."  # of a step while a newer folder takes its name
 DAMAGED = "damaged."  # of steps that a run has passed over
+LATER = "later."  # of sound ones, when a run goes on from an earlier step
 _STEP_FOLDER = re.compile(r"step_(\d{6,})")
 _LOCK = ".lock"
 
@@ -98,17 +99,19 @@ def _clean_up(run_dir: Path) -> None:
         remove_folder(leftover)
 
 
-def pass_over(run_dir: Path, newest: int) -> None:
-    """Take the damaged steps after `newest` out of the way of a run that goes on from there.
+def pass_over(run_dir: Path, newest: int, *, prefix: str = DAMAGED) -> None:
+    """Take the steps after `newest` out of the way of a run that goes on from there.
 
-    They are kept under another name, where neither retention nor a reader takes them for steps.
+    prefix: DAMAGED or LATER. They are kept under another name, where neither retention nor a reader
+    takes them for steps.
     """
     for path in step_folders(run_dir):
         if step_of(path) > newest:
-            aside = path.with_name(f"{DAMAGED}{path.name}")
+            aside = path.with_name(f"{prefix}{path.name}")
             remove_folder(aside)
             os.replace(path, aside)
-            logger.warning("%s is damaged and was renamed to %s", path, aside.name)
+            why = prefix.removesuffix(".")
+            logger.warning("%s is %s and was renamed to %s", path, why, aside.name)
 
 
 def prune(run_dir: Path, keep_last: int, *, keep: Collection[int] = ()) -> list[Path]:

@@ -10,7 +10,10 @@ import contextlib
 import ctypes
 import dataclasses
 import datetime
+import gc
 import hashlib
+import itertools
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +27,9 @@ from torch import Tensor
 
 from nanochat.common import UserError, setup_logging
 
+logger = logging.getLogger(__name__)
+
+COLLECT_EVERY = 5000  # steps between garbage collections, as in the newest nanochat
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 _DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -197,9 +203,8 @@ class World:
         # gloo raises RuntimeError, nccl its subclass DistBackendError. Wrong arguments raise
         # ValueError or TypeError and pass.
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
             raise LostRankError(
-                f"rank {self.rank} of {self.size} lost another rank ({reason}); "
+                f"rank {self.rank} of {self.size} lost another rank ({first_line(error)}); "
                 "the first error is printed by the rank that ended"
             ) from error
 
@@ -240,6 +245,65 @@ def keep_freed_memory() -> None:
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(top_pad, 64 * 2**20)
+
+
+def spare_the_collector() -> None:
+    """Take all that is there now for permanent.
+
+    A full collection walks every object of every module, some 50 ms, in which nothing else is done.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@contextlib.contextmanager
+def collecting_rarely() -> Iterator[Callable[[], None]]:
+    """Yield what is to be called after each step, for a loop whose steps leave no garbage.
+
+    The first call ends the collections of Python's garbage collector, every 5,000th makes one; all
+    ranks would else stop for it, each at its own time. Afterwards all is as it was before.
+    """
+    was_enabled, steps = gc.isenabled(), itertools.count(1)
+
+    def after_step() -> None:
+        step = next(steps)
+        if step == 1:
+            spare_the_collector()
+            gc.disable()
+        elif step % COLLECT_EVERY == 0:
+            gc.collect()
+
+    try:
+        yield after_step
+    finally:
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without what it holds on to: the tensors of its frames stay alive."""
+    return str(error).strip().splitlines()[0]
+
+
+def halve_pass(rows: int, reason: str, *, rank: int) -> int:
+    """Rows of a pass after one of `rows` did not fit the device; said at once.
+
+    reason: the error's text. UserError where a pass has a single row.
+    """
+    if rows == 1:
+        raise UserError(
+            f"out of memory with a single row ({reason}); lower --max-seq-len or --depth"
+        )
+    fewer = (rows + 1) // 2
+    torch.cuda.empty_cache()
+    # An error in level only, so that ranks other than the main one are heard as well.
+    logger.error(
+        "rank %d is out of memory with %d rows a pass: going on with %d and more passes "
+        "(--device-batch-size=%d starts like this); %s",
+        *(rank, rows, fewer, fewer, reason),
+    )
+    return fewer
 
 
 @contextlib.contextmanager

@@ -27,7 +27,8 @@ from starlette.exceptions import HTTPException
 
 from nanochat import __version__
 from nanochat.common import UserError
-from nanochat.serving import links, openai_api
+from nanochat.runtime import spare_the_collector
+from nanochat.serving import openai_api
 from nanochat.serving.guard import MAX_HEAD_BYTES, Access, App, Guard, error_body, kind_of
 from nanochat.serving.pieces import Pieces
 from nanochat.serving.pool import Pool
@@ -128,7 +129,7 @@ def serve(service: Service, access: Access, listener: socket.socket) -> None:
         running.should_exit = True
 
     service.pool.hopeless = end
-    links.spare_the_collector()
+    spare_the_collector()
     running.run(sockets=[listener])
     if service.pool.is_hopeless:
         raise UserError("no engine could be kept alive; the log says how they died")

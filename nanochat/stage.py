@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 from nanochat import checkpoint_manager, fp8, fused_native, report
 from nanochat.common import UserError, checkpoints_dir
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.memory import estimate_memory, format_bytes
+from nanochat.memory import checkpoint_bytes, estimate_memory, format_bytes
 from nanochat.optimizers import OptimizerConfig
 from nanochat.plan import Plan, StepLoader, wants_compile
 from nanochat.presets import TRAINING, OptimizerName
@@ -25,7 +25,7 @@ from nanochat.runtime import Runtime
 from nanochat.schedule import Schedule
 from nanochat.stopping import EXIT_STOPPED, StoppedError, StopRequest, catch_signals
 from nanochat.tokenizer import Tokenizer
-from nanochat.tracking import MetricWriter, open_mirrors
+from nanochat.tracking import MetricWriter, open_mirrors, wandb_project
 from nanochat.training import Hook, Trainer
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class StageConfig:
     grad_clip: float | None = None
     """Largest global gradient norm, 0 = off; default: the optimizer's."""
     eval_every: int = 150
-    """Steps between validations; -1 = only at the end."""
+    """Steps between validations; 0 = only at the end, -1 = never."""
     eval_tokens: int = 20 * 524_288
     """Validation tokens."""
     save_every: int = -1
@@ -99,6 +99,8 @@ class StageConfig:
     """Steps between console lines."""
     resume: bool = False
     """Continue from this run's newest valid checkpoint, if there is one."""
+    resume_from_step: int = -1
+    """Continue from this saved step instead, and rename later ones; -1 = as --resume says."""
     dry_run: bool = False
     """Print sizes, steps and where results would go; train nothing."""
     compile: str = "auto"
@@ -204,6 +206,7 @@ def train_stage(
         compile=config.shard != "full"
         and wants_compile(
             config.compile,
+            model.config,
             device=runtime.device,
             dtype=runtime.compute_dtype,
             training_flops=model.estimate_flops() * rows_per_step * sequence_len * num_iterations,
@@ -254,12 +257,14 @@ def train_stage(
 def _train(trainer: Trainer, config: StageConfig, facts: dict[str, Any]) -> None:
     """Run the trainer in its folder, from where an earlier run ended if it is to be resumed."""
     run_dir, world = trainer.saver.run_dir, trainer.runtime.world
-    checkpoint = previous_run(run_dir, facts, resume=config.resume, world=world)
+    step = config.resume_from_step if config.resume_from_step >= 0 else None
+    resume = config.resume or step is not None
+    checkpoint = previous_run(run_dir, facts, resume=resume, world=world, step=step)
     if world.is_main:
         report.describe_machine()
         mirrors = open_mirrors(
             config.run,
-            project=f"nanochat-{facts['stage']}",
+            project=wandb_project(facts["stage"]),
             config=facts,
             tensorboard_dir=run_dir / "tensorboard" if config.tensorboard else None,
         )
@@ -281,23 +286,36 @@ def _announce(title: str, model: GPT, plan: Plan, facts: dict[str, Any], runtime
     steps = plan.schedule.num_iterations
     tokens = steps * facts["total_batch_size"]
     logger.info("%s: %s parameters (%s)", title, f"{counts['total']:,}", groups)
+    sizes = model.config
+    logger.info(
+        "%d layers, width %d, %d query and %d key heads of %d, context %s, vocabulary %s",
+        sizes.n_layer,
+        sizes.n_embd,
+        sizes.n_head,
+        sizes.num_kv_heads,
+        sizes.head_dim,
+        f"{sizes.sequence_len:,}",
+        f"{sizes.vocab_size:,}",
+    )
     logger.info(
         "%s steps x %s tokens = %s tokens, %.2e FLOPs, %s%s",
         f"{steps:,}",
         f"{facts['total_batch_size']:,}",
         f"{tokens:,}",
         tokens * model.estimate_flops(),
-        _how(plan, runtime),
+        _how(plan, model.config, runtime),
         f", {tokens / counts['total']:.1f} tokens per parameter",
     )
 
 
-def _how(plan: Plan, runtime: Runtime) -> str:
+def _how(plan: Plan, config: GPTConfig, runtime: Runtime) -> str:
     """What the passes of a step run on."""
     if plan.compile:
         return "compiled"
-    is_native = runtime.device.type == "cpu" and fused_native.trains_in(runtime.compute_dtype)
-    return "compiled kernels" if is_native else "uncompiled"
+    if runtime.device.type != "cpu" or not fused_native.trains(config, runtime.compute_dtype):
+        return "uncompiled"
+    without = fused_native.left_to_pytorch(config)
+    return "compiled kernels" + (f" (not for {' and '.join(without)})" if without else "")
 
 
 def _announce_writes(run_dir: Path, plan: Plan, model: GPT, runtime: Runtime) -> None:
@@ -307,17 +325,18 @@ def _announce_writes(run_dir: Path, plan: Plan, model: GPT, runtime: Runtime) ->
         rows=plan.micro_batch_rows,
         compute_dtype=runtime.compute_dtype,
         world_size=runtime.world.size,
+        shard=plan.shard,
+        background_save=plan.background_save,
     )
     parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in memory.items())
     logger.info("about %s of memory on each device (%s)", format_bytes(sum(memory.values())), parts)
-    size = memory["weights"] + runtime.world.size * memory["optimizer"]
     steps = plan.schedule.num_iterations
     saves = 1 + (steps - 1) // plan.save_every if plan.save_every else 1
     logger.info(
         "dry run: nothing is written; a run would write %d checkpoint(s) of about %s to %s and "
         "keep %d%s, %s beside them, and a section of the report",
         saves,
-        format_bytes(size),
+        format_bytes(checkpoint_bytes(model, shard=plan.shard)),
         run_dir,
         min(saves, plan.keep_last),
         " and the best" if plan.keep_best else "",

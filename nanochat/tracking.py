@@ -97,6 +97,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def wandb_project(stage: str) -> str:
+    """Where Weights & Biases keeps the runs of a stage: under the names of the 2025 nanochat."""
+    return "nanochat" if stage == "base" else f"nanochat-{stage}"
+
+
 def open_mirrors(
     run: str, *, project: str, config: Mapping[str, Any], tensorboard_dir: Path | None = None
 ) -> list[Mirror]:

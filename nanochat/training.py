@@ -10,6 +10,7 @@ weights, bit for bit, as one that was left alone.
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +32,13 @@ from nanochat.plan import Plan, StepLoader
 from nanochat.precision import MasterWeights
 from nanochat.progress import Progress
 from nanochat.run_folder import step_name
-from nanochat.runtime import Runtime, keep_freed_memory
+from nanochat.runtime import (
+    Runtime,
+    collecting_rarely,
+    first_line,
+    halve_pass,
+    keep_freed_memory,
+)
 from nanochat.saving import CheckpointSaver, not_finite
 from nanochat.stopping import StoppedError, StopRequest
 from nanochat.tracking import MetricWriter
@@ -45,7 +52,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Hook:
-    """An action at step 0, at every `every` steps and at the end; `every` 0 = at the end only."""
+    """An action at step 0, at every `every` steps and at the end.
+
+    `every` 0 = at the end only, less = never.
+    """
 
     name: str
     every: int
@@ -57,10 +67,10 @@ class Hook:
 
     def is_due(self, step: int, is_last: bool) -> bool:
         """Whether to act at this boundary."""
+        if self.every <= 0:
+            return is_last and self.every == 0
         if is_last:
             return True
-        if self.every <= 0:
-            return False
         return step % self.every == 0 and (step > 0 or self.at_start)
 
 
@@ -110,6 +120,7 @@ class Trainer:
             from nanochat.fullshard import FullShard  # a second of imports that few runs need
 
             self._full_shard = self.weights = self.optimizer = FullShard(model, optimizer, runtime)
+            logger.info("with --shard=full a slow rank is not named: each pass waits for all ranks")
         else:
             self.weights = MasterWeights(model, runtime.compute_dtype)
             self.optimizer = build_optimizer(
@@ -151,7 +162,7 @@ class Trainer:
         if self.runtime.device.type == "cpu":
             keep_freed_memory()
         last = self.plan.schedule.num_iterations
-        with self.saver:
+        with self.saver, collecting_rarely() as after_step:
             while True:
                 is_last = self.state.step >= last
                 self._stop_if_asked()
@@ -161,6 +172,7 @@ class Trainer:
                     self._write_costs()
                     return self.state
                 self._step()
+                after_step()
 
     def _stop_if_asked(self) -> None:
         """Save and stop when a signal or the clock asks any rank to, or when a save has failed."""
@@ -196,6 +208,7 @@ class Trainer:
                 self._acted.add(hook.name)
                 with self.weights.gathered(), fp8.paused(self.model):
                     values |= hook.action(self)
+            gc.collect()  # an evaluation may leave garbage that holds memory of the device
             if values:
                 self.state.note_evaluation(values)
                 self._write(step, **values)
@@ -229,8 +242,7 @@ class Trainer:
             try:
                 return batch, self._add_up(batch)
             except torch.OutOfMemoryError as error:
-                # Only the text: the error keeps the tensors of its frames alive.
-                reason = str(error).strip().splitlines()[0]
+                reason = first_line(error)
             self._take_smaller_parts(reason)
 
     def _add_up(self, batch: Batch) -> Tensor:
@@ -244,8 +256,8 @@ class Trainer:
             part = next_token_loss_sum(
                 self._hidden(inputs.to(device, non_blocking=True)),
                 self.model.lm_head.weight,
-                targets.to(device, non_blocking=True),
-                weights=None if weights is None else weights.to(device, non_blocking=True),
+                targets,  # on the host, where it is known which of them are ignored
+                weights=weights,
                 cap=self.model.config.logit_softcap,
                 vocab_size=self.model.config.vocab_size,
                 compiled=self.plan.compile,
@@ -261,31 +273,21 @@ class Trainer:
     def _take_smaller_parts(self, reason: str) -> None:
         """Halve the rows of a pass; this rank alone, for losses are sums over rows."""
         before = self._micro_batch_rows
-        if before == 1:
-            raise UserError(
-                f"out of memory with a single row ({reason}); lower --max-seq-len or --depth"
-            )
-        if self._full_shard is not None:  # a pass has collectives: no rank can repeat it alone
+        if self._full_shard is not None and before > 1:
+            # A pass has collectives: no rank can repeat it alone.
             raise UserError(f"out of memory ({reason}); lower --device-batch-size below {before}")
-        self._micro_batch_rows = (before + 1) // 2
         self.optimizer.zero_grad()
         self.model.zero_grad()
-        torch.cuda.empty_cache()
-        # An error in level only, so that ranks other than the main one are heard as well.
-        logger.error(
-            "rank %d is out of memory with %d rows a pass: going on with %d and more passes a "
-            "step (--device-batch-size=%d starts like this); %s",
-            self.runtime.world.rank,
-            before,
-            self._micro_batch_rows,
-            self._micro_batch_rows,
-            reason,
-        )
+        self._micro_batch_rows = halve_pass(before, reason, rank=self.runtime.world.rank)
 
     def _step(self) -> None:
         """One optimizer step."""
         started = time.perf_counter()
-        with self.progress.own_work.measured():
+        if self._full_shard is None:
+            with self.progress.own_work.measured():
+                batch, loss_sum = self.accumulate_gradients()
+                self.progress.own_work.leave_out(batch.waited_seconds)
+        else:  # its passes wait for all ranks again and again: whose work is slow is not to be seen
             batch, loss_sum = self.accumulate_gradients()
         multiplier = self.plan.schedule.multiplier(self.state.step)
         grad_norm: Tensor | None = torch.zeros(())

@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from nanochat import configurator, core_eval, runtime, scaling
+from nanochat import configurator, core_eval, hf_export, runtime, scaling
 from nanochat.common import UserError, eval_bundle_name, tokenizer_dir
 from nanochat.core_scoring import GptModel
 from nanochat.core_tokens import CachedTokenizer
@@ -23,6 +23,7 @@ from nanochat.dataset import open_source
 from nanochat.engine import sample_prompts
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.presets import (
+    MODELS,
     OPTIMIZERS,
     PRETRAINING,
     TOKENS_PER_PARAMETER,
@@ -43,6 +44,7 @@ DEFAULT_DATA = "fineweb-edu"
 DEFAULT_BATCH = 524_288
 AUTOMATIC = -1  # --total-batch-size
 CORE, CORE_PARTIAL = "core", "core_partial"  # in metrics.jsonl and the report
+_OPTIONS = ("token_shift", "value_embeddings", "window_pattern")  # flags of the model, not sizes
 
 
 @dataclass(frozen=True)
@@ -76,13 +78,13 @@ class Config(StageConfig):
     packing: Literal["stream", "best-fit"] = "stream"
     """How documents fill rows."""
     eval_every: int = 250
-    """Steps between validations; -1 = only at the end."""
+    """Steps between validations; 0 = only at the end, -1 = never."""
     core_metric_every: int = 2000
     """Steps between CORE evaluations; -1 = never."""
     core_metric_max_per_task: int = 500
     """Items of each CORE task; -1 = all."""
     sample_every: int = 2000
-    """Steps between sample generations; -1 = only at the end."""
+    """Steps between sample generations; 0 = only at the end, -1 = never."""
 
 
 def main(config: Config) -> int:
@@ -95,6 +97,7 @@ def main(config: Config) -> int:
         data = config.data or tokenizer.trained_on or DEFAULT_DATA
         source = open_source(data)
         model = GPT(sizes_at(config, config.depth, tokenizer.vocab_size))
+        warn_if_not_exported(config.preset, model.config)
         config = settle(config, model)
         total_batch_size = int(setting(config.total_batch_size))
         scaling.gradient_accumulation(
@@ -152,6 +155,7 @@ def main(config: Config) -> int:
             sequence_len=config.max_seq_len,
             world=rt.world,
             packing=config.packing,
+            pin_memory=rt.device.type == "cuda",
         )
         return train_stage(
             config,
@@ -205,9 +209,21 @@ def core_measure(
     return measure
 
 
+def warn_if_not_exported(preset: PresetName, sizes: GPTConfig) -> None:
+    """Say so where a flag took from a preset's model that `scripts.export_hf` can export it."""
+    plain = GPTConfig(**MODELS[preset])
+    if hf_export.is_known_elsewhere(plain) and not hf_export.is_known_elsewhere(sizes):
+        changed = [name for name in _OPTIONS if getattr(sizes, name) != getattr(plain, name)]
+        logger.warning(
+            "with --%s a %s model cannot be exported to other engines",
+            " and --".join(name.replace("_", "-") for name in changed),
+            preset,
+        )
+
+
 def sizes_at(config: Config, depth: int, vocab_size: int) -> GPTConfig:
     """The preset's model at a depth."""
-    given = {name: getattr(config, name) for name in ("window_pattern", "value_embeddings")}
+    given = {name: getattr(config, name) for name in _OPTIONS}
     options = {name: value for name, value in given.items() if value is not None}
     return scaling.model_config(
         depth,
@@ -217,7 +233,6 @@ def sizes_at(config: Config, depth: int, vocab_size: int) -> GPTConfig:
         head_dim=config.head_dim,
         model_dim=config.model_dim if depth == config.depth else None,
         preset=config.preset,
-        token_shift=config.token_shift,
         **options,
     )
 

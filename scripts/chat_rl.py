@@ -71,7 +71,7 @@ class Config(StageConfig):
     warmdown_ratio: float | None = 1.0
     """Share of the run over which learning rates fall at its end."""
     eval_every: int = 60
-    """Steps between evaluations; -1 = only at the end."""
+    """Steps between evaluations; 0 = only at the end, -1 = never."""
     eval_examples: int = 400
     """Held-out questions of an evaluation."""
     eval_samples: int = 8

@@ -35,7 +35,7 @@ class Config(ConversationStageConfig):
     warmdown_ratio: float | None = 1.0
     """Share of the run over which learning rates fall at its end."""
     eval_every: int = 100
-    """Steps between validations; -1 = only at the end."""
+    """Steps between validations; 0 = only at the end, -1 = never."""
     eval_metrics_every: int = 200
     """Steps between accuracies on the multiple-choice tasks; -1 = never."""
 

@@ -28,6 +28,7 @@ LOSS_WINDOW = 0.95  # of the smoothed line: single steps hide the trend
 CLEAR_SCREEN = "\x1b[H\x1b[2J"
 SILENT_SECONDS = 600  # a run on another machine that writes nothing for so long has ended
 HEADLINE = ("loss", "val_bpb", "core", "core_partial")
+CLOCK_SECONDS = 2.0  # the start of a process and the time of a file are known no more exactly
 SMALLEST = (40, 8)  # columns and lines below which a plot says nothing
 
 
@@ -87,8 +88,19 @@ def has_writer(run_dir: Path) -> bool:
         return False
     # Only looked at, never locked: a lock held for an instant could turn a starting run away.
     if host == socket.gethostname():
-        return process.isdigit() and psutil.pid_exists(int(process))
+        return process.isdigit() and _is_older(int(process), (run_dir / ".lock").stat().st_mtime)
     return time.time() - (run_dir / "metrics.jsonl").stat().st_mtime < SILENT_SECONDS
+
+
+def _is_older(process: int, written: float) -> bool:
+    """Whether a process of this number is there and may have written at that time.
+
+    Numbers are used again: one that began later belongs to another program.
+    """
+    try:
+        return psutil.Process(process).create_time() < written + CLOCK_SECONDS
+    except psutil.NoSuchProcess:
+        return False
 
 
 def draw(run_dir: Path, names: list[str], *, is_running: bool, width: int, height: int) -> str:

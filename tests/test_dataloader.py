@@ -107,6 +107,25 @@ def assert_same(first: list[Batch], second: list[Batch]) -> None:
         assert a.num_targets == b.num_targets
 
 
+def test_batches_are_pinned_where_they_are_copied_to_a_gpu(
+    source: DocumentSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned: list[torch.Tensor] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    assert take(documents(source), 1)
+    assert not pinned
+    settings: dict[str, Any] = {"steps_ahead": 0, "pin_memory": True}
+    for loader in (documents(source, **settings), conversations(Chats(), **settings)):
+        (batch,) = take(loader, 1)
+        assert batch.inputs is pinned[-2]
+        assert batch.targets is pinned[-1]
+
+
 # ---- documents --------------------------------------------------------------------------------
 
 

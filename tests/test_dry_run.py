@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from nanochat import plan
 from nanochat.common import UserError, base_dir
-from nanochat.gpt import GPT
-from nanochat.memory import estimate_memory
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.kernels import training as kernels
+from nanochat.memory import checkpoint_bytes, estimate_memory
 from nanochat.objectives import next_token_loss_sum
 from nanochat.precision import MasterWeights
 from nanochat.presets import MODELS, PresetName
@@ -29,10 +32,12 @@ def runtime() -> Runtime:
     return Runtime(torch.device("cpu"), torch.float32, World(), 42)
 
 
-def dry_run(runtime: Runtime, folder: Path, *, trains: bool, **changes: Any) -> SeededLoader:
+def dry_run(
+    runtime: Runtime, folder: Path, *, trains: bool, sizes: GPTConfig = SIZES, **changes: Any
+) -> SeededLoader:
     """A dry run of a base stage; the loader says how many steps were taken."""
     Tokenizer.train_from_iterator(["one two two one"], 270).save(folder / "tokenizer")
-    model = GPT(SIZES)
+    model = GPT(sizes)
     model.init_weights(torch.Generator().manual_seed(5))
     loader = SeededLoader(runtime.world)
     code = train_stage(
@@ -75,6 +80,7 @@ def test_a_dry_run_says_what_would_be_and_writes_nothing(
     assert list(base_dir().iterdir()) == []
     said = caplog.text
     assert "27,776 parameters (wte 1,600, lm_head 1,600, transformer_matrices 24,576)" in said
+    assert "2 layers, width 32, 2 query and 2 key heads of 16, context 32, vocabulary 50" in said
     assert "5 steps x 128 tokens = 640 tokens" in said
     assert re.search(r"\de\+\d\d FLOPs", said)
     assert re.search(r"about [\d.]+ MB of memory on each device \(weights 0\.1 MB, copies", said)
@@ -118,6 +124,56 @@ def test_the_estimate_of_activations_is_what_autograd_keeps(
     size = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own)
     # Depends on the length by a few percent, and on which kernels a machine has.
     assert expected["activations"] == pytest.approx(size, rel=0.3)
+
+
+@pytest.mark.skipif(kernels.load() is None, reason="no AMX and no AVX-512 BF16, or no kernels")
+@pytest.mark.parametrize(
+    ("sizes", "how"),
+    [
+        ({"n_embd": 128}, "compiled kernels, "),
+        ({"n_embd": 128, "logit_softcap": 0.0}, "compiled kernels (not for head), "),
+        ({"n_embd": 96, "n_head": 1, "logit_softcap": 0.0}, "(not for rotations and head), "),
+        ({"n_embd": 200}, "uncompiled, "),
+    ],
+)
+def test_it_says_on_what_a_model_of_these_sizes_runs(
+    sizes: dict[str, Any],
+    how: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    caplog.set_level(logging.INFO)
+    config = dataclasses.replace(SIZES, **{"n_kv_head": None} | sizes)
+    runtime = Runtime(torch.device("cpu"), torch.bfloat16, World(), 42)
+    dry_run(runtime, tmp_path, trains=False, sizes=config)
+    assert f"FLOPs, {how}" in caplog.text or how in caplog.text
+    # A long run is compiled where the kernels would not serve its matrices.
+    monkeypatch.setattr(plan.shutil, "which", lambda name: name)
+    flops = 2 * plan.CPU_COMPILE_FLOPS
+    is_compiled = plan.wants_compile(
+        "auto", config, device=runtime.device, dtype=torch.bfloat16, training_flops=flops
+    )
+    assert is_compiled == (how == "uncompiled, ")
+
+
+def test_full_shards_and_a_waiting_copy_are_part_of_the_estimate() -> None:
+    model, known = GPT(SIZES), {"rows": 1, "compute_dtype": torch.bfloat16}
+    total = model.count_parameters()["total"]
+    whole = estimate_memory(model, world_size=4, **known)  # type: ignore[arg-type]
+    full = estimate_memory(  # type: ignore[arg-type]
+        model, world_size=4, shard="full", background_save=True, **known
+    )
+    assert full["weights"] == full["gradients"] == whole["weights"] // 4
+    assert full["optimizer"] == whole["optimizer"]
+    assert full["copies"] == 2 * total  # gathered for evaluations
+    assert full.keys() == whole.keys()  # shards are not saved in the background
+    waiting = estimate_memory(model, world_size=4, background_save=True, **known)  # type: ignore[arg-type]
+    assert waiting["snapshot"] == whole["weights"] + whole["optimizer"]
+    states = 4 * whole["optimizer"]
+    assert checkpoint_bytes(model, shard="optimizer") == whole["weights"] + states
+    assert checkpoint_bytes(model, shard="full") == 2 * whole["weights"] + states
 
 
 def test_optimizer_states_are_shared_out_over_ranks() -> None:

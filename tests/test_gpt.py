@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -10,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochat import fp8, fused
 from nanochat.attention import causal_attention
 from nanochat.blocks import rms_norm, rotary_tables, rotate, rotate_and_norm
 from nanochat.common import UserError
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT, GPTConfig, softcap
 from nanochat.objectives import next_token_loss_sum, token_losses
 from nanochat.scaling import model_config
 
@@ -191,6 +193,55 @@ def test_chunked_loss_equals_cross_entropy_with_its_gradient(ignored: bool, rows
         losses = token_losses(model, ids, targets)
     assert losses[targets < 0].abs().sum() == 0
     torch.testing.assert_close(losses.sum(), plain.detach(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("cap", [60.0, 100.0])
+def test_chunked_loss_of_a_large_softcap_does_not_overflow(cap: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    hidden, head = (4.0 * torch.randn(n, 64, generator=generator) for n in (30, 900))
+    plain, chunked = ([x.clone().requires_grad_() for x in (hidden, head)] for _ in range(2))
+    targets = torch.arange(30)
+    expected = F.cross_entropy(softcap(plain[0] @ plain[1].t(), cap), targets, reduction="sum")
+    expected.backward()
+    loss = next_token_loss_sum(*chunked, targets, cap=cap)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    for ours, theirs in zip(chunked, plain, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("where", ["cpu", "meta"])
+def test_the_loss_asks_the_device_nothing(where: str) -> None:
+    # A tensor without memory cannot answer; on a GPU the host would wait for the answer.
+    hidden = torch.empty(2, 30, 64, device="meta", requires_grad=True)
+    head = torch.empty(61, 64, device="meta", requires_grad=True)
+    targets, weights = torch.zeros(2, 30, dtype=torch.int64), torch.ones(2, 30)
+    targets[:, ::3] = -1
+    loss = next_token_loss_sum(hidden, head, targets.to(where), weights=weights.to(where))
+    loss.backward()
+    assert hidden.grad.shape == hidden.shape
+    assert head.grad.shape == head.shape
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: fused.rms_norm(x, 1e-6),
+        lambda x: fused.rotate_and_norm(x.view(2, 8, 2, 8), *rotary_tables(8, 8, None), 1e-6),
+        fused.relu_squared,
+        lambda x: fused.scaled_sum(x, x, torch.ones(()), torch.ones(())),
+        lambda x: fused.causal_attention(*[x.view(2, 2, 8, 8)] * 3),
+        lambda x: next_token_loss_sum(x.view(32, 8), torch.ones(9, 8), torch.arange(32) % 9),
+        lambda x: fp8._Product.apply(x.view(32, 8), torch.ones(16, 8)),
+    ],
+)
+def test_handmade_backward_passes_refuse_a_second_derivative(
+    function: Callable[[Tensor], Tensor],
+) -> None:
+    x = torch.randn(256, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    (gradient,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
 
 
 def test_bf16_matrices_keep_the_embedding_and_the_answer() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import LossTotals, sum_losses
 from nanochat.runtime import World
@@ -77,6 +78,39 @@ def test_does_not_depend_on_the_batches(model: GPT) -> None:
     apart = sum_losses(model, parts, TOKEN_BYTES, World())
     assert apart.nats == pytest.approx(together.nats, rel=1e-6)
     assert apart.num_bytes == together.num_bytes
+
+
+def test_a_batch_the_device_has_no_room_for_is_taken_in_smaller_parts(
+    model: GPT, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    batches = [random_batch(1, rows=5), random_batch(2, rows=5), random_batch(3, rows=1)]
+    expected = sum_losses(model, batches, TOKEN_BYTES, World())
+    hidden, rows = model.hidden, list[int]()
+
+    def limited(tokens: Tensor) -> Tensor:
+        rows.append(len(tokens))
+        if len(tokens) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return hidden(tokens)
+
+    monkeypatch.setattr(model, "hidden", limited)
+    found = sum_losses(model, batches, TOKEN_BYTES, World())
+    assert found.nats == pytest.approx(expected.nats, rel=1e-6)
+    assert (found.num_bytes, found.num_tokens) == (expected.num_bytes, expected.num_tokens)
+    assert rows == [5, 3, 2, 2, 1, 2, 2, 1, 1]  # found once, remembered for the next batch
+    assert "out of memory with 5 rows a pass: going on with 3" in caplog.text
+    assert caplog.text.count("out of memory with") == 2
+
+
+def test_a_single_row_that_does_not_fit_says_what_to_lower(
+    model: GPT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(tokens: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(model, "hidden", full)
+    with pytest.raises(UserError, match=r"single row \(CUDA out of memory.*lower --max-seq-len"):
+        sum_losses(model, [random_batch(1, rows=4)], TOKEN_BYTES, World())
 
 
 @pytest.mark.parametrize("target", [-1, 10])

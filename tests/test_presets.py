@@ -274,6 +274,30 @@ def test_value_embeddings_are_a_flag_of_any_preset() -> None:
         assert base_train.sizes_at(config, 4, 300).value_embeddings is expected
 
 
+@pytest.mark.parametrize(
+    ("preset", "flags", "named"),
+    [
+        ("classic", {}, None),
+        ("portable", {}, None),
+        ("modern", {"token_shift": 0.0}, None),
+        ("portable", {"value_embeddings": True}, "--value-embeddings a portable"),
+        (
+            "portable",
+            {"token_shift": 0.5, "window_pattern": "SSSL"},
+            "--token-shift and --window-pattern a portable",
+        ),
+        ("classic", {"token_shift": 0.5}, "--token-shift a classic"),
+    ],
+)
+def test_flags_that_cost_the_export_are_named_at_the_start(
+    preset: Any, flags: dict[str, Any], named: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    sizes = base_train.sizes_at(base_train.Config(preset=preset, **flags), 4, 300)
+    base_train.warn_if_not_exported(preset, sizes)
+    message = f"with {named} model cannot be exported to other engines"
+    assert caplog.messages == ([] if named is None else [message])
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_ragged_rows_and_copied_beginnings_decode_like_full_forwards(preset: str) -> None:
     model = shorten_windows(random_model(preset), 6).requires_grad_(False)
@@ -382,7 +406,12 @@ def test_an_exported_model_has_equal_logits_in_transformers(preset: str, tmp_pat
         difference = (loaded(ids).logits - expected).abs().max()
         assert difference < 1e-5 * scale
         written = loaded.generate(
-            ids[:1, :20], max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+            ids[:1, :20],
+            attention_mask=torch.ones(1, 20),  # else a token 0 is taken for padding
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
         )
     cache, tokens = model.new_cache(1, 40), ids[:1, :20]
     new = tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -301,6 +302,23 @@ def test_a_model_pays_for_what_it_likes_more_than_the_reference() -> None:
         worth[part] = free.weights[part] - 0.5 * excess[part] * share
     assert_close(other.weights, worth, rtol=1e-4, atol=1e-5)
     assert_close(other.measures["kl"], float(excess.sum()) / free.num_targets)
+
+
+def seconds_waited(runtime: Runtime) -> float:
+    """Of a rank, where judging the answers takes rank 1 a second."""
+
+    class SlowlyJudged(Questions):
+        def reward(self, conversation: Conversation, completion: str) -> float:
+            if runtime.world.rank == 1:
+                time.sleep(0.25)
+            return super().reward(conversation, completion)
+
+    return make_loader(SlowlyJudged(), world=runtime.world).next_step().waited_seconds
+
+
+def test_a_rank_that_waits_for_the_others_answers_says_how_long() -> None:
+    fast, slow = run_ranks(seconds_waited, 2)
+    assert slow < fast > 0.2
 
 
 # ---- pass@k -----------------------------------------------------------------------------------

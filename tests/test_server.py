@@ -32,8 +32,9 @@ from web_server import (
 )
 
 from nanochat import server
+from nanochat.runtime import spare_the_collector
 from nanochat.scheduler import Scheduler
-from nanochat.serving import guard, links, protocol
+from nanochat.serving import guard, protocol
 from nanochat.serving.guard import Access
 from nanochat.serving.requests import MAX_BODY_BYTES
 
@@ -603,7 +604,7 @@ def test_a_full_queue_is_429_with_a_time_to_come_back() -> None:
 
 def test_a_server_leaves_what_it_began_with_out_of_collections() -> None:
     try:
-        links.spare_the_collector()
+        spare_the_collector()
         # A full collection took 50 ms, in which nothing was answered.
         assert gc.get_freeze_count() > 10_000
     finally:

@@ -14,6 +14,7 @@ from nanochat.tracking import (
     read_metrics,
     start_tensorboard,
     start_wandb,
+    wandb_project,
 )
 
 
@@ -254,3 +255,8 @@ def test_a_tensorboard_that_breaks_is_given_up_with_one_notice(
     writer.close()
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
     assert caplog.text.count("tensorboard failed and gets no more metrics: disk full") == 1
+
+
+def test_each_stage_has_the_project_of_the_2025_nanochat() -> None:
+    names = [wandb_project(stage) for stage in ("base", "mid", "sft", "rl")]
+    assert names == ["nanochat", "nanochat-mid", "nanochat-sft", "nanochat-rl"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -202,9 +203,39 @@ def test_hooks_run_at_start_every_and_end_and_their_values_are_kept(
     json.dumps(checkpoint.state)
 
 
-def test_hook_switched_off_runs_at_the_end_only() -> None:
-    hook = Hook("off", -1, lambda trainer: {})
-    assert [hook.is_due(step, step == 3) for step in range(4)] == [False, False, False, True]
+def test_the_garbage_collector_rests_while_steps_are_made(
+    runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nanochat.runtime.COLLECT_EVERY", 3)
+    collections: list[int] = []
+    seen: dict[int, tuple[bool, bool, int]] = {}
+
+    def look(trainer: Trainer) -> dict[str, float]:
+        seen[trainer.state.step] = (gc.isenabled(), gc.get_freeze_count() > 0, len(collections))
+        return {}
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "start" and info["generation"] == 2 and not gc.isenabled():
+            collections.append(1)
+
+    trainer = make_trainer(tmp_path, runtime, hooks=[Hook("look", 1, look)])
+    gc.callbacks.append(note)
+    try:
+        trainer.run()
+    finally:
+        gc.callbacks.remove(note)
+    assert seen[0][:2] == (True, False)
+    assert {seen[step][:2] for step in range(1, 7)} == {(False, True)}
+    # One behind every look, and one of the third step.
+    assert [seen[step][2] for step in range(1, 7)] == [0, 1, 3, 4, 5, 7]
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+
+
+def test_hook_without_a_period_runs_at_the_end_only_and_one_switched_off_never() -> None:
+    last, off = Hook("last", 0, lambda trainer: {}), Hook("off", -1, lambda trainer: {})
+    assert [last.is_due(step, step == 3) for step in range(4)] == [False, False, False, True]
+    assert not any(off.is_due(step, step == 3) for step in range(4))
 
 
 def test_schedule_is_a_trapezoid() -> None:

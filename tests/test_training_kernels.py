@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.testing import assert_close
 
+from nanochat import fused_native
 from nanochat.attention import causal_attention
 from nanochat.blocks import NORM_EPS, rms_norm, rotary_tables, rotate
-from nanochat.gpt import GPT, softcap
+from nanochat.gpt import GPT, GPTConfig, softcap
 from nanochat.kernels import training
 from nanochat.objectives import next_token_loss_sum
 from nanochat.precision import MasterWeights
@@ -159,6 +162,54 @@ def test_what_has_gaps_is_refused() -> None:
         training.linear(numbers(64, 64).t()[:32], numbers(32, 64))
 
 
+HEADS = numbers(1, 8, 2, 64)
+TABLES = rotary_tables(8, 64, None)
+FACTORS = torch.ones(1, 8, 2)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: training.linear(numbers(4, 64).float(), numbers(32, 64)),
+        lambda: training.linear(numbers(4, 64), numbers(32, 96)),
+        lambda: training.linear(numbers(4, 48), numbers(32, 48)),
+        lambda: training.linear_input_gradient([numbers(4, 32)], [numbers(64, 32)]),
+        lambda: training.linear_input_gradient(
+            [numbers(4, 32), numbers(5, 32)], [numbers(32, 8), numbers(32, 8)]
+        ),
+        lambda: training.linear_input_gradient([numbers(4, 32)], [numbers(32, 8)], numbers(4, 9)),
+        lambda: training.linear_weight_gradient(numbers(4, 32), numbers(5, 32)),
+        lambda: training.rms_norm_gradient(numbers(4, 32), numbers(4, 32), torch.ones(3)),
+        lambda: training.rms_norm_gradient(
+            numbers(4, 32), numbers(4, 32), torch.ones(4, dtype=torch.bfloat16)
+        ),
+        lambda: training.rotate_and_norm(HEADS, *(t.bfloat16() for t in TABLES), NORM_EPS),
+        lambda: training.rotate_and_norm(HEADS, *(t[:7] for t in TABLES), NORM_EPS),
+        lambda: training.rotate_and_norm(HEADS[..., :32].clone(), *TABLES, NORM_EPS),
+        lambda: training.rotate_and_norm_gradient(HEADS, HEADS, FACTORS[:, :7], *TABLES),
+        lambda: training.attention(HEADS, HEADS[:, :7].clone(), HEADS, None),
+        lambda: training.attention(HEADS, HEADS, HEADS[..., :32].clone(), None),
+        lambda: training.head_loss(
+            numbers(2, 32), numbers(9, 32), torch.ones(2).int(), None, cap=15.0, vocab_size=9
+        ),
+        lambda: training.head_loss(
+            numbers(2, 32), numbers(9, 32), torch.ones(3).long(), None, cap=15.0, vocab_size=9
+        ),
+        lambda: training.head_loss(
+            numbers(2, 32), numbers(9, 32), torch.ones(2).long(), None, cap=15.0, vocab_size=10
+        ),
+        lambda: training.head_loss(
+            *(numbers(2, 32), numbers(9, 32), torch.ones(2).long(), torch.ones(2).double()),
+            cap=15.0,
+            vocab_size=9,
+        ),
+    ],
+)
+def test_what_a_kernel_would_misread_is_refused(wrong: Callable[[], Any]) -> None:
+    with pytest.raises(training.kernels.KernelError, match=r"are needed on|no multiple|10 tokens"):
+        wrong()
+
+
 # ---- a whole model -------------------------------------------------------------------------------
 
 
@@ -219,6 +270,165 @@ def test_the_same_bits_every_time() -> None:
     config = model_config(2, vocab_size=301, sequence_len=128, model_dim=128, head_dim=64)
     (_, first), (_, second) = (gradients(config, torch.bfloat16) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_model_that_was_cast_as_a_whole_trains_like_the_plain_path(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = model_config(2, vocab_size=301, sequence_len=128, model_dim=128, head_dim=64)
+    tokens = torch.randint(0, 301, (2, 71), generator=torch.Generator().manual_seed(3))
+    found = []
+    for is_native in (True, False):
+        if not is_native:
+            monkeypatch.setattr(training, "load", lambda: None)
+        model, generator = GPT(config), torch.Generator().manual_seed(1)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=parameter.size(-1) ** -0.5, generator=generator)
+        model.to(torch.bfloat16)  # rotary tables, too
+        loss = next_token_loss_sum(model.hidden(tokens), model.lm_head.weight, tokens.roll(-1, 1))
+        loss.backward()  # type: ignore[no-untyped-call]
+        queries: Any = model.transformer.h[0].attn
+        found.append((float(loss.detach()), queries.c_q.weight.grad))
+    (loss_here, ours), (loss_there, theirs) = found
+    assert loss_here == pytest.approx(loss_there, rel=2e-3)
+    assert_near(ours, theirs, relative=0.1)  # both are rounded on the way, each in its own places
+
+
+def test_frozen_matrices_get_no_gradient_and_the_others_theirs() -> None:
+    config = model_config(1, vocab_size=64, sequence_len=64, model_dim=64, head_dim=64)
+    model, generator = GPT(config), torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+    model.cast_matrices(torch.bfloat16)
+    tokens = torch.arange(64)[None]
+
+    def found() -> dict[str, Tensor | None]:
+        model.zero_grad()
+        loss = next_token_loss_sum(model.hidden(tokens), model.lm_head.weight, tokens)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    whole = found()
+    frozen = [f"transformer.h.0.{name}.weight" for name in ("attn.c_k", "mlp.c_fc", "mlp.c_proj")]
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    for name, gradient in found().items():
+        if name in frozen:
+            assert gradient is None
+        else:
+            assert_close(gradient, whole[name], rtol=0, atol=0)
+
+
+TWICE = "differentiate twice"
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: fused_native.linears(x, [numbers(64, 64, seed=1)])[0],
+        lambda x: fused_native.relu_squared_mlp(x, numbers(64, 64, seed=1), numbers(64, 64)),
+        lambda x: fused_native.rms_norm(x, NORM_EPS),
+        lambda x: fused_native.rotate_and_norm(x.view(1, 8, 2, 64), *TABLES, NORM_EPS),
+        lambda x: fused_native.causal_attention(*[x.view(1, 8, 2, 64)] * 3, None),
+        lambda x: fused_native.head_loss_sum(
+            x, numbers(64, 64, seed=1), torch.arange(16), None, 15.0, 64
+        ),
+    ],
+)
+def test_there_is_no_second_derivative_and_it_is_not_made_up(
+    function: Callable[[Tensor], Tensor],
+) -> None:
+    x = numbers(16, 64).requires_grad_()
+    out = function(x).float().square().sum()
+    (gradient,) = torch.autograd.grad(out, x, create_graph=True)
+    with pytest.raises(RuntimeError, match=TWICE):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("cap", [60.0, 61.0, 100.0])
+def test_a_large_softcap_does_not_overflow(cap: float) -> None:
+    hidden, weight = numbers(40, 64, scale=8.0), numbers(1000, 64, seed=1, scale=8.0)
+    targets = torch.arange(40)
+    leaves = [x.float().requires_grad_() for x in (hidden, weight)]
+    logits = softcap(leaves[0] @ leaves[1].t(), cap)
+    expected = F.cross_entropy(logits, targets, reduction="sum")
+    expected.backward()  # type: ignore[no-untyped-call]
+    ours = [x.clone().requires_grad_() for x in (hidden, weight)]
+    loss = next_token_loss_sum(*ours, targets, cap=cap)
+    loss.backward()  # type: ignore[no-untyped-call]
+    # Logits of some tens: fp32 sums here, bf16 products on the plain path.
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-2)
+    for mine, leaf in zip(ours, leaves, strict=True):
+        assert leaf.grad is not None
+        assert mine.grad is not None
+        assert_near(mine.grad, leaf.grad, relative=0.05)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "left"),
+    [
+        ({}, []),
+        ({"logit_softcap": 0.0}, ["head"]),
+        ({"logit_softcap": 80.0}, ["head"]),
+        ({"mlp": "swiglu"}, []),
+        ({"n_embd": 96, "n_head": 1}, ["rotations"]),
+        ({"n_embd": 96, "n_head": 2}, ["attention", "rotations"]),
+        ({"n_embd": 200, "n_head": 2}, ["matrices", "attention", "rotations", "head"]),
+    ],
+)
+def test_what_the_kernels_leave_to_pytorch_is_known_beforehand(
+    sizes: dict[str, Any], left: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {"sequence_len": 64, "vocab_size": 70, "n_layer": 1, "n_embd": 128, "n_head": 2}
+    config = GPTConfig(**small | sizes)
+    assert fused_native.left_to_pytorch(config) == left
+    called = set()
+    plain_call = training._call
+
+    def noted(name: str, *arguments: Any) -> None:
+        called.add(name)
+        plain_call(name, *arguments)
+
+    monkeypatch.setattr(training, "_call", noted)
+    gradients(config, torch.bfloat16)
+    kernel = {
+        "matrices": "nck_linear",
+        "attention": "nck_attention",
+        "rotations": "nck_rotate_and_norm",
+        "head": "nck_head_loss",
+    }
+    assert {part for part, name in kernel.items() if name not in called} == set(left)
+    is_trained = not {"matrices", "attention"} & set(left)
+    assert fused_native.trains(config, torch.bfloat16) == is_trained
+    assert not fused_native.trains(config, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda layer, seen: layer.register_full_backward_hook(lambda *found: seen.append(1)),
+        lambda layer, seen: layer.register_full_backward_pre_hook(lambda *found: seen.append(1)),
+        lambda layer, seen: layer.register_forward_pre_hook(lambda *found: seen.append(1)),
+    ],
+)
+@pytest.mark.parametrize("name", ["mlp.c_fc", "attn.c_k"])
+def test_every_kind_of_hook_is_called(register: Callable[..., Any], name: str) -> None:
+    config = model_config(1, vocab_size=64, sequence_len=64, model_dim=64, head_dim=64)
+    model, seen = GPT(config), list[int]()
+    model.cast_matrices(torch.bfloat16)
+    register(model.transformer.h[0].get_submodule(name), seen)  # type: ignore[operator]
+    model.hidden(torch.zeros(1, 64, dtype=torch.int64)).sum().backward()  # type: ignore[no-untyped-call]
+    assert seen == [1]
+
+
+def test_a_bias_is_added() -> None:
+    config = model_config(1, vocab_size=64, sequence_len=64, model_dim=64, head_dim=64)
+    model = GPT(config).cast_matrices(torch.bfloat16)
+    mlp: Any = model.transformer.h[0].mlp
+    mlp.c_proj.bias = torch.nn.Parameter(torch.full((64,), 3.0, dtype=torch.bfloat16))
+    torch.nn.init.zeros_(mlp.c_proj.weight)
+    out = mlp(numbers(1, 8, 64).requires_grad_())
+    assert torch.equal(out, torch.full_like(out, 3.0))
 
 
 def test_a_layer_with_a_hook_is_called_itself() -> None:

@@ -7,6 +7,7 @@ import os
 import socket
 from pathlib import Path
 
+import psutil
 import pytest
 
 from nanochat.common import UserError
@@ -84,6 +85,10 @@ def test_a_run_is_running_while_its_process_is(run: Path) -> None:
     lock(run, os.getpid(), socket.gethostname())
     assert watch.has_writer(run)
     lock(run, 2**22 + 1, socket.gethostname())  # above the largest process id of Linux
+    assert not watch.has_writer(run)
+    lock(run, os.getpid(), socket.gethostname())
+    before = psutil.Process().create_time() - 60  # of a run that had this number before us
+    os.utime(run / ".lock", (before, before))
     assert not watch.has_writer(run)
     lock(run, 1, "another-host")
     assert watch.has_writer(run)

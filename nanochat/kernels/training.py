@@ -79,9 +79,10 @@ def fits(*tensors: Tensor) -> bool:
 
 def linear(x: Tensor, weight: Tensor, *, relu2: bool = False) -> Tensor:
     """X (..., K) weight^T for weight (N, K): (..., N); relu2: then max(y, 0)^2."""
-    out = x.new_empty(*x.shape[:-1], weight.size(0))
-    rows, inputs = x.numel() // x.size(-1), x.size(-1)
-    _call("nck_linear", x, weight, out, rows, weight.size(0), inputs, int(relu2))
+    outputs, inputs = weight.size(0), _width(x.size(-1))
+    out = x.new_empty(*x.shape[:-1], outputs)
+    places = _place(x, x.shape), _place(weight, (outputs, inputs)), out.data_ptr()
+    _call("nck_linear", *places, x.numel() // inputs, outputs, inputs, int(relu2))
     return out
 
 
@@ -92,16 +93,21 @@ def linear_input_gradient(
 
     h: (..., K), where the inputs were h = max(x, 0)^2: the gradient of x instead.
     """
-    count, inputs = len(gradients), weights[0].size(1)
-    out = gradients[0].new_empty(*gradients[0].shape[:-1], inputs)
+    count, inputs, before = len(gradients), weights[0].size(1), gradients[0].shape[:-1]
+    outputs = [_width(weight.size(0)) for weight in weights]
+    out = gradients[0].new_empty(*before, inputs)
     _call(
         "nck_linear_input_gradient",
         count,
-        (c_void_p * count)(*(g.data_ptr() for g in gradients)),
-        (c_void_p * count)(*(w.data_ptr() for w in weights)),
-        (c_uint64 * count)(*(w.size(0) for w in weights)),
-        out,
-        h,
+        (c_void_p * count)(
+            *(_place(g, (*before, n)) for g, n in zip(gradients, outputs, strict=True))
+        ),
+        (c_void_p * count)(
+            *(_place(w, (n, inputs)) for w, n in zip(weights, outputs, strict=True))
+        ),
+        (c_uint64 * count)(*outputs),
+        out.data_ptr(),
+        None if h is None else _place(h, out.shape),
         out.numel() // inputs,
         inputs,
     )
@@ -112,23 +118,28 @@ def linear_weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
     """gradient^T (N, M) x (M, K): (N, K)."""
     outputs, inputs = gradient.size(-1), x.size(-1)
     out = x.new_empty(outputs, inputs)
-    _call("nck_linear_weight_gradient", gradient, x, out, x.numel() // inputs, outputs, inputs)
+    places = _place(gradient, (*x.shape[:-1], outputs)), _place(x, x.shape), out.data_ptr()
+    _call("nck_linear_weight_gradient", *places, x.numel() // inputs, outputs, inputs)
     return out
 
 
 def rms_norm(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """X (..., C) at unit root mean square, and the fp32 factors (M,)."""
-    out, rows = torch.empty_like(x), x.numel() // x.size(-1)
+    width = _width(x.size(-1))
+    out, rows = torch.empty_like(x), x.numel() // width
     inverse = torch.empty(rows, dtype=torch.float32)
-    _call("nck_rms_norm", x, out, inverse, rows, x.size(-1), eps)
+    places = _place(x, x.shape), out.data_ptr(), inverse.data_ptr()
+    _call("nck_rms_norm", *places, rows, width, eps)
     return out, inverse
 
 
 def rms_norm_gradient(gradient: Tensor, normed: Tensor, inverse: Tensor) -> Tensor:
     """The gradient behind `rms_norm`, whose results `normed` and `inverse` are."""
-    out = torch.empty_like(gradient)
-    rows, width = inverse.numel(), gradient.size(-1)
-    _call("nck_rms_norm_gradient", gradient, normed, inverse, out, rows, width)
+    out, width = torch.empty_like(gradient), _width(gradient.size(-1))
+    rows = gradient.numel() // width
+    places = (_place(gradient, gradient.shape), _place(normed, gradient.shape))
+    factors = _place(inverse, (rows,), torch.float32)
+    _call("nck_rms_norm_gradient", *places, factors, out.data_ptr(), rows, width)
     return out
 
 
@@ -138,7 +149,8 @@ def rotate_and_norm(x: Tensor, cos: Tensor, sin: Tensor, eps: float) -> tuple[Te
     cos, sin: (T, D / 2) fp32.
     """
     out, inverse = torch.empty_like(x), torch.empty(x.shape[:3], dtype=torch.float32)
-    _call("nck_rotate_and_norm", _sizes(x, None), x, cos, sin, out, inverse, eps)
+    places = _place(x, x.shape), *_tables(x, cos, sin), out.data_ptr(), inverse.data_ptr()
+    _call("nck_rotate_and_norm", _sizes(x, None), *places, eps)
     return out, inverse
 
 
@@ -146,8 +158,12 @@ def rotate_and_norm_gradient(
     gradient: Tensor, normed: Tensor, inverse: Tensor, cos: Tensor, sin: Tensor
 ) -> Tensor:
     """The gradient behind `rotate_and_norm`, whose results `normed` and `inverse` are."""
-    out, sizes = torch.empty_like(gradient), _sizes(gradient, None)
-    _call("nck_rotate_and_norm_gradient", sizes, gradient, normed, inverse, cos, sin, out)
+    out, shape = torch.empty_like(gradient), gradient.shape
+    places = _place(gradient, shape), _place(normed, shape)
+    factors = _place(inverse, shape[:3], torch.float32)
+    tables = _tables(gradient, cos, sin)
+    sizes = _sizes(gradient, None)
+    _call("nck_rotate_and_norm_gradient", sizes, *places, factors, *tables, out.data_ptr())
     return out
 
 
@@ -155,7 +171,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> tuple[Tens
     """Causal attention of (B, T, H, D), and the fp32 log-sum-exp of the scores (B, H, T)."""
     out = torch.empty_like(q)
     lse = torch.empty(q.size(0), q.size(2), q.size(1), dtype=torch.float32)
-    _call("nck_attention", _sizes(q, window), q, k, v, out, lse)
+    places = [_place(x, q.shape) for x in (q, k, v)]
+    _width(q.size(-1))
+    _call("nck_attention", _sizes(q, window), *places, out.data_ptr(), lse.data_ptr())
     return out, lse
 
 
@@ -169,10 +187,14 @@ def attention_gradient(
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v behind `attention`, whose results `out` and `lse` are."""
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    found = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    places = [_place(x, q.shape) for x in (q, k, v, out)]
+    places.append(_place(lse, (q.size(0), q.size(2), q.size(1)), torch.float32))
+    places.append(_place(gradient, q.shape))
+    _width(q.size(-1))
     sizes = _sizes(q, window)
-    _call("nck_attention_gradient", sizes, q, k, v, out, lse, gradient, dq, dk, dv)
-    return dq, dk, dv
+    _call("nck_attention_gradient", sizes, *places, *(x.data_ptr() for x in found))
+    return found
 
 
 def head_loss(
@@ -186,13 +208,23 @@ def head_loss(
 ) -> tuple[float, Tensor, Tensor]:
     """The weighted sum of losses in nats, and the gradients of hidden (M, C) and weight (V, C).
 
-    targets: (M,) int64 below vocab_size; factors: (M,) fp32, None = 1; cap: above 0.
+    targets: (M,) int64 below vocab_size; factors: (M,) fp32, None = 1; cap: above 0, at most 60.
     """
     loss = c_double()
     gradients = torch.empty_like(hidden), torch.empty_like(weight)
-    rows, width = hidden.shape
-    sizes = (rows, width, weight.size(0), vocab_size, cap)
-    _call("nck_head_loss", hidden, weight, targets, factors, *sizes, byref(loss), *gradients)
+    rows, vocabulary, width = hidden.size(0), weight.size(0), _width(hidden.size(1))
+    if not 0 < vocab_size <= vocabulary:
+        raise kernels.KernelError(f"{vocab_size} tokens of a head with {vocabulary} rows")
+    _call(
+        "nck_head_loss",
+        _place(hidden, (rows, width)),
+        _place(weight, (vocabulary, width)),
+        _place(targets, (rows,), torch.int64),
+        None if factors is None else _place(factors, (rows,), torch.float32),
+        *(rows, width, vocabulary, vocab_size, cap),
+        byref(loss),
+        *(x.data_ptr() for x in gradients),
+    )
     return loss.value, *gradients
 
 
@@ -200,12 +232,34 @@ def _sizes(x: Tensor, window: int | None) -> Any:
     return _Sizes(*x.shape, _UNBOUNDED if window is None else window)
 
 
+def _tables(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[int, int]:
+    """Addresses of the rotary tables of x (B, T, H, D)."""
+    half = _width(x.size(3) // 2)
+    cos_place, sin_place = (_place(y, (x.size(1), half), torch.float32) for y in (cos, sin))
+    return cos_place, sin_place
+
+
+def _width(size: int) -> int:
+    """The size; KernelError unless it is a multiple of 32."""
+    if size == 0 or size % WIDTH:
+        raise kernels.KernelError(f"a width of {size} is no multiple of {WIDTH}")
+    return size
+
+
+def _place(x: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.bfloat16) -> int:
+    """The address of x; KernelError unless there is what a kernel would take it for."""
+    if tuple(x.shape) != tuple(shape) or x.dtype != dtype or x.device.type != "cpu":
+        raise kernels.KernelError(
+            f"{dtype} numbers of shape {tuple(shape)} are needed on the CPU, not {x.dtype} of "
+            f"shape {tuple(x.shape)} on {x.device}"
+        )
+    if not x.is_contiguous():
+        raise kernels.KernelError(f"an argument of shape {tuple(x.shape)} has gaps")
+    return x.data_ptr()
+
+
 def _call(name: str, *arguments: Any) -> None:
     library = load()
     if library is None:
         raise kernels.KernelError("no training kernels here")
-    for x in arguments:
-        if isinstance(x, Tensor) and not x.is_contiguous():
-            raise kernels.KernelError(f"{name}: an argument of shape {tuple(x.shape)} has gaps")
-    places = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
-    kernels.call(library, name, torch.get_num_threads(), *places)
+    kernels.call(library, name, torch.get_num_threads(), *arguments)

@@ -27,6 +27,7 @@ import torch
 
 from nanochat.common import UserError, setup_logging
 from nanochat.request import Request, TokenEvent
+from nanochat.runtime import spare_the_collector
 from nanochat.sampling import SamplingSettings
 from nanochat.scheduler import QueueFullError, Scheduler
 
@@ -293,15 +294,6 @@ class ProcessLink:
             self._process.kill()
             self._process.join()
         self._ours.close()
-
-
-def spare_the_collector() -> None:
-    """Take all that is there now for permanent.
-
-    A full collection walks every object of every module, some 50 ms, in which nothing is answered.
-    """
-    gc.collect()
-    gc.freeze()
 
 
 def _exit_code(process: BaseProcess) -> int | None:
