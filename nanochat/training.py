@@ -384,7 +384,7 @@ class Trainer:
                 continue
             if not TrainState(**loop).is_suspect(self.plan.spike_limit):
                 names = " and ".join(risen)
-                rest = f"; delete {names} first, saved on the way up" if risen else ""
+                rest = f" (--resume-from-step={step}: {names} saved on the way up)" if risen else ""
                 return f"step {step}{rest}"
             risen.append(path.name)
         return "none yet"

@@ -265,7 +265,7 @@ def test_a_checkpoint_of_a_stop_on_the_way_up_is_not_called_good(
     again = make_trainer(tmp_path, runtime, steps=80, save_every=10, spike_limit=2.0)
     again.loader = DerailingLoader(runtime.world)
     again.resume(newest(tmp_path))
-    advice = rf"good checkpoint is step 30; delete step_0000{stopped} first, saved on the way up"
+    advice = rf"step 30 \(--resume-from-step=30: step_0000{stopped} saved on the way up\)"
     with pytest.raises(UserError, match=advice):
         again.run()
 
