@@ -58,6 +58,12 @@ def test_the_picture_shows_the_numbers_and_fits(run: Path) -> None:
     assert len(set("".join(lines[2:14])) - set(" 0123456789.┌┐└┘─│┤┬")) >= 2  # points of a curve
 
 
+def test_a_partial_core_is_told_under_its_name(run: Path) -> None:
+    MetricWriter(run / "metrics.jsonl").write(50, core_partial=0.25)
+    headline = watch.draw(run, ["loss"], is_running=True, width=80, height=30).splitlines()[0]
+    assert "val_bpb 1.5  core_partial 0.25" in headline
+
+
 def test_a_metric_that_is_not_there_is_named_with_those_that_are(run: Path) -> None:
     picture = watch.draw(run, ["loss", "core"], is_running=False, width=80, height=24)
     assert "no core yet; there is loss, tokens_per_second, val_bpb" in picture
