@@ -38,7 +38,7 @@ quick_sizes() {
     BPB_LIMIT=0                    # bits per byte that the base model may end with; 0 = fewer than by guessing
     SPIKE_LIMIT=8                  # nats the loss may rise and stay; 0 = any. 3.5 when the lessons end
     CORE_EVERY=-1                  # steps between CORE scores while training; -1 = none
-    SAMPLE_EVERY=-1
+    SAMPLE_EVERY=0                 # steps between samples while training; 0 = at the end only, -1 = none
     CORE_MAX_PER_TASK=100          # items of each CORE task
 
     MID_ITERATIONS=200
@@ -77,7 +77,7 @@ full_sizes() {
     BPB_LIMIT=0
     SPIKE_LIMIT=2
     CORE_EVERY=-1
-    SAMPLE_EVERY=-1
+    SAMPLE_EVERY=0                 # steps between samples while training; 0 = at the end only, -1 = none
     CORE_MAX_PER_TASK=100
 
     MID_ITERATIONS=400

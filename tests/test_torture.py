@@ -84,6 +84,7 @@ def strike(process: BaseProcess, metrics: Path, rng: random.Random, seconds: flo
         assert process.pid is not None
         os.kill(process.pid, blow)
     process.join(120)
+    assert was_alive or process.exitcode == 0
     return process.exitcode if was_alive else None
 
 
@@ -104,6 +105,8 @@ def test_forty_signals_change_nothing(
             assert code in (None, 0, EXIT_STOPPED, -9, -15, -10), log_of(base).read_text()[-3000:]
             codes.append(code)
             blows += code is not None
+            if code in (None, 0):  # it has arrived (on a busy machine blows come late): once more
+                shutil.rmtree(run_dir(base, stage))
             assert len(codes) < 120, "nearly all blows came too late"
         run(base, stage.module, *stage.flags, "--resume")
     for stage in STAGES:
