@@ -165,12 +165,12 @@ def rl_tasks(tasks: str) -> dict[str, tuple[Task, Task]]:
 
 
 def tasks_of(stage: str, tasks: str, chats: Sequence[str] = ()) -> list[Task]:
-    """Return every task that a stage reads: "mid", "sft", "rl" or "eval"."""
+    """Return every task that a stage reads: "mid", "sft", "rl" (without --task) or "eval"."""
     _check(stage, tasks, chats)
     if stage == "eval":
         return evaluation_tasks(tasks)
     if stage == "rl":
-        return [task for pair in rl_tasks(tasks).values() for task in pair]
+        return list(next(iter(rl_tasks(tasks).values())))
     return [
         training_mixture(stage, tasks, chats),
         validation_mixture(stage, tasks, chats),
