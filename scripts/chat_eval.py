@@ -34,6 +34,7 @@ from nanochat.contamination import (
 )
 from nanochat.dataset import open_source
 from nanochat.lineage import lineage_of
+from nanochat.problems import num_problems, problem
 from nanochat.runtime import World
 from nanochat.stage import check_count, check_positive
 from nanochat.task_eval import Sampling, run_task
@@ -267,11 +268,11 @@ def _questions(task: Task, max_problems: int | None) -> list[str]:
     """The questions of a task; none where it will have no score anyway."""
     if task.reason_to_skip() is not None:
         return []
-    asked = len(task)
-    if max_problems is not None and max_problems >= 0:
-        asked = min(asked, max_problems)
     try:
-        return [question_of(task[index]) for index in range(asked)]
+        asked = num_problems(task)
+        if max_problems is not None and max_problems >= 0:
+            asked = min(asked, max_problems)
+        return [question_of(problem(task, index)) for index in range(asked)]
     except UserError as error:
         logger.warning("%s is not compared with the training data: %s", task.name, error)
         return []

@@ -17,13 +17,13 @@ from scripted_model import byte_tokenizer, save
 from nanochat import report
 from nanochat.common import UserError, report_dir
 from nanochat.configurator import UsageError, parse
-from nanochat.conversation import Conversation, Message, Part
+from nanochat.conversation import Conversation, Message, Part, chat
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.task_results import Record, read_records
 from scripts import chat_eval
 from tasks import public
 from tasks.arc import ARC
-from tasks.common import Task
+from tasks.common import Task, reference_text
 from tasks.customjson import IDENTITY
 from tasks.embedded_problems import WordProblems
 from tasks.gsm8k import GSM8K
@@ -188,6 +188,37 @@ def test_tasks_are_those_the_model_was_trained_with(shards: str) -> None:
     run("-i", "mid", "-a", "Facts", "-x", "2", "--tasks=auto")
     with pytest.raises(UserError, match=r"ARC-Easy:test: missing; fetch it with"):
         run("-i", "mid", "-a", "ARC-Easy")
+
+
+class Sort(Task):
+    """A task whose third row has no answer."""
+
+    name = "B"
+    eval_type = "generative"
+
+    def num_rows(self) -> int:
+        return 3
+
+    def row(self, index: int) -> Conversation:
+        return chat("Sort") if index == 2 else chat("Sort", "a")
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        return completion.endswith(reference_text(conversation))
+
+
+def test_a_row_without_an_answer_leaves_the_other_tasks_their_scores(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save("sft", random_model(2048))
+    others = chat_eval.mixtures.evaluation_tasks("embedded")
+    monkeypatch.setattr(
+        chat_eval.mixtures, "evaluation_tasks", lambda tasks, **settings: [Sort(), *others]
+    )
+    run("-i", "sft", "-a", "B|Identity", "-x", "3", "-m", "2")
+    assert [row["task"] for row in section()["accuracies"]] == ["Identity"]
+    assert "no score: task B, problem 2: it has no answer" in capsys.readouterr().out
+    run("-i", "sft", "-a", "B", "-x", "2", "-m", "2")
+    assert [row["task"] for row in section()["accuracies"]] == ["B"]
 
 
 def test_samples_at_temperature_0_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
