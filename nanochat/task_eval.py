@@ -28,6 +28,9 @@ from nanochat.task_results import Record, TaskResult
 from nanochat.tokenizer import Tokenizer
 
 MAX_JUDGES = 8  # threads; a judge that runs programs mostly waits for them
+# Far more than pass@k of the papers needs (arXiv:2107.03374 samples 200); a mistyped number of
+# answers would take memory without end.
+MAX_SAMPLES = 10_000
 CHOICES_PER_PASS = 8  # problems of multiple choice, as in the 2025 nanochat
 
 
@@ -81,6 +84,10 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.num_samples < 1:
             raise UserError(f"{self.num_samples} samples asked for; ask for at least 1")
+        if self.num_samples > MAX_SAMPLES:
+            raise UserError(
+                f"{self.num_samples} samples asked for; ask for at most {MAX_SAMPLES:,}"
+            )
         # Refuses what means nothing now, and not when the first answer is to be written.
         SamplingSettings(
             temperature=self.temperature, top_k=self.top_k, max_tokens=self.max_new_tokens

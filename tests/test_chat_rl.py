@@ -209,6 +209,8 @@ def test_tasks_that_cannot_be_practised_are_named(sft_model: Path) -> None:
         run("--task=Letters")
     with pytest.raises(UserError, match="did you mean SmallLetters"):
         run("--task=smalleters")
+    with pytest.raises(UserError, match=r"no task to practise 'Nope'; there are SmallL.*--tasks"):
+        run("--task=Nope")
 
 
 def raises_key_error(*_: Any) -> Any:

@@ -173,6 +173,8 @@ def test_a_prompt_longer_than_the_context_is_named(task: Any) -> None:
 def test_no_samples_is_refused() -> None:
     with pytest.raises(UserError, match="0 samples"):
         Sampling(num_samples=0)
+    with pytest.raises(UserError, match="10001 samples asked for; ask for at most 10,000"):
+        Sampling(num_samples=10_001)
 
 
 @pytest.mark.parametrize(
