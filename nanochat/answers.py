@@ -13,6 +13,17 @@ from dataclasses import dataclass
 from nanochat.conversation import Message, Part, PartType
 from nanochat.tokenizer import Tokenizer
 
+# Control characters as they are shown: a terminal would obey them, and move the cursor, rename its
+# window or worse.
+_ESCAPES = {
+    code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"
+}
+
+
+def terminal_text(text: str) -> str:
+    r"""What a model wrote as a terminal may show it: control characters as `\x1b`."""
+    return text.translate(_ESCAPES)
+
 
 @dataclass(frozen=True)
 class ControlIds:

@@ -23,7 +23,7 @@ from nanochat.common import UserError, refresh_aliases
 from nanochat.prefetch import prefetch
 from nanochat.sources import DocumentSource, Position, Split
 from nanochat.sources.hub import HUB_DATASETS, HubDataset, open_hub
-from nanochat.sources.parquet import ParquetSource
+from nanochat.sources.parquet import ParquetSource, find_shards
 
 __all__ = ["SOURCES", "DocumentSource", "Position", "Split", "open_source"]
 
@@ -47,6 +47,16 @@ def open_source(data: str) -> DocumentSource:
     if data in HUB_DATASETS:
         return open_hub(HUB_DATASETS[data])
     return _open_folder(data, num_workers=1)
+
+
+def check_data(data: str) -> None:
+    """UserError unless that is a named source, or a folder that can be one; reads no documents."""
+    if data in SOURCES:
+        return
+    from nanochat.sources import own
+
+    if not own.is_text(_known_folder(data)):
+        find_shards(_known_folder(data))
 
 
 def assets_of(data: str, num_train: int) -> list[Asset]:
@@ -75,7 +85,8 @@ def _folder(data: str) -> Path:
     return Path(data).expanduser()
 
 
-def _open_folder(data: str, *, num_workers: int) -> ParquetSource:
+def _known_folder(data: str) -> Path:
+    """The folder; UserError for what looks like a mistyped name of a source."""
     folder = _folder(data)
     if not folder.exists() and "/" not in data:
         close = difflib.get_close_matches(data, SOURCES, n=1)
@@ -83,8 +94,13 @@ def _open_folder(data: str, *, num_workers: int) -> ParquetSource:
         raise UserError(
             f"unknown data {data!r}: neither one of {', '.join(SOURCES)} nor a folder{meant}"
         )
+    return folder
+
+
+def _open_folder(data: str, *, num_workers: int) -> ParquetSource:
     from nanochat.sources import own
 
+    folder = _known_folder(data)
     if own.is_text(folder):
         return own.open_own(folder, num_workers=num_workers)
     return ParquetSource.from_folder(folder)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
 
 from nanochat.answers import plain_text
 from nanochat.common import UserError
@@ -121,23 +123,29 @@ class Engine:
         if batch_size < 1:
             raise UserError(f"batch size is {batch_size}; use a positive number")
         row_seeds = [seed + i for i in range(len(prompts))] if seeds is None else seeds
-        each = [
-            SamplingSettings(temperature, top_k, top_p, max_tokens=max_tokens or None, seed=s)
-            for s in row_seeds
-        ]
+        settings = SamplingSettings(temperature, top_k, top_p, max_tokens=max_tokens or None)
         limits = [answer_room(prompt, self.context, max_tokens) for prompt in prompts]
         if max_tokens == 0:
             return [[] for _ in limits]
+        jobs = enumerate(zip(prompts, row_seeds, strict=True))
+        answers: list[list[int]] = [[] for _ in limits]
+        running: dict[Request, int] = {}
         max_rows, self.scheduler.max_rows = self.scheduler.max_rows, batch_size
         try:
-            requests = [
-                self.scheduler.submit(prompt, settings)
-                for prompt, settings in zip(prompts, each, strict=True)
-            ]
-            self._finish(requests)
+            while True:
+                # Enough for every row that the next step frees; there may be millions in all.
+                for place, (prompt, row_seed) in islice(jobs, 2 * batch_size - len(running)):
+                    request = self.scheduler.submit(prompt, replace(settings, seed=row_seed))
+                    running[request] = place
+                if not running:
+                    return answers
+                self._step()
+                for request in [request for request in running if request.is_finished]:
+                    answers[running.pop(request)] = request.tokens
         finally:
             self.scheduler.max_rows = max_rows
-        return [request.tokens for request in requests]
+            for request in running:
+                self.scheduler.cancel(request)
 
     def _finish(self, requests: Sequence[Request]) -> None:
         """Step until all of them have ended; what an interruption leaves is cancelled."""

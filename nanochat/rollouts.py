@@ -26,6 +26,7 @@ from nanochat.conversation import Conversation
 from nanochat.dataloader import Batch
 from nanochat.gpt import GPT
 from nanochat.objectives import IGNORED, token_losses_in_passes
+from nanochat.problems import num_problems, problem, rewarded
 from nanochat.request import Request
 from nanochat.runtime import World
 from nanochat.sampling import SamplingSettings
@@ -190,7 +191,8 @@ class RolloutLoader:
 
     def _ask(self, numbers: Sequence[int]) -> list[Group]:
         """Questions by their number in the run, which goes on over epochs, and their answers."""
-        conversations = [self._task[number % len(self._task)] for number in numbers]
+        indices = [number % num_problems(self._task) for number in numbers]
+        conversations = [problem(self._task, index) for index in indices]
         prompts = [
             render_prompt(self._tokenizer, conversation, self._model.config.sequence_len)
             for conversation in conversations
@@ -203,12 +205,15 @@ class RolloutLoader:
             seeds=[seed_of(self._settings.seed, number) for number in numbers],
         )
         return [
-            Group(prompt, group, [self._reward(conversation, answer) for answer in group])
-            for conversation, prompt, group in zip(conversations, prompts, answers, strict=True)
+            Group(prompt, group, [self._reward(index, conversation, answer) for answer in group])
+            for index, conversation, prompt, group in zip(
+                indices, conversations, prompts, answers, strict=True
+            )
         ]
 
-    def _reward(self, conversation: Conversation, answer: Answer) -> float:
-        return self._task.reward(conversation, plain_text(self._tokenizer, answer.tokens))
+    def _reward(self, index: int, conversation: Conversation, answer: Answer) -> float:
+        text = plain_text(self._tokenizer, answer.tokens)
+        return rewarded(self._task, index, conversation, text)
 
     def _batch(self, groups: Sequence[Group]) -> Batch:
         settings = self._settings
@@ -351,7 +356,7 @@ def check_task(task: RewardedTask) -> None:
             f"task {task.name} is {task.eval_type}: reinforcement learning needs written answers "
             "that are judged; choose a generative task"
         )
-    if len(task) == 0:
+    if num_problems(task) == 0:
         raise UserError(f"task {task.name} has no questions to learn from")
 
 

@@ -20,6 +20,7 @@ from nanochat.conversation import Conversation
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.hardware import usable_cpus
+from nanochat.problems import judged, num_problems, problem
 from nanochat.runtime import World
 from nanochat.sampling import SamplingSettings
 from nanochat.scheduler import MAX_ROWS
@@ -27,6 +28,9 @@ from nanochat.task_results import Record, TaskResult
 from nanochat.tokenizer import Tokenizer
 
 MAX_JUDGES = 8  # threads; a judge that runs programs mostly waits for them
+# Far more than pass@k of the papers needs (arXiv:2107.03374 samples 200); a mistyped number of
+# answers would take memory without end.
+MAX_SAMPLES = 10_000
 CHOICES_PER_PASS = 8  # problems of multiple choice, as in the 2025 nanochat
 
 
@@ -80,6 +84,10 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.num_samples < 1:
             raise UserError(f"{self.num_samples} samples asked for; ask for at least 1")
+        if self.num_samples > MAX_SAMPLES:
+            raise UserError(
+                f"{self.num_samples} samples asked for; ask for at most {MAX_SAMPLES:,}"
+            )
         # Refuses what means nothing now, and not when the first answer is to be written.
         SamplingSettings(
             temperature=self.temperature, top_k=self.top_k, max_tokens=self.max_new_tokens
@@ -99,8 +107,8 @@ def run_task(
     """Evaluate a task in the way that its `eval_type` names.
 
     batch_size: None = what is usual for that way. NotScoredError when it cannot be scored: it
-    cannot be judged on this machine, it has no problems, a row has no answer, a letter is not one
-    token, a prompt is longer than the model's context, the logits are no numbers.
+    cannot be judged on this machine, it has no problems, a row has no answer, its code fails, a
+    letter is not one token, a prompt is longer than the model's context, the logits are no numbers.
     """
     world = world or World()
     reasons = [other for other in world.gather_objects(task.reason_to_skip()) if other is not None]
@@ -211,10 +219,7 @@ def _prepare(
 
 
 def _read_problems(task: Task, tokenizer: Tokenizer, context: int, indices: range) -> _Problems:
-    try:
-        conversations = {index: task[index] for index in indices}
-    except UserError as error:
-        raise NotScoredError(str(error)) from error
+    conversations = {index: problem(task, index) for index in indices}
     letters = {}
     if task.eval_type == "categorical":
         letters = _letter_ids(task, tokenizer, conversations)
@@ -222,9 +227,8 @@ def _read_problems(task: Task, tokenizer: Tokenizer, context: int, indices: rang
 
 
 def _num_problems(task: Task, max_problems: int | None) -> int:
-    if max_problems is None or max_problems < 0:
-        return len(task)
-    return min(len(task), max_problems)
+    total = num_problems(task)
+    return total if max_problems is None or max_problems < 0 else min(total, max_problems)
 
 
 def _own_problems(task: Task, max_problems: int | None, world: World) -> range:
@@ -321,7 +325,7 @@ def _judge(
 ) -> tuple[Record, ...]:
     def judge(index: int) -> Record:
         conversation, texts = conversations[index], completions[index]
-        verdicts = tuple(task.evaluate(conversation, text) for text in texts)
+        verdicts = tuple(judged(task, index, conversation, text) for text in texts)
         return Record(index, conversation, texts, verdicts)
 
     if num_threads == 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,12 +95,33 @@ def chat_core(results: Sequence[TaskResult], names: Sequence[str]) -> float | No
 # ---- answers on disk ----------------------------------------------------------------------------
 
 
+def check_writable(path: Path) -> None:
+    """UserError, before hours of evaluation, when no file can be written there."""
+    _check_file(path, f"--save={path} cannot be written")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # As `atomic_write_text` will begin: rights alone do not tell, in /proc for one.
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--save={path} cannot be written: {error.strerror}; name another file"
+        ) from error
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Read what `chat_eval --save` wrote; UserError naming the line that is something else."""
-    if not path.is_file():
+    _check_file(path, f"--show={path} cannot be read")
+    if not path.exists():
         raise UserError(f"there is no file {path}; write one with chat_eval --save={path}")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"--show={path} cannot be read: {error.strerror}") from error
+    if not content.strip():
+        raise UserError(f"{path} is empty; give a file that chat_eval --save has written")
     records = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+    for number, line in enumerate(content.split(b"\n"), 1):
         if not line:
             continue
         try:
@@ -111,6 +133,14 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             raise UserError(f"{path}, line {number} is not an answer that chat_eval has saved")
         records.append(record)
     return records
+
+
+def _check_file(path: Path, failure: str) -> None:
+    """UserError when something is there that is no file, such as a folder or a device."""
+    if path.is_dir():
+        raise UserError(f"{failure}: it is a folder; name a file in it")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{failure}: it is a device or a pipe; name an ordinary file")
 
 
 def _is_answer(record: Any) -> bool:

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from nanochat import checkpoint_manager, configurator, runtime
-from nanochat.answers import answer_message
+from nanochat.answers import answer_message, terminal_text
 from nanochat.chat_prompt import fit_conversation
 from nanochat.common import UserError, write_json
 from nanochat.conversation import Conversation, Message
@@ -34,11 +34,6 @@ BANNER = 'Chat: "clear" starts anew, "quit" ends, /help shows more; Ctrl-C stops
 
 
 STOPPED = 130  # what a shell shows of a program that Ctrl-C has ended
-# Control characters of an answer as they are shown: a terminal would obey them, and move the
-# cursor, rename its window or worse.
-_ESCAPES = {
-    code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"
-}
 
 
 @dataclass(frozen=True)
@@ -199,7 +194,7 @@ def answer(chat: Chat, text: str) -> bool:
     is_whole = True
     with _interrupts_noted() as is_interrupted, closing(chat.ask(text)) as pieces:
         for piece in pieces:
-            print(piece.translate(_ESCAPES), end="", flush=True)
+            print(terminal_text(piece), end="", flush=True)
             if is_interrupted():
                 print(" [stopped]", end="", file=sys.stderr, flush=True)
                 is_whole = False

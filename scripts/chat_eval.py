@@ -8,10 +8,8 @@ torchrun --standalone --nproc_per_node=8 -m scripts.chat_eval -- -i sft
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
-import os
 import pydoc
 import sys
 from collections import Counter
@@ -23,6 +21,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from nanochat import checkpoint_manager, configurator, report, runtime
+from nanochat.answers import terminal_text
 from nanochat.checkpoint_manager import Checkpoint
 from nanochat.common import NotScoredError, UserError, atomic_write_text
 from nanochat.configurator import UsageError
@@ -32,15 +31,22 @@ from nanochat.contamination import (
     training_conversations,
     training_documents,
 )
-from nanochat.dataset import open_source
+from nanochat.dataset import check_data, open_source
 from nanochat.lineage import lineage_of
+from nanochat.problems import num_problems, problem
 from nanochat.runtime import World
 from nanochat.stage import check_count, check_positive
-from nanochat.task_eval import Sampling, run_task
-from nanochat.task_results import TaskResult, chat_core, read_records, show_records
+from nanochat.task_eval import MAX_SAMPLES, Sampling, run_task
+from nanochat.task_results import (
+    TaskResult,
+    chat_core,
+    check_writable,
+    read_records,
+    show_records,
+)
 from tasks import mixtures
 from tasks.common import Task, question_of
-from tasks.task_sets import choose_task_set, trained_on
+from tasks.task_sets import choose_task_set, task_named, trained_on
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +110,8 @@ class Line:
     """Why that was asked for and cannot be said."""
     unseen: float | None = None
     """Accuracy on the problems that are not in the training data."""
+    measure: str = ""
+    """What the accuracy is of, if not of one answer to each problem."""
 
 
 def main(config: Config) -> None:
@@ -115,18 +123,19 @@ def main(config: Config) -> None:
         raise UsageError("--source is missing: give base, mid, sft or rl, or a file to --show")
     sampling = _sampling(config)
     if config.save is not None:
-        check_writable(Path(config.save))
+        check_writable(_path(config, "save"))
+    if config.data is not None:
+        check_data(config.data)
     with runtime.start(config.device_type, dtype=config.dtype) as rt:
-        model, tokenizer, checkpoint = checkpoint_manager.load_model(
-            config.source,
-            device=rt.device,
-            dtype=rt.compute_dtype,
-            tag=config.model_tag,
-            step=config.step,
+        checkpoint = checkpoint_manager.find_checkpoint(
+            config.source, config.model_tag, config.step, weights_only=True
         )
         task_set = _task_set(config, checkpoint)
         all_tasks = mixtures.evaluation_tasks(task_set, unsafe=config.unsafe)
         tasks = choose(all_tasks, config.task_name)
+        model, tokenizer = checkpoint_manager.model_of(
+            checkpoint, device=rt.device, dtype=rt.compute_dtype
+        )
         overlaps: dict[str, SetOverlap] = {}
         not_compared = ""
         if config.contamination:
@@ -148,7 +157,12 @@ def main(config: Config) -> None:
             overlap = overlaps.get(task.name)
             unseen = None if overlap is None else unseen_accuracy(result, overlap, rt.world)
             return Line(
-                task.name, result, overlap=overlap, not_compared=not_compared, unseen=unseen
+                task.name,
+                result,
+                overlap=overlap,
+                not_compared=not_compared,
+                unseen=unseen,
+                measure=measure(task, sampling),
             )
 
         lines = []
@@ -159,13 +173,17 @@ def main(config: Config) -> None:
         results = [line.result for line in lines if line.result is not None]
         if not results:
             raise NotScoredError(lines[0].no_score)
-        if config.save is not None:
-            save(results, config.save, rt.world)
+        # Before the report, so that a failing one costs no answers; its own failure waits for it.
+        failure = "" if config.save is None else save(results, config.save, rt.world)
         if rt.world.is_main:
+            if not_compared:
+                print(f"not compared with the training data: {not_compared}")
             core = chat_core(results, [task.name for task in all_tasks])
             if core is not None:
                 print(f"{report.score_name('ChatCORE', task_set)} {core:.4f}")
             _report(config, checkpoint, lines, core, task_set)
+        if failure:
+            raise UserError(failure)
 
 
 def _sampling(config: Config) -> Sampling:
@@ -174,12 +192,17 @@ def _sampling(config: Config) -> Sampling:
         check_positive(config, "batch_size")
     if config.max_problems is not None:
         check_count(config, "max_problems", "all problems")
-    if config.num_samples > 1 and config.temperature == 0:
+    num_samples = config.num_samples
+    if num_samples > MAX_SAMPLES:
+        raise UserError(f"--num-samples is {num_samples}; it must be at most {MAX_SAMPLES:,}")
+    if num_samples > 1 and config.temperature == 0:
         logger.warning(
-            "--temperature is 0, so all %d answers to a problem are the same", config.num_samples
+            "--temperature is 0, so all %d answers to a problem are the same; one is written",
+            num_samples,
         )
+        num_samples = 1
     return Sampling(
-        num_samples=config.num_samples,
+        num_samples=num_samples,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         top_k=config.top_k,
@@ -189,26 +212,24 @@ def _sampling(config: Config) -> Sampling:
 def _task_set(config: Config, checkpoint: Checkpoint) -> str:
     """Whose tasks: what a flag says, else what the model was trained with."""
     recorded = checkpoint.state.get("tasks") if config.data is None else None
-    data = config.data or checkpoint.state["data"]
+    data = checkpoint.state["data"] if config.data is None else config.data
     return choose_task_set(config.tasks, data=data, recorded=recorded)
 
 
 def choose(tasks: Sequence[Task], names: str | None) -> list[Task]:
-    """The tasks named, in their own order; None for all. UserError with the nearest name."""
+    """The tasks named, in their own order; None for all. UserError for a name of none of them."""
     if names is None:
         return list(tasks)
-    by_name = {task.name.lower(): task for task in tasks}
-    wanted = [name.strip().lower() for name in names.split("|") if name.strip()]
-    for name in wanted:
-        if name not in by_name:
-            nearest = difflib.get_close_matches(name, by_name, n=1, cutoff=0.0)[0]
-            known = ", ".join(task.name for task in tasks)
-            raise UserError(
-                f"no task {name!r}; did you mean {by_name[nearest].name}? There are {known}"
-            )
+    known = [task.name for task in tasks]
+    wanted = {task_named(name, known) for name in _split(names)}
+    return [task for task in tasks if task.name in wanted]
+
+
+def _split(names: str) -> list[str]:
+    wanted = [name.strip() for name in names.split("|") if name.strip()]
     if not wanted:
         raise UserError("--task-name is empty; leave it out for all tasks")
-    return [task for task in tasks if task.name.lower() in wanted]
+    return wanted
 
 
 # ---- contamination ------------------------------------------------------------------------------
@@ -267,11 +288,11 @@ def _questions(task: Task, max_problems: int | None) -> list[str]:
     """The questions of a task; none where it will have no score anyway."""
     if task.reason_to_skip() is not None:
         return []
-    asked = len(task)
-    if max_problems is not None and max_problems >= 0:
-        asked = min(asked, max_problems)
     try:
-        return [question_of(task[index]) for index in range(asked)]
+        asked = num_problems(task)
+        if max_problems is not None and max_problems >= 0:
+            asked = min(asked, max_problems)
+        return [question_of(problem(task, index)) for index in range(asked)]
     except UserError as error:
         logger.warning("%s is not compared with the training data: %s", task.name, error)
         return []
@@ -300,13 +321,22 @@ def describe(line: Line) -> str:
         f"{result.num_passed}/{result.num_problems}  chance {100 * result.chance:.0f} %  "
         f"{result.seconds:.1f} s"
     )
+    if line.measure:
+        text += f"  {line.measure}"
     if line.not_compared:
-        text += f"  not compared: {line.not_compared}"
+        text += "  not compared"
     if overlap is not None:
         text += f"  in training {len(overlap.seen)}/{overlap.num_checked}"
         if line.unseen is not None:
             text += f", others {100 * line.unseen:.2f} %"
     return text
+
+
+def measure(task: Task, sampling: Sampling) -> str:
+    """What the accuracy is of where several answers are sampled: pass@n at a temperature."""
+    if task.eval_type != "generative" or sampling.num_samples == 1:
+        return ""
+    return f"pass@{sampling.num_samples} at temperature {sampling.temperature:g}"
 
 
 def row(line: Line, result: TaskResult) -> dict[str, Any]:
@@ -322,6 +352,8 @@ def row(line: Line, result: TaskResult) -> dict[str, Any]:
         "problems": result.num_problems,
         "seconds": round(result.seconds, 2),
     }
+    if line.measure:
+        columns["measure"] = line.measure
     if line.not_compared:
         columns["in training"] = "not compared"
     if line.overlap is not None:
@@ -354,24 +386,22 @@ def _report(
 # ---- answers on disk ----------------------------------------------------------------------------
 
 
-def check_writable(path: Path) -> None:
-    """UserError, before hours of evaluation, when no file can be written there."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--save={path} cannot be written: {error.strerror}") from error
-    if path.is_dir():
-        raise UserError(f"--save={path} cannot be written: it is a folder; name a file in it")
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f"--save={path} cannot be written: its folder is not yours to write")
+def _path(config: Config, name: Literal["save", "show"]) -> Path:
+    value = getattr(config, name)
+    if not value.strip():
+        raise UserError(f"--{name} is empty; name a file, or leave it out")
+    return Path(value)
 
 
-def save(results: Sequence[TaskResult], path: str, world: World) -> None:
-    """Write the records of all ranks, task by task in the order of problems."""
+def save(results: Sequence[TaskResult], path: str, world: World) -> str:
+    """Write the records of all ranks, task by task in the order of problems.
+
+    Returns what went wrong, "" for nothing: the scores are worth more than the file.
+    """
     own = [[record.to_json(result.name) for record in result.records] for result in results]
     gathered = world.gather_objects(own)
     if not world.is_main:
-        return
+        return ""
     rows = [
         record
         for number in range(len(results))
@@ -381,21 +411,28 @@ def save(results: Sequence[TaskResult], path: str, world: World) -> None:
         )
     ]
     lines = (json.dumps(record, ensure_ascii=False) for record in rows)
-    atomic_write_text(path, "".join(f"{line}\n" for line in lines))
+    try:
+        atomic_write_text(path, "".join(f"{line}\n" for line in lines))
+    except OSError as error:
+        return f"the scores are in the report, but --save={path} was not written: {error.strerror}"
     logger.info("wrote %d records to %s", len(rows), path)
+    return ""
 
 
 def show(config: Config) -> None:
     """Page through saved answers: by task, right or wrong ones, the first so many of each task."""
-    records = read_records(Path(str(config.show)))
+    if config.max_problems is not None:
+        check_count(config, "max_problems", "all problems")
+    records = read_records(_path(config, "show"))
     if config.task_name is not None:
-        wanted = {name.strip().lower() for name in config.task_name.split("|")}
-        known = sorted({record["task"] for record in records})
-        records = [record for record in records if record["task"].lower() in wanted]
-        if not records:
-            raise UserError(
-                f"no answers of {config.task_name!r} in {config.show}; it has {', '.join(known)}"
-            )
+        known = {record["task"].lower(): record["task"] for record in records}
+        wanted = _split(config.task_name)
+        for name in wanted:
+            if name.lower() not in known:
+                names = ", ".join(sorted(known.values()))
+                raise UserError(f"no answers of {name!r} in {config.show}; it has {names}")
+        chosen_tasks = {known[name.lower()] for name in wanted}
+        records = [record for record in records if record["task"] in chosen_tasks]
     if config.verdict != "all":
         records = [r for r in records if any(r["correct"]) == (config.verdict == "right")]
     if config.max_problems is not None and config.max_problems >= 0:
@@ -406,7 +443,7 @@ def show(config: Config) -> None:
             if places[record["task"]] <= config.max_problems:
                 chosen.append(record)
         records = chosen
-    text = "\n".join(show_records(records)) + "\n"
+    text = terminal_text("\n".join(show_records(records))) + "\n"
     if sys.stdout.isatty():
         pydoc.pager(text)
     else:

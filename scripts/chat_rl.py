@@ -7,7 +7,6 @@ torchrun --standalone --nproc_per_node=8 -m scripts.chat_rl -- --tasks=public
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from nanochat.tokenizer import Tokenizer
 from nanochat.training import Hook, Trainer
 from tasks import mixtures
 from tasks.common import Task
-from tasks.task_sets import choose_task_set, require_files
+from tasks.task_sets import choose_task_set, require_files, task_named
 
 logger = logging.getLogger(__name__)
 
@@ -161,15 +160,12 @@ def main(config: Config) -> int:
 
 def choose(pairs: dict[str, tuple[Task, Task]], name: str | None) -> tuple[Task, Task]:
     """The named pair of training and held-out task, None for the first; UserError otherwise."""
-    by_name = {known.lower(): known for known in pairs}
-    wanted = next(iter(by_name)) if name is None else name.strip().lower()
-    if wanted not in by_name:
-        nearest = difflib.get_close_matches(wanted, by_name, n=1, cutoff=0.0)[0]
-        raise UserError(
-            f"no task {name!r} to practise; did you mean {by_name[nearest]}? "
-            f"There are {', '.join(pairs)}; --tasks chooses another set"
-        )
-    return pairs[by_name[wanted]]
+    if name is None:
+        return next(iter(pairs.values()))
+    try:
+        return pairs[task_named(name, pairs, what="task to practise")]
+    except UserError as error:
+        raise UserError(f"{error}; --tasks chooses another set") from None
 
 
 def evaluation(

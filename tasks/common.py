@@ -23,6 +23,7 @@ from nanochat.conversation import (
     chat,
     choice_lines,
 )
+from nanochat.problems import verdict
 
 EvalType = Literal["categorical", "generative", "training"]
 
@@ -97,7 +98,7 @@ class Task:
 
     def reward(self, conversation: Conversation, completion: str) -> float:
         """Return 1.0 for a right completion and 0.0 for a wrong one (reinforcement learning)."""
-        return float(self.evaluate(conversation, completion))
+        return float(verdict(self.evaluate(conversation, completion)))
 
 
 class TaskSequence(Task):

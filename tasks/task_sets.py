@@ -1,5 +1,6 @@
 """Which task set a run uses, and whether what it reads is on this machine."""
 
+import difflib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,17 +28,16 @@ def choose_task_set(asked: str | None, *, data: str, recorded: str | None = None
 
     What was asked for counts, then what the model was trained on before (`recorded`), then the
     data: the embedded world has its own tasks, everything else the public ones. Asked for "auto",
-    the public tasks give way to the embedded ones, with a warning, when their files are not here.
+    the public tasks give way to the embedded ones, with a warning, when their files are not here,
+    unless the model was trained on public ones.
     """
     if asked in TASK_SETS:
         return str(asked)
     if asked not in (None, AUTO):
         raise UserError(f"no tasks {asked!r}; use {', '.join(TASK_SETS)} or {AUTO}")
-    if recorded is not None:
-        return recorded
-    if data == EMBEDDED:
-        return EMBEDDED
     if asked is None:
+        return recorded or (EMBEDDED if data == EMBEDDED else PUBLIC)
+    if recorded == PUBLIC:
         return PUBLIC
     missing = missing_assets(task for stage in STAGES for task in tasks_of(stage, PUBLIC))
     if not missing:
@@ -48,6 +48,19 @@ def choose_task_set(asked: str | None, *, data: str, recorded: str | None = None
         *(", ".join(missing), PREFETCH),
     )
     return EMBEDDED
+
+
+def task_named(name: str, known: Iterable[str], *, what: str = "task") -> str:
+    """Return the known name that is meant, whatever its case; UserError listing the names."""
+    by_name = {other.lower(): other for other in known}
+    wanted = name.strip().lower()
+    if wanted in by_name:
+        return by_name[wanted]
+    names = ", ".join(by_name.values())
+    close = difflib.get_close_matches(wanted, by_name, n=1)
+    if close:
+        raise UserError(f"no {what} {name!r}; did you mean {by_name[close[0]]}? There are {names}")
+    raise UserError(f"no {what} {name!r}; there are {names}")
 
 
 def require_tasks(stage: str, tasks: str, chats: Sequence[str] = ()) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from pathlib import Path
@@ -17,13 +18,13 @@ from scripted_model import byte_tokenizer, save
 from nanochat import report
 from nanochat.common import UserError, report_dir
 from nanochat.configurator import UsageError, parse
-from nanochat.conversation import Conversation, Message, Part
+from nanochat.conversation import Conversation, Message, Part, chat
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.task_results import Record, read_records
 from scripts import chat_eval
 from tasks import public
 from tasks.arc import ARC
-from tasks.common import Task
+from tasks.common import Task, reference_text
 from tasks.customjson import IDENTITY
 from tasks.embedded_problems import WordProblems
 from tasks.gsm8k import GSM8K
@@ -182,7 +183,7 @@ def test_tasks_are_those_the_model_was_trained_with(shards: str) -> None:
     save("sft", random_model(2048), data=shards, tasks="embedded")
     run("-i", "sft", "-a", "Facts", "-x", "2")
     assert [row["task"] for row in section()["accuracies"]] == ["Facts"]
-    with pytest.raises(UserError, match=r"no task 'facts'; .*There are ARC-Easy"):
+    with pytest.raises(UserError, match=r"no task 'Facts'; there are ARC-Easy"):
         run("-i", "sft", "-a", "Facts", "--tasks=public")
     save("mid", random_model(2048), data=shards)
     run("-i", "mid", "-a", "Facts", "-x", "2", "--tasks=auto")
@@ -190,10 +191,102 @@ def test_tasks_are_those_the_model_was_trained_with(shards: str) -> None:
         run("-i", "mid", "-a", "ARC-Easy")
 
 
+class Sort(Task):
+    """A task whose third row has no answer."""
+
+    name = "B"
+    eval_type = "generative"
+
+    def num_rows(self) -> int:
+        return 3
+
+    def row(self, index: int) -> Conversation:
+        return chat("Sort") if index == 2 else chat("Sort", "a")
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        return completion.endswith(reference_text(conversation))
+
+
+def test_a_row_without_an_answer_leaves_the_other_tasks_their_scores(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save("sft", random_model(2048))
+    others = chat_eval.mixtures.evaluation_tasks("embedded")
+    monkeypatch.setattr(
+        chat_eval.mixtures, "evaluation_tasks", lambda tasks, **settings: [Sort(), *others]
+    )
+    run("-i", "sft", "-a", "B|Identity", "-x", "3", "-m", "2")
+    assert [row["task"] for row in section()["accuracies"]] == ["Identity"]
+    assert "no score: task B, problem 2: it has no answer" in capsys.readouterr().out
+    run("-i", "sft", "-a", "B", "-x", "2", "-m", "2")
+    assert [row["task"] for row in section()["accuracies"]] == ["B"]
+
+
 def test_samples_at_temperature_0_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     save("sft", random_model(2048))
     run("-i", "sft", "-a", "Identity", "-x", "1", "-n", "2", "-m", "2")
-    assert "all 2 answers to a problem are the same" in caplog.text
+    assert "all 2 answers to a problem are the same; one is written" in caplog.text
+
+
+def test_at_temperature_0_one_answer_is_written(tmp_path: Path) -> None:
+    save("sft", random_model(2048))
+    path = tmp_path / "out.jsonl"
+    run("-i", "sft", "-a", "Identity", "-x", "2", "-n", "3", "-m", "2", f"--save={path}")
+    assert [len(record["completions"]) for record in read_records(path)] == [1, 1]
+
+
+def test_an_accuracy_of_several_answers_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    save("sft", random_model(2048))
+    run("-i", "sft", "-a", "Identity|Facts", "-x", "1", "-n", "3", "-m", "2", "-t", "0.7")
+    facts, identity = capsys.readouterr().out.splitlines()
+    assert identity.endswith("  pass@3 at temperature 0.7")
+    assert "pass@" not in facts  # a letter is chosen once
+    measures = [row.get("measure") for row in section()["accuracies"]]
+    assert measures == [None, "pass@3 at temperature 0.7"]
+
+
+def not_loaded(*_: Any, **__: Any) -> Any:
+    raise AssertionError("the model is loaded too early")
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["-n", "99999999999"], "--num-samples is 99999999999; it must be at most 10,000"),
+        (["-a", "Nope"], "^no task 'Nope'; there are Facts, WordProblems"),
+        (["-a", "WordProblem"], "no task 'WordProblem'; did you mean WordProblems"),
+        (["-a", ""], "--task-name is empty"),
+        (["--data=/nonexistent"], "data folder /nonexistent does not exist"),
+        (["--data="], "--data is empty"),
+        (["--data=embeded", "-a", "GSM8K"], "unknown data 'embeded'.*did you mean embedded"),
+        (["--save="], "--save is empty"),
+        (["--save=/proc/x"], "--save=/proc/x cannot be written"),
+        (["--save=/dev/null"], "--save=/dev/null cannot be written: it is a device"),
+    ],
+)
+def test_a_wrong_setting_is_refused_before_the_model_is_loaded(
+    flags: list[str], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save("sft", random_model(2048))
+    monkeypatch.setattr(chat_eval.checkpoint_manager, "model_of", not_loaded)
+    with pytest.raises(UserError, match=named):
+        run("-i", "sft", *flags)
+
+
+def test_a_disk_that_fills_up_costs_the_saved_answers_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save("sft", random_model(2048))
+
+    def full(path: str, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(chat_eval, "atomic_write_text", full)
+    path = tmp_path / "out.jsonl"
+    with pytest.raises(UserError, match=f"--save={path} was not written: No space left"):
+        run("-i", "sft", "-x", "1", "-m", "2", f"--save={path}")
+    assert "ChatCORE (embedded)" in capsys.readouterr().out
+    assert "ChatCORE metric" in section()
 
 
 def test_a_source_is_needed_unless_answers_are_shown() -> None:
@@ -345,7 +438,9 @@ def test_missing_training_data_leaves_the_scores_as_they_are(
     lineage = None if stages is None else [base, *stages]
     save("sft", random_model(), data=other_shards, tasks="public", lineage=lineage)
     run("-i", "sft", "-a", "GSM8K", "-m", "2", "--contamination")
-    assert re.search(rf"GSM8K .* 0/4 .*  not compared: .*{reason}", capsys.readouterr().out)
+    output = capsys.readouterr().out
+    assert re.search(r"GSM8K .* 0/4 .*  not compared\n", output)
+    assert re.search(rf"\nnot compared with the training data: .*{reason}", output)
     assert section()["accuracies"][0]["in training"] == "not compared"
     assert re.search(reason, section()["Not compared with the training data"])
 
@@ -354,7 +449,15 @@ def test_missing_training_data_leaves_the_scores_as_they_are(
 def test_missing_documents_leave_the_scores_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     save("base", random_model(), data="/no/such/folder")
     run("-i", "base", "-a", "GSM8K", "-m", "2", "--contamination")
-    assert re.search(r"GSM8K .*  not compared: .*/no/such/folder", capsys.readouterr().out)
+    said = r"GSM8K .*  not compared\nnot compared with the training data: .*/no/such/folder"
+    assert re.search(said, capsys.readouterr().out)
+
+
+@pytest.mark.usefixtures("tasks_here")
+def test_why_nothing_was_compared_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    save("base", random_model(), data="/no/such/folder")
+    run("-i", "base", "-a", "GSM8K|ARC-Easy", "-m", "2", "--contamination")
+    assert capsys.readouterr().out.count("/no/such/folder") == 1
 
 
 class NoDocuments:
@@ -433,7 +536,7 @@ def test_line_ends_of_unicode_inside_an_answer_end_no_record(
     text = answers.read_text(encoding="utf-8")
     answers.write_text(text.replace("first try", "one\u2028two\x85three"), encoding="utf-8")
     run(f"--show={answers}")
-    assert capsys.readouterr().out.count("[wrong] one\u2028two\x85three\n") == 6
+    assert capsys.readouterr().out.count("[wrong] one\u2028two\\x85three\n") == 6
 
 
 def test_a_place_where_answers_cannot_be_saved_is_refused_before_any_is_written(
@@ -450,6 +553,37 @@ def test_what_is_not_a_file_of_answers_is_refused(answers: Path) -> None:
         run(f"--show={answers}", "-a", "ARC")
     with pytest.raises(UserError, match=r"there is no file none\.jsonl"):
         run("--show=none.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("path", "named"),
+    [
+        ("/tmp", "--show=/tmp cannot be read: it is a folder"),
+        ("", "--show is empty; name a file"),
+        ("/dev/null", "--show=/dev/null cannot be read: it is a device"),
+    ],
+)
+def test_what_is_no_file_of_answers_is_called_what_it_is(path: str, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        run(f"--show={path}")
+
+
+def test_an_empty_file_and_no_problems_to_show_are_named(answers: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--max-problems is 0; give at least 1"):
+        run(f"--show={answers}", "-x", "0")
+    with pytest.raises(UserError, match="no answers of 'ARC'"):
+        run(f"--show={answers}", "-a", "MMLU|ARC")
+    answers.write_text("")
+    with pytest.raises(UserError, match=rf"{answers} is empty"):
+        run(f"--show={answers}")
+
+
+def test_control_characters_of_an_answer_do_not_reach_the_terminal(
+    answers: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers.write_text(answers.read_text().replace("first try", "a\\u001b[2Jb\\tc"))
+    run(f"--show={answers}", "-x", "1")
+    assert "[wrong] a\\x1b[2Jb\tc\n" in capsys.readouterr().out
 
 
 GOOD = {

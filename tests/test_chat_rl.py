@@ -209,6 +209,41 @@ def test_tasks_that_cannot_be_practised_are_named(sft_model: Path) -> None:
         run("--task=Letters")
     with pytest.raises(UserError, match="did you mean SmallLetters"):
         run("--task=smalleters")
+    with pytest.raises(UserError, match=r"no task to practise 'Nope'; there are SmallL.*--tasks"):
+        run("--task=Nope")
+
+
+def raises_key_error(*_: Any) -> Any:
+    raise KeyError("answer")
+
+
+@pytest.mark.parametrize(
+    ("method", "does", "named"),
+    [
+        ("row", lambda task, index: chat("Sort"), "problem 0: it has no answer"),
+        ("row", lambda task, index: chat("Sort", ""), "problem 0: its answer is empty"),
+        ("row", raises_key_error, "problem 0: KeyError 'answer'"),
+        ("evaluate", raises_key_error, "problem 0: KeyError 'answer'"),
+        ("evaluate", lambda *_: None, "problem 0: evaluate returned None"),
+        ("reward", raises_key_error, r"problem \d+: KeyError 'answer'"),
+        ("reward", lambda *_: "1", r"problem \d+: reward returned '1'; it must return a finite"),
+        ("reward", lambda *_: float("nan"), r"problem \d+: reward returned nan"),
+    ],
+)
+def test_what_a_task_does_wrong_is_one_sentence_with_its_name(
+    method: str, does: Any, named: str, sft_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SmallLetters, method, does)
+    with pytest.raises(UserError, match=f"task SmallLetters, {named}"):
+        run(num_iterations=1)
+
+
+def test_a_verdict_that_is_none_earns_nothing(
+    sft_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SmallLetters, "evaluate", lambda *_: None)
+    with pytest.raises(UserError, match=r"problem \d+: evaluate returned None"):
+        run(num_iterations=1, eval_every=-1)
 
 
 def test_sharded_weights_are_refused(sft_model: Path) -> None:

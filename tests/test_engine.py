@@ -144,6 +144,22 @@ def test_answers_do_not_depend_on_the_batch_size(batch_size: int) -> None:
     assert engine.complete(prompts, max_tokens=16, seed=1, batch_size=batch_size) == expected
 
 
+def test_prompts_wait_outside_the_scheduler_until_their_turn_comes() -> None:
+    engine = Engine(random_model(6), TOKENIZER)
+    steps = []
+    step = engine.scheduler.step
+
+    def noted() -> Any:
+        steps.append(engine.scheduler.num_waiting + engine.scheduler.num_active)
+        return step()
+
+    engine.scheduler.step = noted  # type: ignore[method-assign]
+    prompts = [random_prompt(5, seed) for seed in range(40)]
+    answers = engine.complete(prompts, max_tokens=3, batch_size=2)
+    assert len(answers) == 40
+    assert max(steps) == 4
+
+
 def test_a_short_prompt_may_use_all_its_room_beside_a_long_one() -> None:
     model = random_model(6)
     prompts = [random_prompt(60), random_prompt(3)]

@@ -173,6 +173,8 @@ def test_a_prompt_longer_than_the_context_is_named(task: Any) -> None:
 def test_no_samples_is_refused() -> None:
     with pytest.raises(UserError, match="0 samples"):
         Sampling(num_samples=0)
+    with pytest.raises(UserError, match="10001 samples asked for; ask for at most 10,000"):
+        Sampling(num_samples=10_001)
 
 
 @pytest.mark.parametrize(
@@ -289,8 +291,67 @@ class OneBroken(Letters):
 
 
 def test_what_one_rank_cannot_read_ends_all_with_its_reason() -> None:
-    reason = "NotScoredError: row 3 has no answer"
+    reason = "NotScoredError: task letters, problem 3: row 3 has no answer"
     assert run_ranks(records_or_reason, 2, OneBroken()) == [reason, reason]
+
+
+class Faulty(Vowels):
+    """Problem 2 is what a test says, and so is the verdict on it."""
+
+    name = "B"
+
+    def __init__(self, row: Any = None, says: Any = None) -> None:
+        super().__init__(4)
+        self.row, self.says = row, says
+
+    def __getitem__(self, index: int) -> Conversation:
+        if index != 2 or self.row is None:
+            return super().__getitem__(index)
+        return self.row()
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        return True if self.says is None else self.says()
+
+
+def without_column() -> Any:
+    return {}["answer"]
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        (lambda: chat("Sort"), r"it has no answer: .* this one with a message of the user"),
+        (lambda: chat("Sort", " "), "its answer is empty"),
+        (lambda: None, "it is None, not a conversation"),
+        (without_column, r"KeyError 'answer' \(test_task_eval.py, line \d+\)"),
+        (lambda: int("x"), "ValueError invalid literal"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_named_with_its_task(row: Any, named: str) -> None:
+    with pytest.raises(NotScoredError, match=f"^task B, problem 2: {named}"):
+        run_task(Faulty(row), TOKENIZER, random_model())
+
+
+@pytest.mark.parametrize(
+    ("says", "named"),
+    [
+        (without_column, "KeyError 'answer'"),
+        (lambda: "yes", "evaluate returned 'yes'; it must return True or False"),
+        (list, r"evaluate returned \[\]; it must"),
+    ],
+)
+def test_a_verdict_that_is_none_is_named_with_its_task(says: Any, named: str) -> None:
+    with pytest.raises(NotScoredError, match=f"^task B, problem 0: {named}"):
+        run_task(Faulty(says=says), TOKENIZER, random_model(), sampling=Sampling(max_new_tokens=1))
+
+
+def test_a_task_that_returns_no_verdict_has_no_score() -> None:
+    class Forgetful(Vowels):
+        def evaluate(self, conversation: Conversation, completion: str) -> Any:
+            completion.startswith("a")
+
+    with pytest.raises(NotScoredError, match="evaluate returned None; it must return True"):
+        run_task(Forgetful(), TOKENIZER, random_model(), sampling=Sampling(max_new_tokens=1))
 
 
 def test_a_record_is_a_line_of_json_with_its_verdict() -> None:

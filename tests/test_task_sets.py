@@ -189,6 +189,21 @@ def test_auto_says_what_is_missing(caplog: pytest.LogCaptureFixture) -> None:
     assert "embedded world are used" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("data", "recorded"), [("embedded", None), ("embedded", "embedded"), ("folder", "embedded")]
+)
+def test_auto_asks_for_the_public_tasks_whatever_came_before(
+    data: str,
+    recorded: str | None,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert choose_task_set("auto", data=data, recorded=recorded) == "embedded"
+    assert "missing: " in caplog.text
+    monkeypatch.setattr("tasks.task_sets.missing_assets", lambda tasks: [])
+    assert choose_task_set("auto", data=data, recorded=recorded) == "public"
+
+
 def test_missing_files_are_named_with_both_ways_out() -> None:
     with pytest.raises(UserError) as error:
         require_tasks("sft", "public")
