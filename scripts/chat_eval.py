@@ -35,6 +35,7 @@ from nanochat.dataset import check_data, open_source
 from nanochat.lineage import lineage_of
 from nanochat.problems import num_problems, problem
 from nanochat.runtime import World
+from nanochat.score_lines import Line
 from nanochat.stage import check_count, check_positive
 from nanochat.task_eval import MAX_SAMPLES, Sampling, run_task
 from nanochat.task_results import (
@@ -97,23 +98,6 @@ class Config:
     """cuda, cpu or mps; default: the best there is."""
 
 
-@dataclass(frozen=True)
-class Line:
-    """What is said about a task: its result, or why it has none."""
-
-    name: str
-    result: TaskResult | None = None
-    no_score: str = ""
-    overlap: SetOverlap | None = None
-    """Of its problems with the training data, if that was asked for."""
-    not_compared: str = ""
-    """Why that was asked for and cannot be said."""
-    unseen: float | None = None
-    """Accuracy on the problems that are not in the training data."""
-    measure: str = ""
-    """What the accuracy is of, if not of one answer to each problem."""
-
-
 def main(config: Config) -> None:
     """Run the tasks, print and report; or show saved answers."""
     if config.show is not None:
@@ -169,7 +153,7 @@ def main(config: Config) -> None:
         for task in tasks:
             lines.append(evaluate(task))
             if rt.world.is_main:
-                print(describe(lines[-1]), flush=True)
+                print(lines[-1].text(), flush=True)
         results = [line.result for line in lines if line.result is not None]
         if not results:
             raise NotScoredError(lines[0].no_score)
@@ -309,58 +293,11 @@ def unseen_accuracy(result: TaskResult, overlap: SetOverlap, world: World) -> fl
 # ---- what is said -------------------------------------------------------------------------------
 
 
-def describe(line: Line) -> str:
-    """One line for the console."""
-    result, overlap = line.result, line.overlap
-    if result is None:
-        return f"{line.name:<24} no score: {line.no_score}"
-    low, high = result.interval
-    text = (
-        f"{result.name:<24} {100 * result.accuracy:6.2f} %  "
-        f"[{100 * low:.1f}, {100 * high:.1f}]  "
-        f"{result.num_passed}/{result.num_problems}  chance {100 * result.chance:.0f} %  "
-        f"{result.seconds:.1f} s"
-    )
-    if line.measure:
-        text += f"  {line.measure}"
-    if line.not_compared:
-        text += "  not compared"
-    if overlap is not None:
-        text += f"  in training {len(overlap.seen)}/{overlap.num_checked}"
-        if line.unseen is not None:
-            text += f", others {100 * line.unseen:.2f} %"
-    return text
-
-
 def measure(task: Task, sampling: Sampling) -> str:
     """What the accuracy is of where several answers are sampled: pass@n at a temperature."""
     if task.eval_type != "generative" or sampling.num_samples == 1:
         return ""
     return f"pass@{sampling.num_samples} at temperature {sampling.temperature:g}"
-
-
-def row(line: Line, result: TaskResult) -> dict[str, Any]:
-    """One line of the report's table."""
-    low, high = result.interval
-    columns: dict[str, Any] = {
-        "task": result.name,
-        "accuracy": result.accuracy,
-        "95 % low": low,
-        "95 % high": high,
-        "chance": result.chance,
-        "passed": result.num_passed,
-        "problems": result.num_problems,
-        "seconds": round(result.seconds, 2),
-    }
-    if line.measure:
-        columns["measure"] = line.measure
-    if line.not_compared:
-        columns["in training"] = "not compared"
-    if line.overlap is not None:
-        columns["in training"] = f"{len(line.overlap.seen)} of {line.overlap.num_checked}"
-        columns["words in a row"] = line.overlap.run_length
-        columns["accuracy on others"] = line.unseen
-    return columns
 
 
 def _report(
@@ -373,7 +310,7 @@ def _report(
     sections: list[dict[str, Any]] = [
         asdict(config),
         {"Model": f"{checkpoint.tag}, step {checkpoint.step}", report.TASK_SET: task_set},
-        {"accuracies": [row(line, line.result) for line in lines if line.result is not None]},
+        {"accuracies": [line.row() for line in lines if line.result is not None]},
     ]
     sections += [{f"No score for {line.name}": line.no_score} for line in lines if line.no_score]
     reasons = dict.fromkeys(line.not_compared for line in lines if line.not_compared)
