@@ -97,7 +97,9 @@ class RolloutSettings:
                 "--temperature is 0: all answers to a question would be the same, and nothing "
                 "could be learned; use a positive number such as 1"
             )
-        if self.kl_weight < 0:
+        if not 0 < self.temperature < math.inf:
+            raise UserError(f"--temperature is {self.temperature}; use a positive number such as 1")
+        if not 0 <= self.kl_weight < math.inf:
             raise UserError(f"--kl-weight is {self.kl_weight}; use 0 (off) or a positive number")
         self.sampling(0)
 

@@ -23,6 +23,7 @@ from nanochat.runtime import Runtime
 from nanochat.stage import (
     StageConfig,
     check_count,
+    check_numbers,
     check_positive,
     load_parent,
     optimizer_of,
@@ -77,7 +78,7 @@ class Config(StageConfig):
     eval_samples: int = 8
     """Answers to each of them: pass@k is measured for k from 1 to this."""
     save_every: int = 60
-    """Steps between checkpoints; -1 = only at the end."""
+    """Steps between checkpoints; 0 or -1 = only at the end."""
     compile: str = "off"
     """Compile the step: on, off or auto; rows are padded to the context then."""
 
@@ -96,6 +97,7 @@ class Config(StageConfig):
 
 def main(config: Config) -> int:
     """Train from an sft or mid checkpoint to an rl checkpoint."""
+    check_numbers(config)
     check_positive(config, "device_batch_size", "num_epochs", "eval_examples", "eval_samples")
     check_count(config, "num_iterations", "--num-epochs passes over the questions")
     settings = config.rollouts()
