@@ -330,6 +330,13 @@ def load_model(
     stage, tag and step choose its checkpoint as in `find_checkpoint`.
     """
     checkpoint = find_checkpoint(stage, tag, step, weights_only=True)
+    return *model_of(checkpoint, device=device, dtype=dtype), checkpoint
+
+
+def model_of(
+    checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype
+) -> tuple[GPT, Tokenizer]:
+    """The model of a checkpoint for inference, as `load_model` gives it."""
     tokenizer = Tokenizer.from_directory(checkpoint.path)
     model = GPT(GPTConfig.from_json(checkpoint.state["model_config"]))
     if tokenizer.vocab_size > model.config.vocab_size:
@@ -340,7 +347,7 @@ def load_model(
     model.load_state_dict(checkpoint.load_model())
     model.to(device).cast_matrices(dtype).requires_grad_(False).eval()
     logger.info("loaded %s model %s, step %d", checkpoint.stage, checkpoint.tag, checkpoint.step)
-    return model, tokenizer, checkpoint
+    return model, tokenizer
 
 
 def list_checkpoints(stage: str) -> list[Path]:

@@ -502,22 +502,26 @@ def test_a_missing_file_is_named_and_the_score_is_called_partial(
         result = evaluate_core(GptModel(model), TOKENIZER, bundle, 10, RUNTIME)
     assert "schemas" in caplog.text
     assert result.missing == ("schemas",)
-    assert result.label == "CORE (partial, 4 of 5 tasks)"
-    assert result.to_csv().splitlines()[-1].startswith("CORE (partial 4 of 5 tasks)  ")
+    assert result.label == "CORE (partial, 4 of 5 tasks, 10 a task)"
+    # A comma would be another column.
+    assert result.to_csv().splitlines()[-1].startswith("CORE (partial 4 of 5 tasks 10 a task), ")
+    assert result.to_text().splitlines()[-1].startswith(f"{result.label}, ")
 
 
 def test_the_score_of_another_bundle_has_its_name(tmp_path: Path) -> None:
     model = random_model(6)
     bundle = toy_bundle(tmp_path / "bundle", model)
 
-    def label() -> str:
+    def label(max_per_task: int) -> str:
         return evaluate_core(
-            GptModel(model), TOKENIZER, bundle, 10, RUNTIME, bundle_name="embedded"
+            GptModel(model), TOKENIZER, bundle, max_per_task, RUNTIME, bundle_name="embedded"
         ).label
 
-    assert label() == "CORE (embedded)"
+    assert label(10) == "CORE (embedded, 10 a task)"
+    assert label(41) == "CORE (embedded)"  # no task has more
     (bundle / "eval_data/schemas.jsonl").unlink()
-    assert label() == "CORE (embedded, partial, 4 of 5 tasks)"
+    assert label(-1) == "CORE (embedded, partial, 4 of 5 tasks)"
+    assert label(40) == "CORE (embedded, partial, 4 of 5 tasks, 40 a task)"
 
 
 @pytest.mark.parametrize("kind", ["choices", "schemas", "said"])
