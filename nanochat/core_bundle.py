@@ -179,8 +179,8 @@ def _read_entries(config: Path) -> list[Any]:
     if not isinstance(entries, list):
         found = "nothing" if entries is None else f"{entries!r:.40}"
         raise UserError(
-            f"{config} is not a list of icl_tasks in YAML: icl_tasks is {found}; fetch the bundle "
-            "again"
+            f"{config} is not a list of icl_tasks in YAML: icl_tasks is {found}; move the bundle's "
+            "folder away and get it again"
         )
     return entries
 

@@ -334,6 +334,12 @@ def sample_answers(
     return groups
 
 
+def check_prompts(task: RewardedTask, count: int, tokenizer: Tokenizer, *, context: int) -> None:
+    """UserError when one of a task's first `count` questions leaves no room for an answer."""
+    for index in range(min(count, len(task))):
+        render_prompt(tokenizer, task[index], context)
+
+
 def render_prompt(tokenizer: Tokenizer, conversation: Conversation, context: int) -> list[int]:
     """The prompt for the last message; UserError when it leaves no room for an answer."""
     prompt = tokenizer.render_for_completion(conversation)
@@ -341,7 +347,7 @@ def render_prompt(tokenizer: Tokenizer, conversation: Conversation, context: int
         question = conversation.messages[-2].text
         raise UserError(
             f"the question {question[:40]!r}... is a prompt of {len(prompt)} tokens, but the "
-            f"model's context is {context} tokens; use a model with a longer context"
+            f"model's context is {context} tokens; practise with a model of a longer context"
         )
     return prompt
 

@@ -308,6 +308,11 @@ def _announce(title: str, model: GPT, plan: Plan, facts: dict[str, Any], runtime
         f"{sizes.sequence_len:,}",
         f"{sizes.vocab_size:,}",
     )
+    if facts["stage"] == "rl":  # how long answers are nobody knows before they are written
+        answers = facts["total_batch_size"] // facts["sequence_len"]
+        how = _how(plan, model.config, runtime)
+        logger.info("%s steps x %s answers, %s", f"{steps:,}", f"{answers:,}", how)
+        return
     logger.info(
         "%s steps x %s tokens = %s tokens, %.2e FLOPs, %s%s",
         f"{steps:,}",

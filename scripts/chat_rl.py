@@ -18,7 +18,7 @@ import tyro
 from nanochat import checkpoint_manager, configurator, runtime, task_eval
 from nanochat.common import UserError
 from nanochat.lineage import LINEAGE, lineage
-from nanochat.rollouts import RolloutLoader, RolloutSettings, check_task, pass_at_k
+from nanochat.rollouts import RolloutLoader, RolloutSettings, check_prompts, check_task, pass_at_k
 from nanochat.runtime import Runtime
 from nanochat.stage import (
     StageConfig,
@@ -138,6 +138,12 @@ def main(config: Config) -> int:
         if num_iterations <= 0:
             steps = max(1, len(practice) // settings.examples_per_step)
             num_iterations = config.num_epochs * steps
+        # All that will be asked, before an earlier run is moved out of the way.
+        context = model.config.sequence_len
+        num_questions = num_iterations * settings.examples_per_step
+        check_prompts(practice, num_questions, tokenizer, context=context)
+        if config.eval_every >= 0:
+            check_prompts(held_out, config.eval_examples, tokenizer, context=context)
         return train_stage(
             config,
             stage="rl",

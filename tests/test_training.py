@@ -184,6 +184,24 @@ def test_weights_that_are_no_numbers_stop_the_run_and_keeps_the_good_checkpoint(
     assert checkpoint.step == 2
 
 
+def test_a_run_that_fails_before_its_first_checkpoint_is_not_sent_to_one(
+    runtime: Runtime, tmp_path: Path
+) -> None:
+    def poison(trainer: Trainer) -> dict[str, float]:
+        trainer.model.lm_head.weight.data[0, 0] = float("nan")
+        return {}
+
+    (tmp_path / "run/previous/step_000006").mkdir(parents=True)
+    trainer = make_trainer(tmp_path, runtime, hooks=[Hook("poison", 1, poison)])
+    with pytest.raises(UserError) as caught:
+        trainer.run()
+    said = str(caught.value)
+    assert "and no good checkpoint was saved before. Lower --matrix-lr" in said
+    assert "start again without --resume" in said
+    assert said.endswith(f"The earlier run is in {tmp_path}/run/previous")
+    assert "last good checkpoint" not in said
+
+
 def test_hooks_run_at_start_every_and_end_and_their_values_are_kept(
     runtime: Runtime, tmp_path: Path
 ) -> None:
