@@ -17,6 +17,7 @@ table of contents in sharded/, whose format is PyTorch's.
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import logging
@@ -46,6 +47,7 @@ from nanochat.common import (
 )
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.run_folder import (
+    PREVIOUS,
     TEMPORARY,
     lock_run,
     prune,
@@ -262,6 +264,7 @@ def find_checkpoint(
         others = [f"{s} ({', '.join(r.name for r in _runs(s))})" for s in STAGES if _runs(s)]
         raise UserError(
             f"no {stage} checkpoint in {folder}; make one with `{_COMMANDS[stage]}`"
+            + _set_aside(stage, tag)
             + (f"; there is {', '.join(others)}" if others else "")
         )
     names = ", ".join(run.name for run in runs)
@@ -272,7 +275,9 @@ def find_checkpoint(
     else:
         run_dir = folder / tag
         if run_dir not in runs:
-            raise UserError(f"no {stage} model {tag!r} in {folder}; there is {names}")
+            raise UserError(
+                f"no {stage} model {tag!r} in {folder}; there is {names}{_set_aside(stage, tag)}"
+            )
     if step is None:
         checkpoint = newest_checkpoint(run_dir, weights_only=weights_only)
         assert checkpoint is not None  # a run has at least one step folder
@@ -311,7 +316,8 @@ def _find_best_to_talk_to(tag: str | None, step: int | None, *, weights_only: bo
         return find_checkpoint(first, tag, step, weights_only=weights_only)
     if found.stage != first:
         name = "model" if tag is None else f"model {tag!r}"
-        missing = f"no {first} {name} yet ({_COMMANDS[first]} makes one)"
+        aside = _set_aside(first, tag)
+        missing = f"no {first} {name} yet ({_COMMANDS[first]} makes one{aside})"
         reason = "; ".join(map(str, damage)) or missing
         logger.warning("%s; taking %s instead", reason, found.stage)
     return found
@@ -336,7 +342,7 @@ def load_model(
 def model_of(
     checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype
 ) -> tuple[GPT, Tokenizer]:
-    """The model of a checkpoint as `load_model` gives it."""
+    """The model of a checkpoint for inference, as `load_model` gives it."""
     tokenizer = Tokenizer.from_directory(checkpoint.path)
     model = GPT(GPTConfig.from_json(checkpoint.state["model_config"]))
     if tokenizer.vocab_size > model.config.vocab_size:
@@ -449,6 +455,17 @@ def _on_all_ranks(action: Callable[[], _Result], world: World) -> list[_Result]:
 
 
 # ---- folders and files ------------------------------------------------------------------------
+
+
+def _set_aside(stage: str, tag: str | None) -> str:
+    """Where a run lies that was started over by one which came to no checkpoint; "" for none."""
+    for previous in sorted(checkpoints_dir(stage).glob(f"{glob.escape(tag or '')}*/{PREVIOUS}")):
+        run_dir = previous.parent
+        if tag in (None, run_dir.name) and step_folders(previous) and not step_folders(run_dir):
+            return (
+                f"; an earlier run is in {previous}, put it back with `mv {previous}/* {run_dir}/`"
+            )
+    return ""
 
 
 def _runs(stage: str) -> list[Path]:

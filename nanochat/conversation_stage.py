@@ -57,7 +57,7 @@ class ConversationStageConfig(StageConfig):
     packing: Literal["stream", "rows", "best-fit"] = "stream"
     """How conversations fill rows: end to end, one a row, or several whole ones a row."""
     eval_metrics_every: int = -1
-    """Steps between accuracies on the multiple-choice tasks; -1 = never."""
+    """Steps between accuracies on the multiple-choice tasks; 0 or -1 = never."""
     eval_metrics_max_problems: int = 1024
     """Problems of each such task."""
 

@@ -69,20 +69,33 @@ class CoreTask:
     def items(self, max_items: int = -1) -> list[Item]:
         """All items in the task's fixed random order, or the first `max_items` of them if > 0.
 
-        UserError names file and line of an item that is broken, and a task with too few items
-        for its shots.
+        UserError names file and line of an item that is broken, a file without items, and a task
+        with too few of them for its shots.
         """
+        self.check_max_items(max_items)
         items = _read_items(self.path, self.kind)
-        random.Random(SHUFFLE_SEED).shuffle(items)
-        if max_items > 0:
-            items = items[:max_items]
+        if not items:
+            raise UserError(
+                f"{self.path} is empty; put the items of {self.label} into it, or delete it to "
+                "score without this task"
+            )
         if len(items) <= self.num_shots:
             raise UserError(
                 f"{self.label} shows {self.num_shots} solved examples before each question and "
-                f"needs {self.num_shots + 1} items, but has {len(items)}; raise --max-per-task "
+                f"needs {self.num_shots + 1} items, but has {len(items)}; add items to {self.path} "
                 "or lower num_fewshot in core.yaml"
             )
-        return items
+        random.Random(SHUFFLE_SEED).shuffle(items)
+        return items[:max_items] if max_items > 0 else items
+
+    def check_max_items(self, max_items: int) -> None:
+        """UserError when so few items leave none to ask after the solved examples."""
+        if 0 < max_items <= self.num_shots:
+            raise UserError(
+                f"{self.label} shows {self.num_shots} solved examples before each question, so "
+                f"{max_items} items a task are too few; give --max-per-task (in base_train "
+                f"--core-metric-max-per-task) at least {self.num_shots + 1}, or -1 for all items"
+            )
 
     def shots(self, items: Sequence[Item], index: int) -> list[Item]:
         """The solved examples in front of item `index`: others, drawn by the index alone."""
@@ -129,10 +142,7 @@ def load_bundle(folder: Path) -> list[CoreTask]:
             f"no CORE bundle in {folder}: core.yaml is missing; fetch the 22 tasks with "
             f"python -m scripts.assets prefetch {EVAL_BUNDLE.name}"
         )
-    try:
-        entries = list(yaml.safe_load(config.read_text(encoding="utf-8"))["icl_tasks"])
-    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise UserError(f"{config} is not a list of icl_tasks in YAML ({error})") from error
+    entries = _read_entries(config)
     chances = _read_chances(folder / "eval_meta_data.csv")
     tasks = [_task(entry, folder, chances) for entry in entries]
     labels = [task.label for task in tasks]
@@ -155,14 +165,45 @@ def files_digest(folder: Path, files: Iterable[Path]) -> str:
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
+def _read_entries(config: Path) -> list[Any]:
+    """What `core.yaml` says of each task, not checked yet."""
+    try:
+        content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{config} is not a list of icl_tasks in YAML: not UTF-8") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" (line {mark.line + 1} is not valid YAML)" if mark else ""
+        raise UserError(f"{config} is not a list of icl_tasks in YAML{place}") from error
+    entries = content.get("icl_tasks") if isinstance(content, dict) else None
+    if not isinstance(entries, list):
+        found = "nothing" if entries is None else f"{entries!r:.40}"
+        raise UserError(
+            f"{config} is not a list of icl_tasks in YAML: icl_tasks is {found}; move the bundle's "
+            "folder away and get it again"
+        )
+    return entries
+
+
 def _task(entry: Any, folder: Path, chances: dict[str, float]) -> CoreTask:
     config = folder / "core.yaml"
-    try:
-        label, kind = str(entry["label"]), entry["icl_task_type"]
-        path = folder / "eval_data" / entry["dataset_uri"]
-        num_shots = int(entry["num_fewshot"][0])
-    except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise UserError(f"{config}: task {entry!r} is incomplete ({error!r})") from error
+    if not isinstance(entry, dict) or "label" not in entry:
+        raise UserError(f"{config}: task {entry!r} is incomplete; it has no label")
+    label = str(entry["label"])
+    for name in ("icl_task_type", "dataset_uri"):
+        if not isinstance(entry.get(name), str):
+            found = repr(entry[name]) if name in entry else "missing"
+            raise UserError(f"{config}: task {label} is incomplete; {name} is {found}, not text")
+    kind, path = entry["icl_task_type"], folder / "eval_data" / entry["dataset_uri"]
+    shots = entry.get("num_fewshot")
+    # A bool is an int to Python.
+    if not isinstance(shots, list) or not shots or type(shots[0]) is not int:
+        found = repr(shots) if "num_fewshot" in entry else "missing"
+        raise UserError(
+            f"{config}: task {label} is incomplete; num_fewshot is {found}, not a list with a "
+            "whole number such as [10]"
+        )
+    num_shots: int = shots[0]
     if kind not in get_args(TaskKind):
         known = ", ".join(get_args(TaskKind))
         raise UserError(f"{config}: {label} has type {kind!r}; known types are {known}")
@@ -184,14 +225,22 @@ def _read_chances(path: Path) -> dict[str, float]:
     """Label -> accuracy of guessing, 0 to 1 (the file has percent)."""
     if not path.exists():
         raise UserError(f"the CORE bundle is incomplete: {path} is missing")
+    needs = f"{path} needs the columns 'Eval Task' and 'Random baseline' (percent)"
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
-        return {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in rows}
-    except (KeyError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{path} needs the columns 'Eval Task' and 'Random baseline' (percent): {error!r}"
-        ) from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{needs}; it is not CSV in UTF-8") from error
+    chances = {}
+    for number, row in enumerate(rows, 1):
+        label, percent = row.get("Eval Task"), row.get("Random baseline")
+        try:
+            if label is None or percent is None:
+                raise ValueError
+            chances[label] = float(percent) / 100
+        except ValueError as error:
+            raise UserError(f"{needs}; task {number} has {label!r} and {percent!r}") from error
+    return chances
 
 
 def _read_items(path: Path, kind: TaskKind) -> list[Item]:
@@ -216,13 +265,18 @@ def _problem(item: Any, kind: TaskKind) -> str:
     if not isinstance(item, dict):
         return f"expected an object, got {type(item).__name__}"
     for name, wanted in _FIELDS[kind].items():
-        if not isinstance(item.get(name), wanted):
+        # A bool is an int to Python, and would silently choose option 0 or 1.
+        if type(item.get(name)) is not wanted:
             return f"a {kind} item needs {name!r} as {wanted.__name__}, got {item.get(name)!r}"
     if kind == "language_modeling":
         return "" if item["continuation"].strip() else "the continuation is empty"
     options = item[_OPTIONS[kind]]
     if len(options) < 2 or not all(isinstance(option, str) for option in options):
         return f"{_OPTIONS[kind]} must be at least two texts, got {options!r}"
+    if not all(option.strip() for option in options):
+        return f"one of the {_OPTIONS[kind]} is empty: {options!r}"
+    if kind == "multiple_choice" and not item["query"].strip():
+        return "the query is empty"
     if not 0 <= item["gold"] < len(options):
         return f"gold is {item['gold']}, but there are {len(options)} {_OPTIONS[kind]}"
     return ""

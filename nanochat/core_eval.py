@@ -52,6 +52,8 @@ class CoreResult:
     missing: tuple[str, ...]
     bundle_name: str = ""
     """Whose tasks, where they are not the 22 published ones."""
+    items_a_task: int = 0
+    """Of the larger tasks only so many items were scored; 0 = all of each task."""
 
     @property
     def core(self) -> float:
@@ -70,14 +72,23 @@ class CoreResult:
         if self.is_partial:
             num_tasks = len(self.tasks) + len(self.missing)
             notes.append(f"partial, {len(self.tasks)} of {num_tasks} tasks")
+        if self.items_a_task:
+            notes.append(f"{self.items_a_task} a task")
         return f"CORE ({', '.join(notes)})" if notes else "CORE"
 
     def to_csv(self) -> str:
         """Padded columns Task, Accuracy, Centered; the last row is CORE."""
+        # No comma inside the label: it is a column.
+        return self._table(self.label.replace(",", ""))
+
+    def to_text(self) -> str:
+        """The same for the console, with the label as it is."""
+        return self._table(self.label)
+
+    def _table(self, label: str) -> str:
         lines = [f"{'Task':<35}, {'Accuracy':<10}, {'Centered':<10}"]
         lines += [f"{t.label:<35}, {t.accuracy:<10.6f}, {t.centered:<10.6f}" for t in self.tasks]
-        # No comma inside the label: it is a column.
-        lines.append(f"{self.label.replace(',', ''):<35}, {'':<10}, {self.core:<10.6f}")
+        lines.append(f"{label:<35}, {'':<10}, {self.core:<10.6f}")
         return "\n".join(lines) + "\n"
 
 
@@ -98,7 +109,9 @@ def evaluate_core(
     see, named after model and settings; an evaluation that was killed goes on from there.
     bundle_name: stands in the score's label.
     """
-    present, missing = runtime.world.together(lambda: _read_bundle(bundle_dir, max_per_task))
+    present, missing, is_sample = runtime.world.together(
+        lambda: _read_bundle(bundle_dir, max_per_task)
+    )
     progress = CoreProgress(progress_dir, runtime.world)
     bar = _Bar(sum(len(items) for _, items in present), runtime.world.is_main)
     scores: list[TaskScore] = []
@@ -113,7 +126,14 @@ def evaluate_core(
             *(score.accuracy, score.centered, score.seconds),
         )
     progress.finish()
-    return CoreResult(tuple(scores), missing, bundle_name)
+    return CoreResult(tuple(scores), missing, bundle_name, max_per_task if is_sample else 0)
+
+
+def check_max_per_task(bundle_dir: Path, max_per_task: int) -> None:
+    """Raise UserError when a task needs more items for its solved examples. Reads no items."""
+    for task in load_bundle(bundle_dir):
+        if task.path.exists():
+            task.check_max_items(max_per_task)
 
 
 def check_core(
@@ -137,8 +157,8 @@ def check_core(
 
 def _read_bundle(
     bundle_dir: Path, max_per_task: int
-) -> tuple[list[tuple[CoreTask, list[Item]]], tuple[str, ...]]:
-    """The tasks that are here, each with its items, and the labels of the missing ones.
+) -> tuple[list[tuple[CoreTask, list[Item]]], tuple[str, ...], bool]:
+    """The tasks that are here with their items, labels of the missing, whether items are left out.
 
     All at once: a broken file of the last task must not cost the time of all before.
     """
@@ -149,7 +169,12 @@ def _read_bundle(
         raise UserError(f"no task of {bundle_dir / 'core.yaml'} has its file in eval_data")
     if missing:
         logger.warning("CORE is partial: no items for %s", ", ".join(missing))
-    return [(task, task.items(max_per_task)) for task in present], missing
+    check_max_per_task(bundle_dir, max_per_task)
+    items = [task.items() for task in present]
+    limit = max_per_task if max_per_task > 0 else None
+    is_sample = limit is not None and any(len(some) > limit for some in items)
+    chosen = [(task, some[:limit]) for task, some in zip(present, items, strict=True)]
+    return chosen, missing, is_sample
 
 
 def evaluate_task(

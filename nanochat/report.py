@@ -9,6 +9,7 @@ What a section's data may hold (strings are Markdown, dictionaries become lists)
 - "run_dir": the folder of a training run, whose metrics.jsonl is plotted;
 - "CORE metric": in "Base model evaluation", the first row of the summary;
 - "Task set": whose tasks a score is of; "embedded" is shown beside CORE and ChatCORE;
+- "Items a task", beside a CORE of no more than so many: shown beside it as well;
 - accuracies, in "Chat evaluation <stage>": either "accuracies": a list of {"task", "accuracy",
   "chance", ...} (shown as a table), or entries whose key begins with a capital letter;
 - "ChatCORE metric": there as well, the last row of the summary.
@@ -31,7 +32,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from nanochat import configurator, report_header
-from nanochat.common import atomic_write_text, read_json, report_dir, write_json
+from nanochat.common import UserError, atomic_write_text, read_json, report_dir, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ REPORT_FILE = "report.md"
 PLOTS_FOLDER = "report_plots"
 CORE, CHAT_CORE = "CORE metric", "ChatCORE metric"
 TASK_SET = "Task set"
-EMBEDDED_NOTE = " (embedded)"
+ITEMS_A_TASK = "Items a task"
 # Chance of guessing for results that do not bring their own (four answers each).
 KNOWN_CHANCE = {"ARC-Easy": 0.25, "ARC-Challenge": 0.25, "MMLU": 0.25}
 
@@ -78,7 +79,7 @@ class Section:
 
     def score_name(self, name: str) -> str:
         """What a score of this section is shown as."""
-        return score_name(name, self.value(TASK_SET))
+        return score_name(name, self.value(TASK_SET), self.value(ITEMS_A_TASK))
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,12 @@ class Accuracy:
     chance: float | None
 
 
-def score_name(name: str, task_set: str | None) -> str:
-    """A score's name; over the embedded tasks not the plain one, under which others publish."""
-    return name + EMBEDDED_NOTE if task_set == "embedded" else name
+def score_name(name: str, task_set: str | None, items_a_task: int | None = None) -> str:
+    """A score's name: the plain one, under which others publish, only for all their items."""
+    notes = ["embedded"] if task_set == "embedded" else []
+    if items_a_task:
+        notes.append(f"{items_a_task} a task")
+    return f"{name} ({', '.join(notes)})" if notes else name
 
 
 def slug(title: str) -> str:
@@ -99,12 +103,17 @@ def slug(title: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
 
-def append(section: str, data: Sequence[str | Mapping[str, Any]]) -> Path:
-    """Write a section, over an earlier one of that title; to be called by the main rank only."""
+def append(
+    section: str, data: Sequence[str | Mapping[str, Any]], *, is_update: bool = False
+) -> Path:
+    """Write a section, over an earlier one of that title; to be called by the main rank only.
+
+    is_update: the data holds what is still true of the earlier one, so nothing is lost.
+    """
     items = [dict(item) if isinstance(item, Mapping) else item for item in data if item]
     path = report_dir() / f"{slug(section)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
+    if path.exists() and not is_update:
         written = datetime.datetime.fromtimestamp(path.stat().st_mtime, datetime.timezone.utc)
         logger.info(
             "the report's section %s now tells of this run and no longer of that of %s; "
@@ -113,6 +122,14 @@ def append(section: str, data: Sequence[str | Mapping[str, Any]]) -> Path:
         )
     write_json(path, {"section": section, "time": _now().isoformat(), "data": _plain(items)})
     return path
+
+
+def stored(section: str) -> list[Any]:
+    """What a section holds now; nothing when it is not there or cannot be read."""
+    try:
+        return list(read_json(report_dir() / f"{slug(section)}.json")["data"])
+    except (OSError, UserError, KeyError, TypeError):
+        return []
 
 
 log = append  # the name that older documents use
@@ -287,7 +304,7 @@ def summary_table(sections: Mapping[str, Section]) -> str:
     if not metrics:
         return ""
     places = {"CORE": 0, "ChatCORE": 2}
-    ordered = sorted(metrics, key=lambda metric: places.get(metric.removesuffix(EMBEDDED_NOTE), 1))
+    ordered = sorted(metrics, key=lambda metric: places.get(metric.split(" (")[0], 1))
     lines = ["| Metric | " + " | ".join(stage.upper() for stage in columns) + " |"]
     lines.append("| --- |" + " ---: |" * len(columns))
     for metric in ordered:

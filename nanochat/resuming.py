@@ -10,13 +10,12 @@ from typing import Any
 from nanochat import checkpoint_manager
 from nanochat.common import UserError
 from nanochat.lineage import LINEAGE
-from nanochat.run_folder import DAMAGED, LATER, pass_over
+from nanochat.run_folder import DAMAGED, LATER, PREVIOUS, pass_over
 from nanochat.runtime import World
 from nanochat.sources import changed_data
 
 logger = logging.getLogger(__name__)
 
-PREVIOUS = "previous"  # folder of the run that was started over
 _RUN_FILES = ("step_*", f"{DAMAGED}*", f"{LATER}*", "metrics.jsonl", "tensorboard")
 
 # Settings that say how a run is carried out, not what it computes: a resumed run may differ. Those

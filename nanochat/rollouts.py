@@ -98,7 +98,9 @@ class RolloutSettings:
                 "--temperature is 0: all answers to a question would be the same, and nothing "
                 "could be learned; use a positive number such as 1"
             )
-        if self.kl_weight < 0:
+        if not 0 < self.temperature < math.inf:
+            raise UserError(f"--temperature is {self.temperature}; use a positive number such as 1")
+        if not 0 <= self.kl_weight < math.inf:
             raise UserError(f"--kl-weight is {self.kl_weight}; use 0 (off) or a positive number")
         self.sampling(0)
 
@@ -337,6 +339,12 @@ def sample_answers(
     return groups
 
 
+def check_prompts(task: RewardedTask, count: int, tokenizer: Tokenizer, *, context: int) -> None:
+    """UserError when one of a task's first `count` questions leaves no room for an answer."""
+    for index in range(min(count, len(task))):
+        render_prompt(tokenizer, task[index], context)
+
+
 def render_prompt(tokenizer: Tokenizer, conversation: Conversation, context: int) -> list[int]:
     """The prompt for the last message; UserError when it leaves no room for an answer."""
     prompt = tokenizer.render_for_completion(conversation)
@@ -344,7 +352,7 @@ def render_prompt(tokenizer: Tokenizer, conversation: Conversation, context: int
         question = conversation.messages[-2].text
         raise UserError(
             f"the question {question[:40]!r}... is a prompt of {len(prompt)} tokens, but the "
-            f"model's context is {context} tokens; use a model with a longer context"
+            f"model's context is {context} tokens; practise with a model of a longer context"
         )
     return prompt
 

@@ -26,6 +26,7 @@ TEMPORARY = "tmp."  # prefix of folders being written or removed; `step_folders`
 REPLACED = f"{TEMPORARY}replaced."  # of a step while a newer folder takes its name
 DAMAGED = "damaged."  # of steps that a run has passed over
 LATER = "later."  # of sound ones, when a run goes on from an earlier step
+PREVIOUS = "previous"  # folder of the run that was started over
 _STEP_FOLDER = re.compile(r"step_(\d{6,})")
 _LOCK = ".lock"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,16 @@ from nanochat.training import Hook, Trainer
 logger = logging.getLogger(__name__)
 
 AnyConfig = TypeVar("AnyConfig", bound="StageConfig")
+
+# Smallest and largest meaningful value of a flag. What is not here has a check of its own, but
+# must be finite all the same.
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr"), (0, math.inf)),
+    **dict.fromkeys(("weight_decay", "init_lr_frac", "grad_clip", "warmup_steps"), (0, math.inf)),
+    **dict.fromkeys(("spike_limit", "bpb_limit", "max_minutes"), (0, math.inf)),
+    **dict.fromkeys(("warmup_ratio", "warmdown_ratio", "final_lr_frac"), (0, 1)),
+    **dict.fromkeys(("eval_every", "save_every"), (-1, math.inf)),
+}
 
 
 @dataclass(frozen=True)
@@ -82,7 +93,7 @@ class StageConfig:
     eval_tokens: int = 20 * 524_288
     """Validation tokens."""
     save_every: int = -1
-    """Steps between checkpoints; -1 = only at the end."""
+    """Steps between checkpoints; 0 or -1 = only at the end."""
     keep_last: int = 1
     """Checkpoints kept."""
     keep_best: bool = False
@@ -297,6 +308,11 @@ def _announce(title: str, model: GPT, plan: Plan, facts: dict[str, Any], runtime
         f"{sizes.sequence_len:,}",
         f"{sizes.vocab_size:,}",
     )
+    if facts["stage"] == "rl":  # how long answers are nobody knows before they are written
+        answers = facts["total_batch_size"] // facts["sequence_len"]
+        how = _how(plan, model.config, runtime)
+        logger.info("%s steps x %s answers, %s", f"{steps:,}", f"{answers:,}", how)
+        return
     logger.info(
         "%s steps x %s tokens = %s tokens, %.2e FLOPs, %s%s",
         f"{steps:,}",
@@ -381,6 +397,23 @@ def load_parent(parent: checkpoint_manager.Checkpoint, sequence_len: int | None 
 def origin(parent: checkpoint_manager.Checkpoint, source: str) -> dict[str, object]:
     """What the checkpoint's state says about where its weights came from."""
     return {"stage": source, "step": parent.step, "weights": parent.weights_hash}
+
+
+def check_numbers(config: StageConfig) -> None:
+    """Raise UserError for the first flag whose number is not finite or out of its range.
+
+    To be called before anything is read, let alone moved. Flags that were left out are None.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        flag = f"--{field.name.replace('_', '-')}"
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{flag} is {value}; give a finite number")
+        low, high = _RANGES.get(field.name, (-math.inf, math.inf))
+        if value is None or not isinstance(value, int | float) or low <= value <= high:
+            continue
+        wanted = f"at least {low:g}" if high == math.inf else f"a number from {low:g} to {high:g}"
+        raise UserError(f"{flag} is {value}; give {wanted}")
 
 
 def check_positive(config: Any, *names: str) -> None:

@@ -31,7 +31,7 @@ from nanochat.optimizers import Optimizer, OptimizerConfig, build_optimizer
 from nanochat.plan import Plan, StepLoader
 from nanochat.precision import MasterWeights
 from nanochat.progress import Progress
-from nanochat.run_folder import step_name
+from nanochat.run_folder import PREVIOUS, step_folders, step_name
 from nanochat.runtime import (
     Runtime,
     collecting_rarely,
@@ -366,15 +366,24 @@ class Trainer:
     def _give_up(self, what: str) -> NoReturn:
         """End the run with what went wrong, where the last good checkpoint is, and what to try."""
         self.saver.wait()
+        last_good = self._last_good()
+        if last_good is None:
+            aside = self.saver.run_dir / PREVIOUS
+            raise UserError(
+                f"{what}, and no good checkpoint was saved before. Lower --matrix-lr and "
+                "--embedding-lr or set --grad-clip, and start again without --resume; "
+                "--spike-limit=0 lets a rise of the loss pass"
+                + (f". The earlier run is in {aside}" if step_folders(aside) else "")
+            )
         raise UserError(
-            f"{what}; the last good checkpoint is {self._last_good()}. Lower --matrix-lr and "
+            f"{what}; the last good checkpoint is {last_good}. Lower --matrix-lr and "
             "--embedding-lr or set --grad-clip, and go on from there with --resume; if the loss "
             "rises because the text has changed its kind, go on with --resume --spike-limit=0, "
             "which lets a rise pass"
         )
 
-    def _last_good(self) -> str:
-        """The newest sound checkpoint from before the loss began to rise."""
+    def _last_good(self) -> str | None:
+        """The newest sound checkpoint from before the loss began to rise; None if there is none."""
         risen: list[str] = []
         for step in reversed(checkpoint_manager.saved_steps(self.saver.run_dir)):
             path = self.saver.run_dir / step_name(step)
@@ -387,7 +396,7 @@ class Trainer:
                 rest = f" (--resume-from-step={step}: {names} saved on the way up)" if risen else ""
                 return f"step {step}{rest}"
             risen.append(path.name)
-        return "none yet"
+        return None
 
     def _write(self, step: int, **values: float) -> None:
         if self.metrics is not None and values:

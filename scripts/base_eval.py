@@ -8,9 +8,11 @@ torchrun --standalone --nproc_per_node=8 -m scripts.base_eval
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import hashlib
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from nanochat import checkpoint_manager, configurator, report, runtime
 from nanochat.answers import plain_text
 from nanochat.common import UserError, atomic_write_text, base_dir, eval_bundle_name
 from nanochat.core_bundle import bundle_digest, files_digest
-from nanochat.core_eval import CoreResult, evaluate_core
+from nanochat.core_eval import CoreResult, check_max_per_task, evaluate_core
 from nanochat.core_scoring import GptModel, LanguageModel
 from nanochat.core_tokens import Tokenizer as CoreTokenizer
 from nanochat.dataset import open_source
@@ -37,6 +39,9 @@ from tasks import mixtures
 logger = logging.getLogger(__name__)
 
 PARTS = ("core", "bpb", "sample")
+SECTION = "Base model evaluation"
+MEASURED = "measured"  # "<part> measured" in the report: when, followed by what
+_KEPT = "; not measured again since"
 FREE_SAMPLES, FREE_SAMPLE_TOKENS = 8, 128
 
 
@@ -47,7 +52,7 @@ class Config:
     eval: str = ",".join(PARTS)
     """What to do: core, bpb and sample, joined with commas."""
     max_per_task: int = -1
-    """Items of each CORE task; -1 = all."""
+    """Items of each CORE task, more than its solved examples (5 to 10); -1 = all."""
     model_tag: str | None = None
     """Folder name of the run; default: the one written last."""
     step: int | None = None
@@ -82,20 +87,21 @@ def main(config: Config) -> None:
 
 def evaluate_checkpoint(config: Config, parts: list[str], rt: Runtime) -> None:
     """A base model of ours."""
-    model, tokenizer, checkpoint = checkpoint_manager.load_model(
-        "base",
-        device=rt.device,
-        dtype=rt.compute_dtype,
-        tag=config.model_tag,
-        step=config.step,
+    checkpoint = checkpoint_manager.find_checkpoint(
+        "base", config.model_tag, config.step, weights_only=True
     )
     data = config.data or checkpoint.state["data"]
-    sections: list[dict[str, Any]] = [{"Model": f"{checkpoint.tag}, step {checkpoint.step}"}]
+    if "core" in parts:  # before the model is loaded, which may take minutes
+        check_bundle(config, data, rt)
+    model, tokenizer = checkpoint_manager.model_of(
+        checkpoint, device=rt.device, dtype=rt.compute_dtype
+    )
+    measured: dict[str, list[dict[str, Any]]] = {}
     if "core" in parts:
         name = f"base_model_{checkpoint.step:06d}"
         weights = f"{checkpoint.tag} {checkpoint.weights_hash}"
         core_model = as_core_model(model, checkpoint, rt)
-        sections += run_core(core_model, tokenizer, config, data, rt, name, weights)
+        measured["core"] = run_core(core_model, tokenizer, config, data, rt, name, weights)
     if "bpb" in parts:
         num_tokens = config.split_tokens
         if num_tokens is None:
@@ -103,13 +109,56 @@ def evaluate_checkpoint(config: Config, parts: list[str], rt: Runtime) -> None:
         values = measure_bpb(model, tokenizer, data, num_tokens, config.device_batch_size, rt)
         if rt.world.is_main:
             print("\n".join(f"{name:<10} {value:.4f}" for name, value in values.items()))
-        sections.append(values)
+        measured["bpb"] = [values]
     if "sample" in parts and rt.world.is_main:
         samples = draw_samples(model, tokenizer)
         print("\n".join(f"{name}: {text}" for name, text in samples.items()))
-        sections.append(samples)
+        measured["sample"] = [samples]
     if rt.world.is_main:
-        report.append("Base model evaluation", [asdict(config), *sections])
+        told = {
+            "Model": f"{checkpoint.tag}, step {checkpoint.step}",
+            "Weights": checkpoint.weights_hash[:16],
+        }
+        report_parts(config, told, measured)
+
+
+def report_parts(
+    config: Config, model: Mapping[str, str], measured: Mapping[str, list[dict[str, Any]]]
+) -> None:
+    """Write the section: what was measured now, and what else is known of the same weights."""
+    now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
+    parts = {name: [{f"{name} {MEASURED}": now}, *rows] for name, rows in measured.items()}
+    kept = {name: rows for name, rows in earlier_parts(model).items() if name not in parts}
+    data = [row for name in PARTS for row in (parts | kept).get(name, [])]
+    report.append(SECTION, [asdict(config), model, *data], is_update=bool(kept))
+    if kept:
+        logger.info(
+            "the report keeps what was measured earlier of the same weights: %s", ", ".join(kept)
+        )
+
+
+def earlier_parts(model: Mapping[str, str]) -> dict[str, list[dict[str, Any]]]:
+    """The parts that the report has of these weights, each marked as an earlier one."""
+    rows = report.stored(SECTION)
+    if dict(model) not in rows:
+        return {}
+    parts: dict[str, list[dict[str, Any]]] = {}
+    name = ""
+    for row in rows[rows.index(dict(model)) + 1 :]:
+        begun = [part for part in PARTS if f"{part} {MEASURED}" in row]
+        if begun:
+            name = begun[0]
+            when = row[f"{name} {MEASURED}"].removesuffix(_KEPT)
+            parts[name] = [{f"{name} {MEASURED}": when + _KEPT}]
+        elif name:
+            parts[name].append(row)
+    return parts
+
+
+def check_bundle(config: Config, data: str, rt: Runtime) -> None:
+    """UserError, on all ranks, for a bundle that is not there or needs more items a task."""
+    bundle = mixtures.core_bundle(data, rt.world)
+    rt.world.together(lambda: check_max_per_task(bundle, config.max_per_task))
 
 
 def evaluate_hf_model(config: Config, parts: list[str], rt: Runtime) -> None:
@@ -121,15 +170,16 @@ def evaluate_hf_model(config: Config, parts: list[str], rt: Runtime) -> None:
         logger.info(
             "%s is scored by CORE only, not by %s", path, " and ".join(set(parts) - {"core"})
         )
+    data = config.data or "fineweb-edu"
+    check_bundle(config, data, rt)
     model, tokenizer = load_hf_model(path, device=rt.device, dtype=rt.compute_dtype)
     name = table_name(path)
-    data = config.data or "fineweb-edu"
     weights = None
     if Path(path).is_dir():
         weights = files_digest(Path(path), [p for p in Path(path).rglob("*") if p.is_file()])
     sections = run_core(model, tokenizer, config, data, rt, name, weights)
     if rt.world.is_main:
-        report.append("Base model evaluation", [asdict(config), {"Model": path}, *sections])
+        report.append(SECTION, [asdict(config), {"Model": path}, *sections])
 
 
 def table_name(hf_path: str) -> str:
@@ -177,11 +227,21 @@ def run_core(
         bundle_name=eval_bundle_name(data),
     )
     if rt.world.is_main:
-        path = folder / f"{name}.csv"
+        path = table_path(folder, name, core)
         atomic_write_text(path, core.to_csv())
-        print(core.to_csv(), end="")
+        print(core.to_text(), end="")
         logger.info("wrote %s", path)
     return core_sections(core)
+
+
+def table_path(folder: Path, name: str, core: CoreResult) -> Path:
+    """Where a table goes. One of fewer items a task never replaces one of all items."""
+    path = folder / f"{name}.csv"
+    if core.items_a_task and path.exists():
+        last_row = path.read_text(encoding="utf-8").splitlines()[-1:]
+        if not any(" a task)" in row for row in last_row):
+            return folder / f"{name}_{core.items_a_task}_a_task.csv"
+    return path
 
 
 def parse_parts(text: str) -> list[str]:
@@ -199,7 +259,7 @@ def parse_parts(text: str) -> list[str]:
 def core_sections(core: CoreResult) -> list[dict[str, Any]]:
     """What the report says about CORE; a partial score does not go by its name.
 
-    The report itself keeps that over the embedded tasks apart.
+    The report itself keeps those over the embedded tasks or fewer items a task apart.
     """
     name = "CORE metric" if not core.is_partial else core.label
     rows = [
@@ -214,6 +274,8 @@ def core_sections(core: CoreResult) -> list[dict[str, Any]]:
     score: dict[str, Any] = {name: core.core}
     if core.bundle_name:
         score[report.TASK_SET] = core.bundle_name
+    if core.items_a_task:
+        score[report.ITEMS_A_TASK] = core.items_a_task
     sections: list[dict[str, Any]] = [score, {"CORE tasks": rows}]
     if core.is_partial:
         sections.append({"Missing tasks": ", ".join(core.missing)})

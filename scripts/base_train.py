@@ -32,7 +32,14 @@ from nanochat.presets import (
 )
 from nanochat.resuming import DATA_FINGERPRINT
 from nanochat.runtime import LostRankError, Runtime
-from nanochat.stage import StageConfig, check_count, check_positive, setting, train_stage
+from nanochat.stage import (
+    StageConfig,
+    check_count,
+    check_numbers,
+    check_positive,
+    setting,
+    train_stage,
+)
 from nanochat.tokenizer import Tokenizer, get_tokenizer
 from nanochat.training import Hook, Trainer
 from nanochat.validation import Validation
@@ -80,7 +87,7 @@ class Config(StageConfig):
     eval_every: int = 250
     """Steps between validations; 0 = only at the end, -1 = never."""
     core_metric_every: int = 2000
-    """Steps between CORE evaluations; -1 = never."""
+    """Steps between CORE evaluations; 0 or -1 = never."""
     core_metric_max_per_task: int = 500
     """Items of each CORE task; -1 = all."""
     sample_every: int = 2000
@@ -89,6 +96,7 @@ class Config(StageConfig):
 
 def main(config: Config) -> int:
     """Train from nothing to a base checkpoint."""
+    check_numbers(config)
     check_positive(config, "max_seq_len", "device_batch_size")
     check_count(config, "num_iterations", "as many as the model's size asks for")
     check_count(config, "core_metric_max_per_task", "all items")

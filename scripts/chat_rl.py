@@ -17,11 +17,12 @@ import tyro
 from nanochat import checkpoint_manager, configurator, runtime, task_eval
 from nanochat.common import UserError
 from nanochat.lineage import LINEAGE, lineage
-from nanochat.rollouts import RolloutLoader, RolloutSettings, check_task, pass_at_k
+from nanochat.rollouts import RolloutLoader, RolloutSettings, check_prompts, check_task, pass_at_k
 from nanochat.runtime import Runtime
 from nanochat.stage import (
     StageConfig,
     check_count,
+    check_numbers,
     check_positive,
     load_parent,
     optimizer_of,
@@ -76,7 +77,7 @@ class Config(StageConfig):
     eval_samples: int = 8
     """Answers to each of them: pass@k is measured for k from 1 to this."""
     save_every: int = 60
-    """Steps between checkpoints; -1 = only at the end."""
+    """Steps between checkpoints; 0 or -1 = only at the end."""
     compile: str = "off"
     """Compile the step: on, off or auto; rows are padded to the context then."""
 
@@ -95,6 +96,7 @@ class Config(StageConfig):
 
 def main(config: Config) -> int:
     """Train from an sft or mid checkpoint to an rl checkpoint."""
+    check_numbers(config)
     check_positive(config, "device_batch_size", "num_epochs", "eval_examples", "eval_samples")
     check_count(config, "num_iterations", "--num-epochs passes over the questions")
     settings = config.rollouts()
@@ -135,6 +137,12 @@ def main(config: Config) -> int:
         if num_iterations <= 0:
             steps = max(1, len(practice) // settings.examples_per_step)
             num_iterations = config.num_epochs * steps
+        # All that will be asked, before an earlier run is moved out of the way.
+        context = model.config.sequence_len
+        num_questions = num_iterations * settings.examples_per_step
+        check_prompts(practice, num_questions, tokenizer, context=context)
+        if config.eval_every >= 0:
+            check_prompts(held_out, config.eval_examples, tokenizer, context=context)
         return train_stage(
             config,
             stage="rl",

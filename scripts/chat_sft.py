@@ -11,7 +11,7 @@ from typing import Literal
 
 from nanochat import checkpoint_manager, configurator, runtime
 from nanochat.conversation_stage import ConversationStageConfig, train_on_conversations
-from nanochat.stage import check_count, check_positive
+from nanochat.stage import check_count, check_numbers, check_positive
 from tasks import mixtures
 from tasks.task_sets import choose_task_set, require_tasks, split_chats
 
@@ -37,11 +37,12 @@ class Config(ConversationStageConfig):
     eval_every: int = 100
     """Steps between validations; 0 = only at the end, -1 = never."""
     eval_metrics_every: int = 200
-    """Steps between accuracies on the multiple-choice tasks; -1 = never."""
+    """Steps between accuracies on the multiple-choice tasks; 0 or -1 = never."""
 
 
 def main(config: Config) -> int:
     """Train from a mid checkpoint to an sft checkpoint."""
+    check_numbers(config)
     check_positive(config, "device_batch_size", "target_examples_per_step", "num_epochs")
     check_count(config, "num_iterations", "--num-epochs passes over the conversations")
     with runtime.start(config.device_type, dtype=config.dtype, seed=config.seed) as rt:

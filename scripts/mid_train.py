@@ -11,7 +11,7 @@ from typing import Literal
 
 from nanochat import checkpoint_manager, configurator, runtime
 from nanochat.conversation_stage import ConversationStageConfig, train_on_conversations
-from nanochat.stage import check_count, check_positive, whole_rows
+from nanochat.stage import check_count, check_numbers, check_positive, whole_rows
 from tasks import mixtures
 from tasks.task_sets import choose_task_set, require_tasks, split_chats
 
@@ -30,6 +30,7 @@ class Config(ConversationStageConfig):
 
 def main(config: Config) -> int:
     """Train from a base checkpoint to a mid checkpoint."""
+    check_numbers(config)
     check_positive(config, "device_batch_size", "total_batch_size", "num_epochs")
     check_count(config, "num_iterations", "--num-epochs passes over the conversations")
     with runtime.start(config.device_type, dtype=config.dtype, seed=config.seed) as rt:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,11 @@ import torch
 from public_data import place_file
 from scripted_model import byte_tokenizer, save, scripted_model, tokens_of
 
-from nanochat import checkpoint_manager, configurator
+from nanochat import checkpoint_manager, configurator, resuming
 from nanochat.common import UserError, checkpoints_dir
 from nanochat.conversation import Conversation, chat
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.runtime import World
 from nanochat.tracking import read_metrics
 from scripts import chat_cli, chat_eval, chat_rl
 from tasks import mixtures, public
@@ -131,6 +135,58 @@ def test_reward_rises_and_the_report_tells(sft_model: Path) -> None:
     assert passes[0]["pass_at_1"] < passes[0]["pass_at_2"]
     assert passes[-1]["pass_at_1"] > passes[0]["pass_at_1"] + 0.3
     assert '"Final pass at 1"' in (sft_model / "report/chat-rl.json").read_text()
+
+
+def test_the_console_counts_answers_and_not_tokens_nobody_has_written(
+    sft_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    run("--dry_run")
+    assert "4 steps x 16 answers, " in caplog.text
+    assert " tokens = " not in caplog.text
+
+
+@pytest.mark.parametrize("flag", ["--init_lr_frac=-1", "--kl_weight=inf", "--warmdown_ratio=2"])
+def test_a_refused_number_leaves_the_earlier_run_where_it_is(sft_model: Path, flag: str) -> None:
+    run(num_iterations=2)
+    with pytest.raises(UserError, match=r"^--[a-z-]+ is \S+; give "):
+        run(flag, num_iterations=2)
+    assert checkpoint_manager.saved_steps(checkpoints_dir("rl") / "d1") == [2]
+
+
+@pytest.mark.parametrize("num_held_out", [0, 1])
+def test_a_question_too_long_for_the_context_is_refused_before_anything_is_moved(
+    sft_model: Path, monkeypatch: pytest.MonkeyPatch, num_held_out: int
+) -> None:
+    class Long(SmallLetters):
+        def row(self, index: int) -> Conversation:
+            return chat("q" * 70, "a")
+
+    run(num_iterations=2)
+    pair = (SmallLetters(), Long()) if num_held_out else (Long(), SmallLetters())
+    monkeypatch.setattr(chat_rl.mixtures, "rl_tasks", lambda tasks: {"Mixed": pair})
+    with pytest.raises(UserError, match="context is 64 tokens; practise with a model of a longer"):
+        run(num_iterations=2)
+    assert checkpoint_manager.saved_steps(checkpoints_dir("rl") / "d1") == [2]
+
+
+def test_a_run_without_a_checkpoint_tells_how_to_put_back_the_one_before(
+    sft_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(num_iterations=2)
+    run_dir = checkpoints_dir("rl") / "d1"
+    assert resuming.previous_run(run_dir, {}, resume=False, world=World()) is None
+    (run_dir / "metrics.jsonl").write_text("")  # it began, and died
+    command = f"mv {run_dir}/previous/* {run_dir}/"
+    advice = re.escape(f"an earlier run is in {run_dir}/previous, put it back with `{command}`")
+    for tag in (None, "d1"):
+        with pytest.raises(UserError, match=f"no rl checkpoint in .*{advice}"):
+            checkpoint_manager.find_checkpoint("rl", tag)
+    save("rl", tiny_model(), tag="d2")
+    with pytest.raises(UserError, match=f"no rl model 'd1' in .*; there is d2; {advice}"):
+        checkpoint_manager.find_checkpoint("rl", "d1")
+    subprocess.run(command, shell=True, check=True)
+    assert checkpoint_manager.find_checkpoint("rl", "d1").step == 2
 
 
 def test_resumed_run_equals_undisturbed_run_bit_for_bit(calling_model: Path) -> None:

@@ -502,22 +502,26 @@ def test_a_missing_file_is_named_and_the_score_is_called_partial(
         result = evaluate_core(GptModel(model), TOKENIZER, bundle, 10, RUNTIME)
     assert "schemas" in caplog.text
     assert result.missing == ("schemas",)
-    assert result.label == "CORE (partial, 4 of 5 tasks)"
-    assert result.to_csv().splitlines()[-1].startswith("CORE (partial 4 of 5 tasks)  ")
+    assert result.label == "CORE (partial, 4 of 5 tasks, 10 a task)"
+    # A comma would be another column.
+    assert result.to_csv().splitlines()[-1].startswith("CORE (partial 4 of 5 tasks 10 a task), ")
+    assert result.to_text().splitlines()[-1].startswith(f"{result.label}, ")
 
 
 def test_the_score_of_another_bundle_has_its_name(tmp_path: Path) -> None:
     model = random_model(6)
     bundle = toy_bundle(tmp_path / "bundle", model)
 
-    def label() -> str:
+    def label(max_per_task: int) -> str:
         return evaluate_core(
-            GptModel(model), TOKENIZER, bundle, 10, RUNTIME, bundle_name="embedded"
+            GptModel(model), TOKENIZER, bundle, max_per_task, RUNTIME, bundle_name="embedded"
         ).label
 
-    assert label() == "CORE (embedded)"
+    assert label(10) == "CORE (embedded, 10 a task)"
+    assert label(41) == "CORE (embedded)"  # no task has more
     (bundle / "eval_data/schemas.jsonl").unlink()
-    assert label() == "CORE (embedded, partial, 4 of 5 tasks)"
+    assert label(-1) == "CORE (embedded, partial, 4 of 5 tasks)"
+    assert label(40) == "CORE (embedded, partial, 4 of 5 tasks, 40 a task)"
 
 
 @pytest.mark.parametrize("kind", ["choices", "schemas", "said"])
@@ -597,6 +601,18 @@ def broken(tmp_path: Path, line: str, kind: str = "multiple_choice", shots: int 
         ("multiple_choice", '{"query": ', "not valid JSON"),
         ("multiple_choice", "[1]", "expected an object, got list"),
         ("multiple_choice", '{"query": "q", "choices": ["a", "b"]}', "needs 'gold' as int"),
+        (
+            "multiple_choice",
+            '{"query": "q", "choices": ["a", "b"], "gold": true}',
+            "needs 'gold' as int, got True",
+        ),
+        ("multiple_choice", '{"query": "q", "choices": ["", "b"], "gold": 1}', "choices is empty"),
+        ("multiple_choice", '{"query": "", "choices": ["a", "b"], "gold": 1}', "query is empty"),
+        (
+            "schema",
+            '{"context_options": ["a", " "], "continuation": "c", "gold": 0}',
+            "context_options is empty",
+        ),
         ("multiple_choice", '{"query": "q", "choices": ["a"], "gold": 0}', "at least two texts"),
         ("multiple_choice", '{"query": "q", "choices": ["a", 1], "gold": 0}', "at least two"),
         ("multiple_choice", '{"query": "q", "choices": ["a", "b"], "gold": 2}', "gold is 2"),
@@ -620,13 +636,26 @@ def test_a_line_that_is_not_utf8_is_named_by_file_and_number(tmp_path: Path) -> 
         evaluate_core(GptModel(random_model(0)), TOKENIZER, bundle, -1, RUNTIME)
 
 
-@pytest.mark.parametrize(("shots", "max_per_task"), [(2, -1), (10, -1), (1, 1)])
-def test_more_shots_than_other_items_is_refused(
-    tmp_path: Path, shots: int, max_per_task: int
-) -> None:
+@pytest.mark.parametrize("shots", [2, 10])
+def test_more_shots_than_other_items_is_refused(tmp_path: Path, shots: int) -> None:
     bundle = broken(tmp_path, "", shots=shots)
-    with pytest.raises(UserError, match=rf"task shows {shots} solved examples .* but has \d"):
-        evaluate_core(GptModel(random_model(0)), TOKENIZER, bundle, max_per_task, RUNTIME)
+    with pytest.raises(UserError, match=rf"task shows {shots} solved examples .* but has 2; add"):
+        evaluate_core(GptModel(random_model(0)), TOKENIZER, bundle, -1, RUNTIME)
+
+
+def test_fewer_items_a_task_than_its_shots_need_are_refused(tmp_path: Path) -> None:
+    bundle = broken(tmp_path, "", shots=1)
+    with pytest.raises(
+        UserError, match=r"task shows 1 solved .* 1 items .* too few; .* at least 2"
+    ):
+        evaluate_core(GptModel(random_model(0)), TOKENIZER, bundle, 1, RUNTIME)
+
+
+def test_an_empty_file_is_named(tmp_path: Path) -> None:
+    bundle = broken(tmp_path, "", shots=1)
+    (bundle / "eval_data/task.jsonl").write_text("\n")
+    with pytest.raises(UserError, match=r"eval_data/task\.jsonl is empty; put the items of task"):
+        evaluate_core(GptModel(random_model(0)), TOKENIZER, bundle, -1, RUNTIME)
 
 
 @pytest.mark.parametrize("kind", ["multiple_choice", "schema"])
@@ -688,7 +717,14 @@ def test_a_folder_that_is_no_bundle_is_named(tmp_path: Path) -> None:
         ("core.yaml", "icl_tasks: [", "not a list of icl_tasks"),
         ("core.yaml", "tasks: []", "not a list of icl_tasks"),
         ("core.yaml", "icl_tasks:", "not a list of icl_tasks"),
-        ("core.yaml", "icl_tasks: [{label: task}]", "is incomplete"),
+        ("core.yaml", "", "icl_tasks is nothing"),
+        ("core.yaml", "icl_tasks: many", "icl_tasks is 'many'"),
+        ("core.yaml", "icl_tasks: [{label: task}]", "is incomplete; icl_task_type is missing"),
+        ("core.yaml", "icl_tasks: [task]", "'task' is incomplete; it has no label"),
+        ("core.yaml", one_task(dataset_uri=3), "dataset_uri is 3, not text"),
+        ("core.yaml", one_task(num_fewshot=[]), r"num_fewshot is \[\], not a list with a whole"),
+        ("core.yaml", one_task(num_fewshot=5), "num_fewshot is 5, not a list with a whole"),
+        ("core.yaml", one_task(num_fewshot=[True]), r"num_fewshot is \[True\], not a list"),
         ("core.yaml", one_task(num_fewshot=[-1]), "task shows -1 examples"),
         ("core.yaml", one_task(continuation_delimiter=None), "delimiter of task is None, not text"),
         ("core.yaml", one_task(2), "two tasks with the label task"),
@@ -705,8 +741,10 @@ def test_a_broken_description_is_named(
 ) -> None:
     bundle = broken(tmp_path, "")
     (bundle / file).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError, match=named):
+    with pytest.raises(UserError, match=named) as caught:
         load_bundle(bundle)
+    said = str(caught.value)
+    assert not any(word in said for word in ("NoneType", "Error(", "\n"))
 
 
 def test_an_unknown_type_is_named_with_the_known_ones(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from core_bundles import write_two_tasks
 from scripted_model import byte_tokenizer, save
 
-from nanochat import report
+from nanochat import checkpoint_manager, report
 from nanochat.common import UserError, report_dir
 from nanochat.configurator import UsageError, parse
 from nanochat.gpt import GPT, GPTConfig
@@ -112,7 +112,9 @@ def test_base_eval_does_all_parts_and_writes_the_table(
     run(base_eval, "--max-per-task=6", "--split-tokens=512", "--device-batch-size=2")
     result = section("Base model evaluation")
     rows = (base_dir / "base_eval/base_model_000007.csv").read_text().splitlines()
-    assert [row.split(",")[0].strip() for row in rows] == ["Task", "birds", "trees", "CORE"]
+    assert [row.split(",")[0].strip() for row in rows] == [
+        *("Task", "birds", "trees", "CORE (6 a task)")
+    ]
     assert float(rows[-1].split(",")[-1]) == pytest.approx(result["CORE metric"], abs=1e-6)
     assert [row["items"] for row in result["CORE tasks"]] == [6, 6]
     assert {"train bpb", "val bpb", "sample 6", "sample from nothing 7"} <= set(result)
@@ -135,11 +137,74 @@ def test_the_embedded_bundle_is_made_on_demand(base_dir: Path) -> None:
     run(base_eval, "--eval=core", "--max-per-task=8")
     assert -1 < section("Base model evaluation")["CORE metric"] < 1
     table = (base_dir / "base_eval/base_model_000007.csv").read_text()
-    assert table.splitlines()[-1].startswith("CORE (embedded)  ")
+    assert table.splitlines()[-1].startswith("CORE (embedded 8 a task)  ")
     text = report.generate().read_text()
-    assert "\n- CORE metric (embedded): " in text
-    assert "\n| CORE (embedded) | " in text
+    assert "\n- CORE metric (embedded, 8 a task): " in text
+    assert "\n| CORE (embedded, 8 a task) | " in text
     assert "CORE metric:" not in text
+
+
+def test_a_sample_of_the_items_does_not_pass_for_all_of_them(
+    shards: str, base_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save("base", random_model(), data=shards)
+    write_two_tasks(base_dir / "eval_bundle")
+    run(base_eval, "--eval=core", "--max-per-task=6")
+    complete, beside = (
+        base_dir / "base_eval" / name
+        for name in ("base_model_000007.csv", "base_model_000007_6_a_task.csv")
+    )
+    assert not beside.exists()  # there was nothing to spare
+    run(base_eval, "--eval=core")
+    table = complete.read_text()
+    assert table.splitlines()[-1].startswith("CORE  ")
+    assert "| CORE | " in report.generate().read_text()
+    capsys.readouterr()
+    run(base_eval, "--eval=core", "--max-per-task=6")
+    assert complete.read_text() == table
+    assert beside.read_text().splitlines()[-1].startswith("CORE (6 a task)  ")
+    assert "CORE (6 a task)  " in capsys.readouterr().out
+    assert section("Base model evaluation")["Items a task"] == 6
+    assert "| CORE (6 a task) | " in report.generate().read_text()
+
+
+def test_too_few_items_are_refused_before_the_model_is_loaded(
+    shards: str, base_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save("base", random_model(), data=shards)
+    write_two_tasks(base_dir / "eval_bundle")
+    monkeypatch.setattr(checkpoint_manager, "model_of", None)  # what loads it
+    with pytest.raises(UserError, match=r"birds shows 1 .* --max-per-task .* at least 2, or -1"):
+        run(base_eval, "--max-per-task=1")
+
+
+def test_parts_that_were_not_measured_again_stay_in_the_report(shards: str, base_dir: Path) -> None:
+    save("base", random_model(), data=shards)
+    write_two_tasks(base_dir / "eval_bundle")
+    run(base_eval, "--eval=core")
+    score = section("Base model evaluation")["CORE metric"]
+    for part in ("bpb", "sample"):
+        run(base_eval, f"--eval={part}", "--split-tokens=512", "--device-batch-size=2")
+    result = section("Base model evaluation")
+    assert result["CORE metric"] == score
+    assert {"val bpb", "sample 0", "CORE tasks"} <= set(result)
+    for part in ("core", "bpb"):
+        assert result[f"{part} measured"].endswith(" UTC; not measured again since")
+    assert result["sample measured"].endswith(" UTC")
+    assert "\n| CORE | " in report.generate().read_text()
+    run(base_eval, "--eval=core")
+    assert section("Base model evaluation")["core measured"].endswith(" UTC")
+
+
+def test_what_other_weights_scored_leaves_the_report(shards: str, base_dir: Path) -> None:
+    model = random_model()
+    save("base", model, data=shards)
+    write_two_tasks(base_dir / "eval_bundle")
+    run(base_eval, "--eval=core")
+    torch.nn.init.zeros_(model.lm_head.weight)
+    save("base", model, data=shards)  # the same name and step
+    run(base_eval, "--eval=sample")
+    assert "CORE metric" not in section("Base model evaluation")
 
 
 @pytest.mark.parametrize(

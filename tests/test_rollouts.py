@@ -348,9 +348,12 @@ class Letters(Questions):
         ({"examples_per_step": 0}, "--examples-per-step is 0"),
         ({"max_new_tokens": 0}, "--max-new-tokens is 0"),
         ({"temperature": 0.0}, "--temperature is 0"),
-        ({"temperature": -1.0}, "temperature is -1"),
+        ({"temperature": -1.0}, "--temperature is -1.0; use a positive number such as 1"),
+        ({"temperature": float("nan")}, "--temperature is nan; use a positive number such as 1"),
         ({"top_k": -1}, "top-k is -1"),
         ({"kl_weight": -0.1}, "--kl-weight is -0.1"),
+        ({"kl_weight": float("nan")}, "--kl-weight is nan"),
+        ({"kl_weight": float("inf")}, "--kl-weight is inf"),
     ],
 )
 def test_meaningless_settings_are_refused(settings: dict[str, Any], message: str) -> None:

@@ -92,7 +92,7 @@ def test_a_partial_core_is_kept_under_another_name(
     assert "Final core" not in reported()
     assert "Final core partial" in reported()
     assert "CORE is partial: no items for trees" in caplog.text
-    assert "step 4  CORE (partial, 1 of 2 tasks)" in caplog.text
+    assert "step 4  CORE (partial, 1 of 2 tasks, 8 a task)" in caplog.text
 
 
 def break_line(bundle: Path) -> None:

@@ -184,6 +184,24 @@ def test_weights_that_are_no_numbers_stop_the_run_and_keeps_the_good_checkpoint(
     assert checkpoint.step == 2
 
 
+def test_a_run_that_fails_before_its_first_checkpoint_is_not_sent_to_one(
+    runtime: Runtime, tmp_path: Path
+) -> None:
+    def poison(trainer: Trainer) -> dict[str, float]:
+        trainer.model.lm_head.weight.data[0, 0] = float("nan")
+        return {}
+
+    (tmp_path / "run/previous/step_000006").mkdir(parents=True)
+    trainer = make_trainer(tmp_path, runtime, hooks=[Hook("poison", 1, poison)])
+    with pytest.raises(UserError) as caught:
+        trainer.run()
+    said = str(caught.value)
+    assert "and no good checkpoint was saved before. Lower --matrix-lr" in said
+    assert "start again without --resume" in said
+    assert said.endswith(f"The earlier run is in {tmp_path}/run/previous")
+    assert "last good checkpoint" not in said
+
+
 def test_hooks_run_at_start_every_and_end_and_their_values_are_kept(
     runtime: Runtime, tmp_path: Path
 ) -> None:
@@ -263,6 +281,44 @@ def test_no_steps_at_all_are_refused_before_anything_is_read(script: Any, value:
     config = parse(script.Config, [f"--num_iterations={value}"])
     with pytest.raises(UserError, match=f"--num-iterations is {value}; .* at least 1, or -1 for"):
         script.main(config)
+
+
+@pytest.mark.parametrize(
+    ("flag", "named"),
+    [
+        ("--init_lr_frac=-1", "--init-lr-frac is -1.0; give at least 0"),
+        ("--init_lr_frac=nan", "--init-lr-frac is nan; give a finite number"),
+        ("--matrix_lr=inf", "--matrix-lr is inf; give a finite number"),
+        ("--scalar_lr=-0.1", "--scalar-lr is -0.1; give at least 0"),
+        ("--weight_decay=-1", "--weight-decay is -1.0; give at least 0"),
+        ("--grad_clip=-1", "--grad-clip is -1.0; give at least 0"),
+        ("--warmup_steps=-1", "--warmup-steps is -1; give at least 0"),
+        ("--warmup_ratio=1.5", "--warmup-ratio is 1.5; give a number from 0 to 1"),
+        ("--warmdown_ratio=2", "--warmdown-ratio is 2.0; give a number from 0 to 1"),
+        ("--final_lr_frac=-1", "--final-lr-frac is -1.0; give a number from 0 to 1"),
+        ("--spike_limit=nan", "--spike-limit is nan; give a finite number"),
+        ("--max_minutes=-1", "--max-minutes is -1.0; give at least 0"),
+        ("--eval_every=-2", "--eval-every is -2; give at least -1"),
+        ("--save_every=-2", "--save-every is -2; give at least -1"),
+    ],
+)
+@pytest.mark.parametrize("script", [base_train, mid_train, chat_sft, chat_rl])
+def test_meaningless_numbers_are_refused_before_anything_is_read(
+    script: Any, flag: str, named: str
+) -> None:
+    with pytest.raises(UserError, match=f"^{named}$"):
+        script.main(parse(script.Config, [flag]))
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize(
+    ("script", "flag"),
+    [(chat_rl, "kl_weight"), (base_train, "token_shift"), (base_train, "target_flops")],
+)
+def test_a_stages_own_numbers_must_be_finite(script: Any, flag: str, value: str) -> None:
+    named = f"--{flag.replace('_', '-')} is {value}; give a finite number"
+    with pytest.raises(UserError, match=f"^{named}$"):
+        script.main(parse(script.Config, [f"--{flag}={value}"]))
 
 
 def test_core_during_training_needs_items() -> None:
