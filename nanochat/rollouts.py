@@ -341,8 +341,8 @@ def sample_answers(
 
 def check_prompts(task: RewardedTask, count: int, tokenizer: Tokenizer, *, context: int) -> None:
     """UserError when one of a task's first `count` questions leaves no room for an answer."""
-    for index in range(min(count, len(task))):
-        render_prompt(tokenizer, task[index], context)
+    for index in range(min(count, num_problems(task))):
+        render_prompt(tokenizer, problem(task, index), context)
 
 
 def render_prompt(tokenizer: Tokenizer, conversation: Conversation, context: int) -> list[int]:
