@@ -456,6 +456,111 @@ def test_a_conversation_deleted_while_its_answer_streams_stays_deleted(
     expect(page.locator("#chats li.none")).to_be_visible()
 
 
+def open_twin(page: Any) -> Any:
+    """The same conversation in a second window."""
+    twin = page.context.new_page()
+    twin.goto(page.url)
+    expect(twin.locator("article")).to_have_count(page.locator("article").count())
+    return twin
+
+
+def test_a_window_follows_what_another_one_does_to_its_conversation(
+    open_page: Callable[..., Any],
+) -> None:
+    page = open_page()
+    ask(page, "first")
+    twin = open_twin(page)
+    ask(twin, "second")
+    questions = page.locator("article.user .said")
+    expect(questions).to_have_text(["first", "second"])
+    expect(page.locator(LAST)).to_have_attribute("aria-busy", "false")
+    # What is typed into an edited question is not taken away.
+    page.press("#text", "ArrowUp")
+    page.get_by_label("Edit the question").fill("half a quest")
+    ask(twin, "third")
+    expect(page.get_by_label("Edit the question")).to_have_value("half a quest")
+    page.keyboard.press("Escape")
+    expect(questions).to_have_text(["first", "second", "third"])
+    ask(page, "fourth")
+    twin.reload()
+    expect(twin.locator("article.user .said")).to_have_text(["first", "second", "third", "fourth"])
+    expect(twin.locator("#chats .open")).to_have_count(1)
+    # A new title comes along, and is no conflict.
+    twin.locator("#chats li").hover()
+    twin.get_by_role("button", name="Rename first").click()
+    twin.get_by_label("New title").fill("renamed")
+    twin.keyboard.press("Enter")
+    expect(page.locator("#chats .open")).to_have_text(["renamed"])
+    ask(page, "fifth")
+    expect(page.locator("#chats .open")).to_have_text(["renamed"])
+    delete(twin, "renamed")
+    expect(page.locator("article")).to_have_count(0)
+    expect(page.locator("#toast")).to_contain_text("deleted in another window")
+    twin.get_by_role("button", name="Undo").click()
+    page.locator("#chats .open").click()
+    expect(questions).to_have_count(5)
+    ask(page, "sixth")
+    expect(twin.locator("article.user .said")).to_have_count(6)
+
+
+DEAF = "addEventListener('storage', (event) => event.stopImmediatePropagation(), true);"
+
+
+def test_a_window_that_missed_a_change_writes_nothing_over_it(
+    open_page: Callable[..., Any],
+) -> None:
+    page = open_page(init=DEAF)
+    ask(page, "first")
+    twin = open_twin(page)
+    ask(twin, "second")
+    ask(page, "other")
+    expect(page.locator("#toast")).to_contain_text("Another window changed this conversation")
+    expect(page.locator("#chats .open")).to_have_text(["first (2)", "first"])
+    page.reload()
+    expect(page.locator("article.user .said")).to_have_text(["first", "other"])
+    twin.reload()
+    expect(twin.locator("article.user .said")).to_have_text(["first", "second"])
+
+
+def test_a_question_in_a_second_window_does_not_cost_the_answer_in_the_first(
+    site: Site, open_page: Callable[..., Any]
+) -> None:
+    page = open_page(init=FAST_CLOCK)
+    site.pace.hold_after(12)
+    start_asking(page, "long")
+    expect(page.locator(f"{LAST} .said")).to_contain_text("word word")
+    twin = open_twin(page)
+    start_asking(twin, "smile")
+    expect(twin.locator("article.user .said")).to_have_text(["long", "smile"])
+    site.pace.go_on()
+    expect(page.locator(LAST)).to_have_attribute("aria-busy", "false")
+    expect(page.locator("#toast")).to_contain_text("both are kept")
+    expect(twin.locator(f"{LAST} .said")).to_contain_text("dich")
+    for each in (page, twin):
+        expect(each.locator("#chats .open")).to_have_count(2)
+        each.reload()
+    expect(page.locator("article.user .said")).to_have_text(["long"])
+    assert page.locator(f"{LAST} .said").inner_text().count("word") > 100
+    expect(twin.locator("article.user .said")).to_have_text(["long", "smile"])
+
+
+def test_a_conversation_deleted_in_another_window_while_it_streams_stays_deleted(
+    site: Site, open_page: Callable[..., Any]
+) -> None:
+    page = open_page(init=FAST_CLOCK)
+    site.pace.hold_after(12)
+    start_asking(page, "long")
+    expect(page.locator(f"{LAST} .said")).to_contain_text("word word")
+    twin = open_twin(page)
+    delete(twin, "long")
+    expect(page.locator("#toast")).to_contain_text("deleted in another window")
+    expect(page.locator("#send")).to_have_attribute("aria-label", "Send")  # it is stopped
+    site.pace.go_on()
+    for each in (page, twin):
+        each.reload()
+        expect(each.locator("#chats li.none")).to_be_visible()
+
+
 # A stored conversation of so many messages of so many characters.
 OLD = """([count, size]) => {
   const messages = Array.from({length: count}, (_, i) => (i % 2
