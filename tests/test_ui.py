@@ -968,3 +968,32 @@ def test_a_key_is_asked_for_once_and_then_when_a_question_is_refused(
         page.get_by_role("button", name="Write another answer").click()
         expect(page.locator(f"{LAST} .said")).to_contain_text("Hello")
         expect(dialog).to_be_hidden()
+
+
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        (
+            "\u043a\u043b\u044e\u0447",
+            "only ASCII characters, and the one in the settings has \u201c\u043a\u201d",
+        ),
+        ("k3\u00ff", "only ASCII characters, and the one in the settings has \u201c\u00ff\u201d"),
+        ("k4y", "The API key in the settings is wrong"),
+    ],
+)
+def test_a_wrong_key_is_called_so_and_can_be_corrected(
+    open_page: Callable[..., Any], key: str, told: str
+) -> None:
+    with serving(Site().service, Access(api_key="k3y")) as address:
+        page = open_page(address)
+        expect(page.locator("#set-key")).to_be_focused()
+        page.fill("#set-key", key)
+        page.get_by_role("button", name="Done").click()
+        ask(page, "Who?")
+        expect(page.locator(f"{LAST} .trouble")).to_contain_text(told)
+        expect(page.locator("#banner")).to_be_hidden()
+        expect(page.locator("#set-key")).to_be_focused()
+        page.fill("#set-key", "k3y")
+        page.get_by_role("button", name="Done").click()
+        page.get_by_role("button", name="Write another answer").click()
+        expect(page.locator(f"{LAST} .said")).to_contain_text("Hello")
