@@ -261,6 +261,22 @@ def test_a_question_that_begins_like_a_command_is_not_lost(open_page: Callable[.
     expect(ask_from).to_have_text("/etc/passwd? smile")
 
 
+def test_off_is_a_value_of_top_p(open_page: Callable[..., Any]) -> None:
+    page = open_page()
+    for value, told in (("0.5", "0.5"), ("off", "off"), ("0.5", "0.5"), ("OFF", "off")):
+        start_asking(page, f"/topp {value}")
+        expect(page.locator(".notice").last).to_have_text(f"Top-p is now {told}.")
+    start_asking(page, "/topp ")
+    expect(page.locator(".notice").last).to_have_text("Top-p is off.")
+    with page.expect_request("**/chat/completions") as sent:
+        ask(page, "Who?")
+    assert sent.value.post_data_json["top_p"] == 1
+    start_asking(page, "/topp never")
+    expect(page.locator(".notice").last).to_have_text(
+        "Top-p must be a number from 0.01 to 1, or off."
+    )
+
+
 # Gives the stream of an answer to the page byte by byte.
 BYTES = """
 const fetched = window.fetch;
@@ -334,6 +350,44 @@ def test_a_question_is_edited_and_the_rest_begins_anew(
     expect(page.get_by_label("Edit the question")).to_be_focused()
     page.keyboard.press("Escape")
     expect(page.locator("article.user .said")).to_have_text("smile instead")
+
+
+def edit_first(page: Any, text: str) -> None:
+    page.locator("article.user").first.hover()
+    page.get_by_role("button", name="Edit and ask again from here").first.click()
+    page.get_by_label("Edit the question").fill(text)
+    page.keyboard.press("Enter")
+    expect(page.locator("#text")).to_be_focused()
+    expect(page.locator("article.user .said")).to_have_text([text])
+    expect(page.locator(LAST)).to_have_attribute("aria-busy", "false")
+
+
+def test_a_title_follows_the_first_question_until_it_is_given(
+    open_page: Callable[..., Any],
+) -> None:
+    page = open_page()
+    ask(page, "first")
+    titles = page.locator("#chats .open")
+    expect(titles).to_have_text(["first"])
+    edit_first(page, "another")
+    expect(titles).to_have_text(["another"])
+    page.locator("#chats li").hover()
+    page.get_by_role("button", name="Rename another").click()
+    page.get_by_label("New title").fill("mine")
+    page.keyboard.press("Enter")
+    edit_first(page, "a third")
+    expect(titles).to_have_text(["mine"])
+
+
+def test_the_keyboard_is_not_lost_with_the_answer_that_is_written_again(
+    open_page: Callable[..., Any],
+) -> None:
+    page = open_page()
+    ask(page, "Who?")
+    page.get_by_role("button", name="Write another answer").press("Enter")
+    expect(page.locator("#text")).to_be_focused()
+    expect(page.locator(LAST)).to_have_attribute("aria-busy", "false")
+    expect(page.locator("#text")).to_be_focused()
 
 
 def test_a_reload_in_the_middle_keeps_what_was_written_and_frees_the_slot(
@@ -454,6 +508,116 @@ def test_a_conversation_deleted_while_its_answer_streams_stays_deleted(
     delete(page, "long")
     page.reload()
     expect(page.locator("#chats li.none")).to_be_visible()
+
+
+def open_twin(page: Any) -> Any:
+    """The same conversation in a second window."""
+    twin = page.context.new_page()
+    twin.goto(page.url)
+    expect(twin.locator("article")).to_have_count(page.locator("article").count())
+    return twin
+
+
+def test_a_window_follows_what_another_one_does_to_its_conversation(
+    open_page: Callable[..., Any],
+) -> None:
+    page = open_page()
+    ask(page, "first")
+    twin = open_twin(page)
+    ask(twin, "second")
+    questions = page.locator("article.user .said")
+    expect(questions).to_have_text(["first", "second"])
+    expect(page.locator(LAST)).to_have_attribute("aria-busy", "false")
+    # What is typed into an edited question is not taken away.
+    page.press("#text", "ArrowUp")
+    page.get_by_label("Edit the question").fill("half a quest")
+    ask(twin, "third")
+    expect(page.get_by_label("Edit the question")).to_have_value("half a quest")
+    page.keyboard.press("Escape")
+    expect(questions).to_have_text(["first", "second", "third"])
+    ask(page, "fourth")
+    twin.reload()
+    expect(twin.locator("article.user .said")).to_have_text(["first", "second", "third", "fourth"])
+    expect(twin.locator("#chats .open")).to_have_count(1)
+    # A new title comes along, and is no conflict.
+    twin.locator("#chats li").hover()
+    twin.get_by_role("button", name="Rename first").click()
+    twin.get_by_label("New title").fill("renamed")
+    twin.keyboard.press("Enter")
+    expect(page.locator("#chats .open")).to_have_text(["renamed"])
+    ask(page, "fifth")
+    expect(page.locator("#chats .open")).to_have_text(["renamed"])
+    delete(twin, "renamed")
+    expect(page.locator("article")).to_have_count(0)
+    expect(page.locator("#toast")).to_contain_text("deleted in another window")
+    twin.get_by_role("button", name="Undo").click()
+    page.locator("#chats .open").click()
+    expect(questions).to_have_count(5)
+    ask(page, "sixth")
+    expect(twin.locator("article.user .said")).to_have_count(6)
+
+
+DEAF = "addEventListener('storage', (event) => event.stopImmediatePropagation(), true);"
+
+
+def test_a_window_that_missed_a_change_writes_nothing_over_it(
+    open_page: Callable[..., Any],
+) -> None:
+    page = open_page(init=DEAF)
+    ask(page, "first")
+    twin = open_twin(page)
+    ask(twin, "second")
+    ask(page, "other")
+    expect(page.locator("#toast")).to_contain_text("Another window changed this conversation")
+    expect(page.locator("#chats .open")).to_have_text(["first (2)", "first"])
+    page.reload()
+    expect(page.locator("article.user .said")).to_have_text(["first", "other"])
+    twin.reload()
+    expect(twin.locator("article.user .said")).to_have_text(["first", "second"])
+    # Whoever asks on in what was deleted elsewhere wants it kept.
+    delete(twin, "first (2)")
+    ask(page, "more")
+    page.reload()
+    expect(page.locator("article.user .said")).to_have_text(["first", "other", "more"])
+
+
+def test_a_question_in_a_second_window_does_not_cost_the_answer_in_the_first(
+    site: Site, open_page: Callable[..., Any]
+) -> None:
+    page = open_page(init=FAST_CLOCK)
+    site.pace.hold_after(12)
+    start_asking(page, "long")
+    expect(page.locator(f"{LAST} .said")).to_contain_text("word word")
+    twin = open_twin(page)
+    start_asking(twin, "smile")
+    expect(twin.locator("article.user .said")).to_have_text(["long", "smile"])
+    site.pace.go_on()
+    expect(page.locator(LAST)).to_have_attribute("aria-busy", "false")
+    expect(page.locator("#toast")).to_contain_text("both are kept")
+    expect(twin.locator(f"{LAST} .said")).to_contain_text("dich")
+    for each in (page, twin):
+        expect(each.locator("#chats .open")).to_have_count(2)
+        each.reload()
+    expect(page.locator("article.user .said")).to_have_text(["long"])
+    assert page.locator(f"{LAST} .said").inner_text().count("word") > 100
+    expect(twin.locator("article.user .said")).to_have_text(["long", "smile"])
+
+
+def test_a_conversation_deleted_in_another_window_while_it_streams_stays_deleted(
+    site: Site, open_page: Callable[..., Any]
+) -> None:
+    page = open_page(init=FAST_CLOCK)
+    site.pace.hold_after(12)
+    start_asking(page, "long")
+    expect(page.locator(f"{LAST} .said")).to_contain_text("word word")
+    twin = open_twin(page)
+    delete(twin, "long")
+    expect(page.locator("#toast")).to_contain_text("deleted in another window")
+    expect(page.locator("#send")).to_have_attribute("aria-label", "Send")  # it is stopped
+    site.pace.go_on()
+    for each in (page, twin):
+        each.reload()
+        expect(each.locator("#chats li.none")).to_be_visible()
 
 
 # A stored conversation of so many messages of so many characters.
@@ -632,8 +796,15 @@ def test_look_inside_shows_tokens_alternatives_and_the_prompt(
     ask(page, "smile")
     page.get_by_role("button", name="Look inside this answer").click()
     tokens = page.locator("#answer-tokens button")
-    expect(tokens).to_have_count(len(tokens_of(*SCRIPT["smile"], END)))
+    count = len(tokens_of(*SCRIPT["smile"]))
+    expect(tokens).to_have_count(count + 1)
+    # The end is shown, but not counted, here nor below the answer.
+    assert f"{count}\u00a0tokens " in page.locator(f"{LAST} .facts").text_content()
+    expect(page.locator("#answer-figures dd").first).to_have_text(str(count))
+    tokens.last.click()
+    expect(page.locator("#why .small")).to_contain_text("the end")
     tokens.first.click()
+    expect(page.locator("#why .small")).to_contain_text(f"token 1 of {count} ")
     expect(page.locator("#why")).to_contain_text("<F0>")
     expect(page.locator("#why")).to_contain_text("77.9 %")  # exp(-0.25)
     expect(page.locator("#why .bars code").nth(1)).to_have_text("A")
@@ -826,6 +997,9 @@ def test_a_full_server_is_told_and_the_question_is_not_lost(
     )
     expect(ask(pages[2], "Who?")).to_have_count(1)
     expect(pages[2].locator(f"{LAST} .trouble")).to_contain_text("Many people are asking")
+    pages[2].click("#tab-inside")
+    expect(pages[2].locator("#inside-none")).to_contain_text("No answer yet.")
+    pages[2].click("#tab-chat")
     site.pace.go_on()
     expect(pages[1].locator(LAST)).to_have_attribute("aria-busy", "false")
     pages[2].get_by_role("button", name="Write another answer").click()
@@ -863,3 +1037,32 @@ def test_a_key_is_asked_for_once_and_then_when_a_question_is_refused(
         page.get_by_role("button", name="Write another answer").click()
         expect(page.locator(f"{LAST} .said")).to_contain_text("Hello")
         expect(dialog).to_be_hidden()
+
+
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        (
+            "\u043a\u043b\u044e\u0447",
+            "only ASCII characters, and the one in the settings has \u201c\u043a\u201d",
+        ),
+        ("k3\u00ff", "only ASCII characters, and the one in the settings has \u201c\u00ff\u201d"),
+        ("k4y", "The API key in the settings is wrong"),
+    ],
+)
+def test_a_wrong_key_is_called_so_and_can_be_corrected(
+    open_page: Callable[..., Any], key: str, told: str
+) -> None:
+    with serving(Site().service, Access(api_key="k3y")) as address:
+        page = open_page(address)
+        expect(page.locator("#set-key")).to_be_focused()
+        page.fill("#set-key", key)
+        page.get_by_role("button", name="Done").click()
+        ask(page, "Who?")
+        expect(page.locator(f"{LAST} .trouble")).to_contain_text(told)
+        expect(page.locator("#banner")).to_be_hidden()
+        expect(page.locator("#set-key")).to_be_focused()
+        page.fill("#set-key", "k3y")
+        page.get_by_role("button", name="Done").click()
+        page.get_by_role("button", name="Write another answer").click()
+        expect(page.locator(f"{LAST} .said")).to_contain_text("Hello")
