@@ -17,6 +17,7 @@ import difflib
 import errno
 import os
 import select
+import signal
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -96,6 +97,8 @@ def run(main: Callable[[C], int | None], config_type: type[C]) -> NoReturn:
     """
     _replace_closed_streams()
     try:
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         config = parse(config_type)
         setup_logging()
         code = main(config) or 0

@@ -1,6 +1,7 @@
 """The command line: what is forgiven, what is refused and how."""
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -270,6 +271,51 @@ def test_full_disk_is_one_line_that_names_the_file(tmp_path: Path) -> None:
         "error: No space left on device while writing model.safetensors"
     )
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_ctrl_c_while_a_command_is_imported_is_one_line(tmp_path: Path) -> None:
+    # Stands for the seconds that the real one takes.
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    repository = Path(configurator.__file__).parents[1]
+    command = [sys.executable, "-m", "scripts.chat_cli"]
+
+    def run(ignores: bool) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            command,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={"PYTHONPATH": f"{tmp_path}:{repository}"},
+            preexec_fn=lambda: signal.signal(
+                signal.SIGINT, signal.SIG_IGN if ignores else signal.default_int_handler
+            ),
+        )
+
+    result = run(ignores=False)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "interrupted\n")
+    assert "interrupted" not in run(ignores=True).stderr
+
+
+def test_ctrl_c_of_a_running_command_is_its_own_affair() -> None:
+    program = """
+import signal, sys
+sys.argv[:] = ["-m"]
+import scripts
+from dataclasses import make_dataclass
+from nanochat import configurator
+
+def main(config):
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        return 7
+
+sys.argv[:] = ["x"]
+configurator.run(main, make_dataclass("Config", []))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (7, "")
 
 
 @pytest.mark.parametrize("amount", ["much", "little"])
