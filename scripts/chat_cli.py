@@ -78,7 +78,7 @@ class Config:
     device_type: str = ""
     """cuda, cpu or mps; default: the best there is."""
     dtype: Annotated[str, tyro.conf.arg(aliases=["-d"])] = ""
-    """bfloat16, float32, or int8 (8-bit weights, CPU only); default: bfloat16 where it is fast."""
+    """bfloat16, float16, float32, or int8 weights on a CPU; default: bfloat16 where it is fast."""
 
 
 class Chat:
@@ -158,7 +158,7 @@ def main(config: Config) -> int:
     if config.prompt is not None and not config.prompt.strip():
         raise UserError("--prompt is empty; give a question, or leave it out for a conversation")
     is_int8 = config.dtype == "int8"
-    with runtime.start(config.device_type, dtype="float32" if is_int8 else config.dtype) as rt:
+    with runtime.start(config.device_type, dtype=config.dtype, takes_int8=True) as rt:
         model, tokenizer, _ = checkpoint_manager.load_model(
             config.source,
             device=rt.device,

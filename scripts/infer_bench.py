@@ -60,7 +60,7 @@ class Config:
     device_type: str = ""
     """cuda, cpu or mps; default: the best there is."""
     dtype: Annotated[str, tyro.conf.arg(aliases=["-d"])] = ""
-    """bfloat16, float32, or int8 (8-bit weights, CPU only); default: bfloat16 where it is fast."""
+    """bfloat16, float16, float32, or int8 weights on a CPU; default: bfloat16 where it is fast."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def main(config: Config) -> None:
             f"{config.decode_tokens}; both must be at least 1"
         )
     is_int8 = config.dtype == "int8"
-    with runtime.start(config.device_type, dtype="float32" if is_int8 else config.dtype) as rt:
+    with runtime.start(config.device_type, dtype=config.dtype, takes_int8=True) as rt:
         if rt.world.size > 1:
             raise UserError("infer_bench measures one device; start it without torchrun")
         model, tokenizer, checkpoint = checkpoint_manager.load_model(

@@ -186,6 +186,7 @@ def test_a_stage_that_was_asked_for_is_not_replaced(base_dir: Path) -> None:
         (["--max-new-tokens=0"], "--max-new-tokens is 0"),
         (["-p", "word " * 100], "the last message has 504 tokens, and the answer needs 16"),
         (["--step=3"], "no step 3"),
+        (["-d", "x"], "'x'; use one of bfloat16, float16, float32, int8"),
         (["-g", "d9"], "no sft model 'd9'"),
     ],
 )

@@ -87,6 +87,7 @@ def test_flags_have_the_documented_spellings() -> None:
         ("--num-gpus=2", "needs CUDA"),
         ("--num-gpus=0", "use at least 1"),
         ("--model-tag=d9", "no sft model 'd9'"),
+        ("--dtype=x", "'x'; use one of bfloat16, float16, float32, int8"),
         ("--host=0.0.0.0", "--host=0.0.0.0 lets other machines in"),
         ("--host=192.0.2.7", "or --insecure"),
         ("--api-key-file=/nowhere", "--api-key-file=/nowhere: No such file or directory"),
@@ -109,6 +110,16 @@ def test_a_port_in_use_is_explained(base_dir: Path) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=rf"port {port} \([^()]+\); choose another --port"):
             main(f"--port={port}")
+
+
+@pytest.mark.parametrize(
+    "host", ["a..b", "x" * 80, "no.such.host.invalid", "192.0.2.7"], ids=lambda host: host[:5]
+)
+def test_a_host_that_is_none_of_ours_is_explained(base_dir: Path, host: str) -> None:
+    save("sft", scripted_model(GREETING))
+    reason = rf"cannot listen on {re.escape(host)} port 0 \([^()]+\); choose another --host$"
+    with pytest.raises(UserError, match=reason):
+        main("--insecure", f"--host={host}")
 
 
 def test_a_key_is_read_from_a_file_or_the_environment(

@@ -143,6 +143,7 @@ def test_lengths_beyond_the_context_are_shortened_with_a_notice(capsys: Any) -> 
         ("--batch-sizes=0", "--batch-sizes is '0'"),
         ("--prompt-tokens=0", "--prompt-tokens is 0"),
         ("-s=3", "no step 3"),
+        ("-d=x", "'x'; use one of bfloat16, float16, float32, int8"),
     ],
 )
 def test_bad_flags_are_named(flag: str, reason: str) -> None:
