@@ -85,6 +85,7 @@ def main(config: Config) -> None:
             _make_model(config)
         command = [sys.executable, "-m", "scripts.chat_web", "--port=0", "--device-type=cpu"]
         command += ["-i", config.source or "base"]
+        threads = _threads(environment)
         one, many = _run(command, environment, config)
     speeds = [sum(m.num_tokens for m in ms) / sum(m.seconds for m in ms) for ms in (one, many)]
     report: dict[str, Any] = {
@@ -100,12 +101,19 @@ def main(config: Config) -> None:
             round(m.num_tokens / m.seconds / (o.num_tokens / o.seconds), 2)
             for o, m in zip(one, many, strict=True)
         ],
-        "threads": config.threads or os.cpu_count(),
+        "threads": threads,
         "load_average": round(os.getloadavg()[0], 1),
         "one_client": _latencies(one),
         "all_clients": _latencies(many),
     }
     print(json.dumps(report))
+
+
+def _threads(environment: dict[str, str]) -> int:
+    """How many threads a model computes with in a process of this environment."""
+    command = [sys.executable, "-c", "import torch; print(torch.get_num_threads())"]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return int(done.stdout)
 
 
 def _make_model(config: Config) -> None:

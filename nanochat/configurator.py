@@ -17,6 +17,7 @@ import difflib
 import errno
 import os
 import select
+import signal
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -43,6 +44,8 @@ _TRUE = {"true", "1", "yes", "on"}
 _FALSE = {"false", "0", "no", "off"}
 # What a full disk or a folder of somebody else's raises; the message already names the file.
 _USER_OS_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS}
+# What writing to standard output raises when its place is full, closed or broken.
+_OUTPUT_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EBADF, errno.EIO}
 
 
 class UsageError(UserError):
@@ -92,7 +95,10 @@ def run(main: Callable[[C], int | None], config_type: type[C]) -> NoReturn:
     which is printed as one line, 130 for Ctrl-C, 141 when nobody reads the output any more.
     Anything else is a defect and keeps its traceback.
     """
+    _replace_closed_streams()
     try:
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         config = parse(config_type)
         setup_logging()
         code = main(config) or 0
@@ -106,10 +112,14 @@ def run(main: Callable[[C], int | None], config_type: type[C]) -> NoReturn:
     except BrokenPipeError:
         if not _reader_has_gone():
             raise
-        # As in `... | head`. What is still buffered is for nobody; 141 is what a shell shows.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # As in `... | head`; 141 is what a shell shows.
+        _drop_output()
         sys.exit(141)
     except OSError as error:
+        has_no_name = error.filename is None and error.errno in _OUTPUT_ERRORS
+        if has_no_name and (reason := _output_trouble()) is not None:
+            _drop_output()
+            _fail(f"standard output cannot be written ({reason}); send it somewhere else")
         if error.errno not in _USER_OS_ERRORS:
             raise
         place = f" while writing {error.filename}" if error.filename else ""
@@ -117,6 +127,35 @@ def run(main: Callable[[C], int | None], config_type: type[C]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _replace_closed_streams() -> None:
+    """Give standard streams that the caller has closed (`>&-`) a place, where Python has None.
+
+    Input is empty then, messages are lost, and output is an error, but only when there is some.
+    """
+    # Opened for reading only, which every write to it finds out.
+    ways = (("stdin", os.O_RDONLY, "r"), ("stdout", os.O_RDONLY, "w"), ("stderr", os.O_WRONLY, "w"))
+    for name, flags, mode in ways:
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, flags)
+            setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
+def _output_trouble() -> str | None:
+    """Why standard output cannot be written; None when it can."""
+    try:
+        # The end of a command that has failed. The error itself does not say whose it is, and what
+        # could not be written need not be kept.
+        print(flush=True)
+    except OSError as error:
+        return error.strerror
+    return None
+
+
+def _drop_output() -> None:
+    """Have what is still buffered for standard output go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _reader_has_gone() -> bool:

@@ -16,7 +16,7 @@ import itertools
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
@@ -311,6 +311,7 @@ def start(
     device_type: str = "",
     *,
     dtype: str = "",
+    takes_int8: bool = False,
     seed: int = 42,
     timeout_seconds: float = _TIMEOUT_SECONDS,
 ) -> Iterator[Runtime]:
@@ -318,12 +319,18 @@ def start(
 
     device_type: "cuda", "mps", "cpu" or "" for the first of these that exists. dtype: a name
     such as "bfloat16" or ""; then $NANOCHAT_DTYPE, then bf16 where the hardware multiplies it
-    fast, else fp32. The group (nccl for CUDA tensors, gloo for CPU tensors) is left on every
+    fast, else fp32. takes_int8: dtype may also be "int8", for weights of 8 bits; what is not a
+    weight is fp32 then. The group (nccl for CUDA tensors, gloo for CPU tensors) is left on every
     way out. Raises UserError for a setting the machine cannot honour.
     """
     world = _world_from_environment()
     device = _choose_device(device_type, world)
-    compute_dtype = _choose_dtype(dtype or os.environ.get("NANOCHAT_DTYPE", ""), device)
+    if takes_int8 and dtype == "int8":
+        compute_dtype = torch.float32
+    else:
+        name = dtype or os.environ.get("NANOCHAT_DTYPE", "")
+        possible = (*_DTYPES, "int8") if takes_int8 and dtype else tuple(_DTYPES)
+        compute_dtype = _choose_dtype(name, device, possible)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
@@ -404,9 +411,9 @@ def _choose_device(device_type: str, world: World) -> torch.device:
     return torch.device("cuda", world.local_rank)
 
 
-def _choose_dtype(name: str, device: torch.device) -> torch.dtype:
+def _choose_dtype(name: str, device: torch.device, possible: Sequence[str]) -> torch.dtype:
     if not name:
         return torch.bfloat16 if has_fast_bf16(device) else torch.float32
     if name not in _DTYPES:
-        raise UserError(f"unknown compute dtype {name!r}; use one of {', '.join(_DTYPES)}")
+        raise UserError(f"unknown compute dtype {name!r}; use one of {', '.join(possible)}")
     return _DTYPES[name]

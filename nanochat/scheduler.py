@@ -80,7 +80,7 @@ class Scheduler:
         self.decoder: Decoder = decoder or make_decoder(model)
         self._choose = chooser_for(self.decoder.device)
         self.max_rows, self.max_waiting = max_rows, max_waiting
-        self.max_cache_tokens = max_cache_tokens or _affordable_tokens(self.decoder, max_rows)
+        self.max_cache_tokens = max_cache_tokens or affordable_tokens(self.decoder, max_rows)
         self.prefill_tokens = prefill_tokens or PREFILL_TOKENS
         self.num_prompt_tokens_read = 0
         """Prompt tokens that were computed, not copied."""
@@ -360,7 +360,7 @@ def common_length(first: Sequence[int], second: Sequence[int]) -> int:
     return low
 
 
-def _affordable_tokens(decoder: Decoder, max_rows: int) -> int:
+def affordable_tokens(decoder: Decoder, max_rows: int) -> int:
     """Tokens that half of the free memory holds, but no more than all rows could use twice."""
     if decoder.device.type == "cuda":
         free = torch.cuda.mem_get_info(decoder.device)[0]

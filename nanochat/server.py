@@ -101,6 +101,8 @@ def create_app(service: Service, access: Access | None = None) -> App:
         # Their pages load scripts from elsewhere.
         docs_url=None,
         redoc_url=None,
+        # What is no route is an error as any other, not a way to one.
+        redirect_slashes=False,
         responses=_ERRORS,
     )
     app.add_exception_handler(RequestError, _on_request_error)
@@ -220,7 +222,8 @@ async def _on_validation_error(request: Request, error: Exception) -> Response:
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     reasons = {
-        400: "the body is not valid JSON in UTF-8",
+        # Not UTF-8, or a number too long or lists too deep for the parser.
+        400: "the body cannot be read as JSON in UTF-8",
         404: "there is no such route",
         405: "this route does not take that method",
     }
@@ -313,7 +316,7 @@ def _add_chat(app: FastAPI, service: Service) -> None:
         response_class=StreamingResponse,  # for the document, which would say JSON otherwise
         responses={200: {"content": _STREAM, "description": "Events of JSON, the last is done"}},
     )
-    async def chat(request: ChatRequest) -> Response:
+    async def chat(request: ChatRequest, http: Request) -> Response:
         """Answer a conversation as a stream of {"token": text, "gpu": id}, then {"done": true}.
 
         The first event tells the prompt's length and how many old turns were left out. Text
@@ -324,7 +327,13 @@ def _add_chat(app: FastAPI, service: Service) -> None:
         settings = service.settings(request, max_tokens=max_tokens, logprobs=request.logprobs)
         (answer,) = service.open(prompt, settings)
         start = {"prompt_tokens": len(prompt.ids), "dropped_turns": prompt.dropped_turns}
-        events = _chat_events(service, answer, start, wants_tokens=request.logprobs is not None)
+        events = _chat_events(
+            service,
+            answer,
+            start,
+            began=http.state.arrived,
+            wants_tokens=request.logprobs is not None,
+        )
         return EventStream(events, close=answer.close)
 
     @app.post("/tokenize", response_model=Tokenized)
@@ -344,11 +353,10 @@ def _add_chat(app: FastAPI, service: Service) -> None:
 
 
 async def _chat_events(
-    service: Service, answer: Answer, start: dict[str, Any], *, wants_tokens: bool
+    service: Service, answer: Answer, start: dict[str, Any], *, began: float, wants_tokens: bool
 ) -> AsyncIterator[bytes]:
     gpu = answer.worker.gpu_id
     pieces = Pieces(service.tokenizer)
-    began = time.monotonic()
     first: float | None = None
     text = ""
     yield event({**start, "gpu": gpu})
@@ -410,6 +418,10 @@ def _add_openai(app: FastAPI, service: Service) -> None:
         service.check_model(body.model)
         if body.top_logprobs is not None and not body.logprobs:
             raise RequestError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+        limits = {body.max_tokens, body.max_completion_tokens} - {None}
+        if len(limits) > 1:
+            sentence = "max_tokens and max_completion_tokens differ; leave one of them out"
+            raise RequestError(400, sentence, param="max_tokens")
         max_tokens = service.max_tokens(body.max_completion_tokens or body.max_tokens)
         prompt = await service.chat_prompt(body.messages, max_tokens)
         settings = service.settings(

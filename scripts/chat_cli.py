@@ -34,6 +34,14 @@ BANNER = 'Chat: "clear" starts anew, "quit" ends, /help shows more; Ctrl-C stops
 
 
 STOPPED = 130  # what a shell shows of a program that Ctrl-C has ended
+# Where tyro would read the word None as nothing.
+_AS_TYPED = tyro.constructors.PrimitiveConstructorSpec[str | None](
+    nargs=1,
+    metavar="TEXT",
+    instance_from_str=lambda words: words[0],
+    is_instance=lambda value: value is None or isinstance(value, str),
+    str_from_instance=lambda value: [str(value)],
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ class Config:
     """Folder name of the run; default: the one written last."""
     step: Annotated[int | None, tyro.conf.arg(aliases=["-s"])] = None
     """Step of the checkpoint; default: the newest."""
-    prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None
+    prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"]), _AS_TYPED] = None
     """Answer this, print the answer alone, and end."""
     temperature: Annotated[float, tyro.conf.arg(aliases=["-t"])] = 0.6
     """0 = always the likeliest token; higher is more varied."""
@@ -65,7 +73,7 @@ class Config:
     device_type: str = ""
     """cuda, cpu or mps; default: the best there is."""
     dtype: Annotated[str, tyro.conf.arg(aliases=["-d"])] = ""
-    """bfloat16, float32, or int8 (8-bit weights, CPU only); default: bfloat16 where it is fast."""
+    """bfloat16, float16, float32, or int8 weights on a CPU; default: bfloat16 where it is fast."""
 
 
 class Chat:
@@ -145,7 +153,7 @@ def main(config: Config) -> int:
     if config.prompt is not None and not config.prompt.strip():
         raise UserError("--prompt is empty; give a question, or leave it out for a conversation")
     is_int8 = config.dtype == "int8"
-    with runtime.start(config.device_type, dtype="float32" if is_int8 else config.dtype) as rt:
+    with runtime.start(config.device_type, dtype=config.dtype, takes_int8=True) as rt:
         model, tokenizer, _ = checkpoint_manager.load_model(
             config.source,
             device=rt.device,
@@ -158,19 +166,28 @@ def main(config: Config) -> int:
         if config.prompt is not None:
             # Whoever called must not take a part for the answer.
             return 0 if answer(chat, config.prompt) else STOPPED
-        converse(chat, line_reader())
-        return 0
+        return converse(chat, line_reader())
 
 
-def converse(chat: Chat, read: Callable[[], str]) -> None:
-    """Read and answer until "quit", "exit", end of input or Ctrl-C."""
-    if sys.stdin.isatty():
+def converse(chat: Chat, read: Callable[[], str]) -> int:
+    """Read and answer until "quit", "exit", end of input or Ctrl-C. Returns the exit code.
+
+    Who types sees what went wrong. Of questions from a pipe only the exit code may be seen: Ctrl-C
+    ends them at once with 130, and a line that could not be done makes it 1.
+    """
+    is_typed = sys.stdin.isatty()
+    failed = False
+    if is_typed:
         print(BANNER)
     while True:
         try:
             text = read().strip()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             break
+        except KeyboardInterrupt:
+            if is_typed:
+                break
+            raise
         if text.lower() in ("quit", "exit", "/quit", "/exit"):
             break
         try:
@@ -178,29 +195,28 @@ def converse(chat: Chat, read: Callable[[], str]) -> None:
                 print(COMMANDS["/clear"].run(chat, ""))
             elif text.startswith("/"):
                 obey(chat, text)
-            elif text:
-                answer(chat, text)
-        except BrokenPipeError:  # nobody reads the answers any more
-            raise
-        except OSError as error:
-            print(f"error: {error.filename2 or error.filename}: {error.strerror}", file=sys.stderr)
+            elif text and not answer(chat, text):
+                raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            if not is_typed:
+                return STOPPED
         except UserError as error:
+            failed = True
             print(f"error: {error}", file=sys.stderr)
     print("Goodbye.", file=sys.stderr)
+    return int(failed and not is_typed)
 
 
 def answer(chat: Chat, text: str) -> bool:
-    """Print the answer as it comes; Ctrl-C ends the answer alone. Whether it came to its end."""
-    is_whole = True
+    """Print the answer as it comes; Ctrl-C ends it. Whether it was left in peace."""
     with _interrupts_noted() as is_interrupted, closing(chat.ask(text)) as pieces:
         for piece in pieces:
             print(terminal_text(piece), end="", flush=True)
             if is_interrupted():
                 print(" [stopped]", end="", file=sys.stderr, flush=True)
-                is_whole = False
                 break
     print(flush=True)
-    return is_whole
+    return not is_interrupted()
 
 
 @contextmanager
@@ -284,20 +300,32 @@ def _system(chat: Chat, argument: str) -> str:
 def _retry(chat: Chat, argument: str) -> str:
     before = chat.turns
     try:
-        answer(chat, chat.take_back())
+        is_whole = answer(chat, chat.take_back())
     except UserError:  # such as a system text that leaves no room for the question
         chat.turns = before
         raise
+    if not is_whole:
+        raise KeyboardInterrupt
     return ""
 
 
 def _save(chat: Chat, argument: str) -> str:
-    path = Path(argument or "chat.json").expanduser()
+    name = argument or "chat.json"
     document = chat.conversation().to_json()
-    if not path.parent.is_dir():
-        # Made on the way, a mistyped folder would swallow the conversation.
-        raise UserError(f"there is no folder {path.parent}; make it, or save somewhere else")
-    write_json(path, document)
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:  # the folder of a user who is not known here
+        raise UserError(f"cannot save to {name} ({error}); save somewhere else") from error
+    if "\0" in name:
+        raise UserError(f"cannot save to {name!r}: a file's name has no NUL; save somewhere else")
+    try:
+        if not path.parent.is_dir():
+            # Made on the way, a mistyped folder would swallow the conversation.
+            raise UserError(f"there is no folder {path.parent}; make it, or save somewhere else")
+        write_json(path, document)
+    except OSError as error:
+        # Its own name is that of a temporary file beside the one that was asked for.
+        raise UserError(f"cannot save to {path} ({error.strerror}); save somewhere else") from error
     return f"saved to {path}"
 
 

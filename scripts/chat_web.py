@@ -6,6 +6,7 @@ python -m scripts.chat_web -i mid --port=8001 --temperature=0.5
 
 from __future__ import annotations
 
+import errno
 import getpass
 import ipaddress
 import logging
@@ -66,7 +67,7 @@ class Config:
     device_type: str = ""
     """cuda, cpu or mps; default: the best there is."""
     dtype: Annotated[str, tyro.conf.arg(aliases=["-d"])] = ""
-    """bfloat16, float32, or int8 weights on a CPU; default: bfloat16 where that is fast."""
+    """bfloat16, float16, float32, or int8 weights on a CPU; default: bfloat16 where it is fast."""
 
 
 def main(config: Config) -> None:
@@ -178,12 +179,17 @@ def _listening_socket(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
+    except UnicodeError as error:  # what a name on the network can not be, such as a..b
+        reason, flag = "no name of a machine", "--host"
+        cause: Exception = error
     except OSError as error:
         # create_server adds the address to the system's words; it stands here already.
         reason = str(error.strerror).partition(" (while")[0]
-        raise UserError(
-            f"cannot listen on {host} port {port} ({reason}); choose another --port"
-        ) from error
+        is_host = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+        flag, cause = "--host" if is_host else "--port", error
+    raise UserError(f"cannot listen on {host} port {port} ({reason}); choose another {flag}") from (
+        cause
+    )
 
 
 if __name__ == "__main__":

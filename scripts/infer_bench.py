@@ -27,7 +27,7 @@ from nanochat.decoders import make_decoder
 from nanochat.gpt import GPT
 from nanochat.request import Request
 from nanochat.sampling import SamplingSettings
-from nanochat.scheduler import PREFILL_TOKENS, Scheduler
+from nanochat.scheduler import PREFILL_TOKENS, Scheduler, affordable_tokens
 from nanochat.tokenizer import Tokenizer
 
 COLUMNS = (
@@ -60,7 +60,7 @@ class Config:
     device_type: str = ""
     """cuda, cpu or mps; default: the best there is."""
     dtype: Annotated[str, tyro.conf.arg(aliases=["-d"])] = ""
-    """bfloat16, float32, or int8 (8-bit weights, CPU only); default: bfloat16 where it is fast."""
+    """bfloat16, float16, float32, or int8 weights on a CPU; default: bfloat16 where it is fast."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def main(config: Config) -> None:
             f"{config.decode_tokens}; both must be at least 1"
         )
     is_int8 = config.dtype == "int8"
-    with runtime.start(config.device_type, dtype="float32" if is_int8 else config.dtype) as rt:
+    with runtime.start(config.device_type, dtype=config.dtype, takes_int8=True) as rt:
         if rt.world.size > 1:
             raise UserError("infer_bench measures one device; start it without torchrun")
         model, tokenizer, checkpoint = checkpoint_manager.load_model(
@@ -122,6 +122,8 @@ def main(config: Config) -> None:
         decoder = make_decoder(model, int8=is_int8)
         machine = _machine(rt.device)
         prompt_tokens, decode_tokens = _lengths(config, decoder.context)
+        for size in sizes:
+            _check_memory(decoder, size, prompt_tokens + decode_tokens)
         weight_bytes = _weight_bytes(model, decoder)
         bandwidth = machine.memory_bandwidth
         ceiling = bandwidth / weight_bytes if bandwidth else None
@@ -261,6 +263,22 @@ def _lengths(config: Config, context: int) -> tuple[int, int]:
             f"measuring prompts of {prompt} and answers of {decode}"
         )
     return prompt, decode
+
+
+def _check_memory(decoder: Decoder, batch_size: int, num_tokens: int) -> None:
+    """UserError when the free memory does not hold so many answers of `num_tokens` at once.
+
+    Before any is measured: to make the prompts alone may take minutes and all of the memory.
+    """
+    needed = batch_size * num_tokens
+    there = affordable_tokens(decoder, batch_size)
+    if needed > there:
+        gigabytes = [tokens * decoder.bytes_per_token / 1e9 for tokens in (needed, there)]
+        raise UserError(
+            f"a batch of {batch_size} needs more cache memory ({needed:,} tokens, "
+            f"{gigabytes[0]:,.1f} GB) than the {there:,} tokens ({gigabytes[1]:,.1f} GB) that half "
+            "of the free memory holds; leave it out of --batch-sizes"
+        )
 
 
 def _batch_sizes(text: str) -> list[int]:

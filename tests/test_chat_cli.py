@@ -85,6 +85,12 @@ def test_a_prompt_prints_the_answer_alone_on_stdout(base_dir: Path) -> None:
     assert "loaded sft model d1, step 7" in done.stderr
 
 
+def test_the_word_none_is_a_question_as_any_other() -> None:
+    assert parse(Config, ["-p", "None"]).prompt == "None"
+    assert parse(Config, ["--prompt=None"]).prompt == "None"
+    assert parse(Config, []).prompt is None
+
+
 def answer_of(*arguments: str) -> None:
     chat_cli.main(parse(Config, ["--device-type=cpu", "-t", "0", *arguments]))
 
@@ -180,6 +186,7 @@ def test_a_stage_that_was_asked_for_is_not_replaced(base_dir: Path) -> None:
         (["--max-new-tokens=0"], "--max-new-tokens is 0"),
         (["-p", "word " * 100], "the last message has 504 tokens, and the answer needs 16"),
         (["--step=3"], "no step 3"),
+        (["-d", "x"], "'x'; use one of bfloat16, float16, float32, int8"),
         (["-g", "d9"], "no sft model 'd9'"),
     ],
 )
@@ -318,6 +325,54 @@ def test_one_prompt_that_is_stopped_with_ctrl_c_ends_with_130(base_dir: Path) ->
     assert errors.endswith(" [stopped]")
 
 
+def test_ctrl_c_ends_questions_from_a_pipe(base_dir: Path) -> None:
+    a, b = tokens_of("ab")
+    model = scripted_model([*tokens_of(START), a, b], sequence_len=20_000)
+    model.lm_head.weight.data[a, b] = 3.0
+    save("sft", model)
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "scripts.chat_cli", "--device-type=cpu"),
+            *("-t", "0", "--max-new-tokens=19000"),
+        ],
+        cwd=REPOSITORY,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write("Hello?\nAgain?\n")
+        process.stdin.flush()  # and stays open: the end of the input is not what ends the run
+        assert process.stdout.read(4) == "abab"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+        rest, errors = process.communicate()
+    assert rest.count("\n") == 1
+    assert errors.endswith(" [stopped]")
+
+
+def test_ctrl_c_ends_a_pipe_that_is_waited_for_and_a_terminal_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> str:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        chat_cli.converse(make_chat()[0], interrupted)
+    monkeypatch.setattr(chat_cli, "answer", lambda *_: False)
+    lines = ("Hello?", "/retry", "Again?", "exit")
+    chat, _ = make_chat()
+    list(chat.ask("Hi"))
+    assert chat_cli.converse(chat, iter(lines).__next__) == 130
+    assert chat_cli.converse(chat, iter(lines[1:]).__next__) == 130
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    assert chat_cli.converse(chat, iter(lines[:1] + lines[2:]).__next__) == 0
+    assert capsys.readouterr().err == "Goodbye.\n"
+
+
 def test_a_pipe_gives_answers_without_banner_or_prompts(base_dir: Path) -> None:
     save("sft", scripted_model(GREETING))
     done = run("-t", "0", stdin="Hello?\n\nAgain?\n")
@@ -342,7 +397,8 @@ def test_a_question_too_long_is_refused_and_the_chat_goes_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     lines = iter(["word " * 100, "Hello?", "exit"])
-    chat_cli.converse(make_chat()[0], lines.__next__)
+    # Whoever counts the answers to a pipe's questions learns that one is missing.
+    assert chat_cli.converse(make_chat()[0], lines.__next__) == 1
     output = capsys.readouterr()
     assert output.out == "Hey \U0001f642!\n"
     assert "the last message has 503 tokens" in output.err
@@ -525,6 +581,26 @@ def test_control_characters_of_an_answer_do_not_reach_the_terminal(
     out, _ = talk(capsys, chat, "Hi")
     assert out == "a\\x1b[2J\tb\\x07\\x0d\nc\\x9b\\x7f\n"
     assert chat.turns[-1].text == "a\x1b[2J\tb\x07\r\nc\x9b\x7f"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("~nosuchuser/x.json", "cannot save to ~nosuchuser/x.json (Could not determine home"),
+        ("a\0b.json", "cannot save to 'a\\x00b.json': a file's name has no NUL"),
+        ("/proc/x.json", "cannot save to /proc/x.json (No such file or directory); save some"),
+        ("x" * 300, f"cannot save to {'x' * 300} (File name too long); save somewhere else"),
+        (f"{'x' * 300}/y", f"cannot save to {'x' * 300}/y (File name too long)"),
+        ("/tmp", "cannot save to /tmp ("),
+    ],
+)
+def test_a_place_that_cannot_be_saved_to_is_named_and_the_chat_goes_on(
+    capsys: pytest.CaptureFixture[str], name: str, reason: str
+) -> None:
+    out, err = talk(capsys, make_chat()[0], "Hi", f"/save {name}", "Hi")
+    assert out.count("Hey \U0001f642!\n") == 2
+    assert err.startswith(f"error: {reason}")
+    assert err.count("\n") == 1
 
 
 def test_save_makes_no_folders(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import queue
 import re
 import shutil
@@ -86,6 +87,7 @@ def test_flags_have_the_documented_spellings() -> None:
         ("--num-gpus=2", "needs CUDA"),
         ("--num-gpus=0", "use at least 1"),
         ("--model-tag=d9", "no sft model 'd9'"),
+        ("--dtype=x", "'x'; use one of bfloat16, float16, float32, int8"),
         ("--host=0.0.0.0", "--host=0.0.0.0 lets other machines in"),
         ("--host=192.0.2.7", "or --insecure"),
         ("--api-key-file=/nowhere", "--api-key-file=/nowhere: No such file or directory"),
@@ -108,6 +110,16 @@ def test_a_port_in_use_is_explained(base_dir: Path) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=rf"port {port} \([^()]+\); choose another --port"):
             main(f"--port={port}")
+
+
+@pytest.mark.parametrize(
+    "host", ["a..b", "x" * 80, "no.such.host.invalid", "192.0.2.7"], ids=lambda host: host[:5]
+)
+def test_a_host_that_is_none_of_ours_is_explained(base_dir: Path, host: str) -> None:
+    save("sft", scripted_model(GREETING))
+    reason = rf"cannot listen on {re.escape(host)} port 0 \([^()]+\); choose another --host$"
+    with pytest.raises(UserError, match=reason):
+        main("--insecure", f"--host={host}")
 
 
 def test_a_key_is_read_from_a_file_or_the_environment(
@@ -157,6 +169,7 @@ def process(base_dir: Path) -> Iterator[Any]:
             cwd=REPOSITORY,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
         # A log that says nothing more comes to its end then: a test fails instead of waiting.
         watch = threading.Timer(SECONDS, child.kill)
@@ -175,7 +188,10 @@ def process(base_dir: Path) -> Iterator[Any]:
         child.communicate()
 
 
-def test_it_drains_on_sigterm_and_serves_from_memory(base_dir: Path, process: Any) -> None:
+@pytest.mark.parametrize("to_all", [False, True], ids=["server", "group"])
+def test_it_drains_on_sigterm_and_serves_from_memory(
+    base_dir: Path, process: Any, to_all: bool
+) -> None:
     folder = save("mid", scripted_model(GREETING))
     child, address = process()
     assert httpx.get(f"{address}/health").json()["model"]["id"] == "nanochat-d1-mid"
@@ -185,11 +201,34 @@ def test_it_drains_on_sigterm_and_serves_from_memory(base_dir: Path, process: An
     with httpx.stream("POST", address + CHAT, json=body, timeout=30) as response:
         lines = response.iter_lines()
         first = next(lines)
-        child.send_signal(signal.SIGTERM)
+        # As `timeout` and job schedulers do it, the signal goes to the engine, too.
+        (os.killpg if to_all else os.kill)(child.pid, signal.SIGTERM)
         rest = list(lines)
     assert "prompt_tokens" in first
     assert '"done":true' in rest[-2]
     assert child.wait(timeout=30) == 0
+
+
+def test_an_engine_ends_with_its_server_however_that_ends(base_dir: Path, process: Any) -> None:
+    save("sft", scripted_model(GREETING))
+    child, _ = process()
+    engine = psutil.Process(engine_of(child.pid))
+    engine.terminate()
+    with pytest.raises(psutil.TimeoutExpired):
+        engine.wait(0.5)
+    child.kill()
+    assert psutil.wait_procs([engine], timeout=30)[1] == []
+
+
+def test_a_port_in_use_ends_the_engine_as_well(base_dir: Path) -> None:
+    save("sft", scripted_model(GREETING))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        flag = f"--port={taken.getsockname()[1]}"
+        command = [sys.executable, "-m", "scripts.chat_web", "--device-type=cpu", flag]
+        # Not before all have ended who hold the other end of its pipes.
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert b"choose another --port" in done.stderr
 
 
 # ---- several engines ---------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The command line: what is forgiven, what is refused and how."""
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -196,6 +197,7 @@ def test_help_shows_the_docstrings(capsys: pytest.CaptureFixture[str]) -> None:
 
 SCRIPT = """
 import errno
+import sys
 from dataclasses import dataclass
 from nanochat import configurator
 from nanochat.common import UserError
@@ -214,6 +216,8 @@ def main(config):
         raise KeyError("lost")
     if config.what == "code":
         return 85
+    if config.what == "read" and not sys.stdin.read():
+        raise UserError("nothing was read")
     if config.what == "interrupt":
         raise KeyboardInterrupt
     if config.what in ("much", "little"):
@@ -226,7 +230,7 @@ configurator.run(main, Config)
 
 
 def run_script(
-    folder: Path, *arguments: str, stdout: Any = subprocess.PIPE
+    folder: Path, *arguments: str, stdout: Any = subprocess.PIPE, **environment: str
 ) -> "subprocess.CompletedProcess[str]":
     path = folder / "script.py"
     path.write_text(SCRIPT)
@@ -236,7 +240,7 @@ def run_script(
         stderr=subprocess.PIPE,
         text=True,
         timeout=60,
-        env={"PYTHONPATH": str(Path(configurator.__file__).parents[1])},
+        env={"PYTHONPATH": str(Path(configurator.__file__).parents[1]), **environment},
     )
 
 
@@ -270,6 +274,51 @@ def test_full_disk_is_one_line_that_names_the_file(tmp_path: Path) -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_ctrl_c_while_a_command_is_imported_is_one_line(tmp_path: Path) -> None:
+    # Stands for the seconds that the real one takes.
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    repository = Path(configurator.__file__).parents[1]
+    command = [sys.executable, "-m", "scripts.chat_cli"]
+
+    def run(ignores: bool) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            command,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={"PYTHONPATH": f"{tmp_path}:{repository}"},
+            preexec_fn=lambda: signal.signal(
+                signal.SIGINT, signal.SIG_IGN if ignores else signal.default_int_handler
+            ),
+        )
+
+    result = run(ignores=False)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "interrupted\n")
+    assert "interrupted" not in run(ignores=True).stderr
+
+
+def test_ctrl_c_of_a_running_command_is_its_own_affair() -> None:
+    program = """
+import signal, sys
+sys.argv[:] = ["-m"]
+import scripts
+from dataclasses import make_dataclass
+from nanochat import configurator
+
+def main(config):
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        return 7
+
+sys.argv[:] = ["x"]
+configurator.run(main, make_dataclass("Config", []))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (7, "")
+
+
 @pytest.mark.parametrize("amount", ["much", "little"])
 def test_a_reader_that_has_gone_ends_the_command_quietly(tmp_path: Path, amount: str) -> None:
     reader, writer = os.pipe()
@@ -277,6 +326,47 @@ def test_a_reader_that_has_gone_ends_the_command_quietly(tmp_path: Path, amount:
     with os.fdopen(writer, "wb") as stdout:
         result = run_script(tmp_path, f"--what={amount}", stdout=stdout)
     assert (result.returncode, result.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("amount", ["much", "little"])
+@pytest.mark.parametrize("environment", [{}, {"PYTHONUNBUFFERED": "1"}])
+def test_output_that_cannot_be_written_is_named(
+    tmp_path: Path, amount: str, environment: dict[str, str]
+) -> None:
+    with open("/dev/full", "wb") as stdout:
+        result = run_script(tmp_path, f"--what={amount}", stdout=stdout, **environment)
+    assert (result.returncode, result.stderr) == (
+        1,
+        "error: standard output cannot be written (No space left on device); "
+        "send it somewhere else\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("closed", "what", "code", "errors"),
+    [
+        (">&-", "little", 1, "error: standard output cannot be written"),
+        (">&-", "code", 85, ""),
+        ("<&-", "read", 1, "error: nothing was read"),
+        ("2>&-", "user", 1, ""),
+        ("<&- >&- 2>&-", "little", 1, ""),
+    ],
+)
+def test_standard_streams_may_be_closed(
+    tmp_path: Path, closed: str, what: str, code: int, errors: str
+) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = f"exec {sys.executable} {tmp_path}/script.py --what={what} {closed}"
+    result = subprocess.run(
+        ["sh", "-c", command],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={"PYTHONPATH": str(Path(configurator.__file__).parents[1])},
+    )
+    assert (result.returncode, result.stdout) == (code, "")
+    assert result.stderr.startswith(errors)
+    assert result.stderr.count("\n") == bool(errors)
 
 
 def test_a_pipe_that_is_not_the_output_keeps_its_traceback(tmp_path: Path) -> None:

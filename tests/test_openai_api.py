@@ -134,7 +134,8 @@ def test_the_streaming_helper_puts_the_answer_together(client: openai.OpenAI) ->
 
 
 def test_max_tokens_ends_with_length(client: openai.OpenAI) -> None:
-    for settings in ({"max_tokens": 3}, {"max_completion_tokens": 3}):
+    both = {"max_tokens": 3, "max_completion_tokens": 3}
+    for settings in ({"max_tokens": 3}, {"max_completion_tokens": 3}, both):
         (choice,) = client.chat.completions.create(**asking("Count", **settings)).choices
         assert (choice.message.content, choice.finish_reason) == ("one", "length")
 
@@ -393,6 +394,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "wrong role": ({"messages": [{"role": "critic", "content": "a"}]}, "messages"),
     "text for a number": ({"max_tokens": "many"}, "max_tokens"),
     "many tokens": ({"max_completion_tokens": 4097}, "max_completion_tokens"),
+    "two lengths": ({"max_completion_tokens": 3, "max_tokens": 4}, "max_tokens"),
     "21 alternatives": ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     "an empty stop": ({"stop": ""}, "stop"),
     "a long stop": ({"stop": ["a", "a" * 101]}, "stop[1]"),

@@ -77,6 +77,22 @@ def test_an_answer_is_a_stream_of_tokens_that_ends_with_done(client: httpx.Clien
     assert text_of(response) == "Hey \U0001f642 you"
 
 
+def test_the_time_to_the_first_token_begins_when_the_request_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    service = service_of(lambda: ScriptedScheduler(always("Hey")))
+    settings = service.settings
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        time.sleep(0.2)
+        return settings(*arguments, **options)
+
+    monkeypatch.setattr(service, "settings", slow)
+    with serving(service) as address:
+        done = events_of(httpx.post(address + CHAT, json=HELLO))[-1]
+    assert 0.2 < done["first_token_seconds"] <= done["seconds"] < 10
+
+
 def test_characters_of_several_tokens_are_never_cut(client: httpx.Client) -> None:
     # One token a byte: the smiley is four of them.
     events = events_of(client.post(CHAT, json=HELLO))
@@ -242,8 +258,9 @@ def test_a_wrong_form_is_answered_with_422(client: httpx.Client, name: str) -> N
 )
 def test_json_that_cannot_be_read_is_refused(client: httpx.Client, body: bytes) -> None:
     response = client.post(CHAT, content=body, headers={"content-type": "application/json"})
-    assert response.status_code in (400, 422)
-    assert response.json()["error"]["message"]
+    assert response.status_code == 400
+    message = response.json()["error"]["message"]
+    assert message == "the body cannot be read as JSON in UTF-8"
 
 
 def test_not_a_number_is_refused(client: httpx.Client) -> None:
@@ -307,6 +324,12 @@ def test_a_key_is_asked_for_everywhere_but_on_the_page() -> None:
             assert (response.status_code, response.headers["www-authenticate"]) == (401, "Bearer")
         good = {"authorization": "Bearer k3y"}
         assert httpx.post(address + CHAT, json=HELLO, headers=good).status_code == 200
+
+
+def test_a_route_with_a_slash_too_many_is_none(client: httpx.Client) -> None:
+    response = client.get("/health/")
+    assert response.status_code == 404
+    assert response.json()["error"]["message"] == "there is no such route"
 
 
 def test_no_path_leads_to_a_file(client: httpx.Client) -> None:

@@ -56,7 +56,7 @@ def load_service(
     capacity = capacity or Capacity()
     checkpoint = checkpoint_manager.find_checkpoint(stage, tag, step, weights_only=True)
     is_int8 = dtype == "int8"
-    with runtime.start(device_type, dtype="float32" if is_int8 else dtype) as chosen:
+    with runtime.start(device_type, dtype=dtype, takes_int8=True) as chosen:
         device, compute_dtype = chosen.device, chosen.compute_dtype
     devices = _devices(device, num_gpus)
     links: list[ProcessLink] = []

@@ -161,6 +161,8 @@ class Guard:
             await _refuse(send, 415, sentence, "unsupported_media_type")
             return
 
+        # For answers that tell how long they took: the wait for others' requests is part of it.
+        scope.setdefault("state", {})["arrived"] = time.monotonic()
         is_read = False
 
         async def receive_again() -> Message:

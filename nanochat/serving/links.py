@@ -8,6 +8,7 @@ Nothing but this file crosses the border, so what is on either side needs no loc
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import logging
@@ -229,6 +230,8 @@ class ProcessLink:
             raise
         finally:
             theirs.close()  # so that the end of the process is the end of the pipe
+        # Before `multiprocessing` sends SIGTERM at the exit and waits: engines do not heed it.
+        atexit.register(process.kill)
         self._ours, self._process = ours, process
 
     def wait(self) -> None:
@@ -241,8 +244,7 @@ class ProcessLink:
         except (EOFError, OSError):
             word = f"it ended {_ending(_exit_code(self._process))}"
         if word != _READY:
-            self._process.kill()
-            self._process.join()
+            self._end()
             if word.startswith(_REFUSED):
                 raise UserError(word.removeprefix(_REFUSED))
             raise UserError(f"an engine process did not start: {word}; see the log above")
@@ -254,6 +256,7 @@ class ProcessLink:
         One that had its model and ended before this call is lost as any other: it is told so.
         """
         if self._process.exitcode is not None and not self._is_ready:
+            self._end()
             self._spawn()
         self.wait()
         process, pipe = self._process, self._ours
@@ -290,10 +293,14 @@ class ProcessLink:
         """Ask the process to end; kill it when it does not."""
         self.send(_STOP)
         self._process.join(5.0 if self._is_ready else 0.0)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+        self._end()
         self._ours.close()
+
+    def _end(self) -> None:
+        """Kill the process, unless it has ended."""
+        self._process.kill()
+        self._process.join()
+        atexit.unregister(self._process.kill)
 
 
 def _exit_code(process: BaseProcess) -> int | None:
@@ -339,8 +346,11 @@ def _engine_process(recipe: Recipe, pipe: Connection) -> None:
     recipe.settle()
     spare_the_collector()
     threading.Thread(target=listen, daemon=True).start()
-    pipe.send_bytes(_READY.encode())
+    # So does the SIGTERM of a job's end. The server lets the answers in the making come to theirs;
+    # before there can be any, an engine that still loads is better ended.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
+        pipe.send_bytes(_READY.encode())
         run_engine(make_scheduler, commands, lambda items: pipe.send_bytes(_packed(items)))
     except OSError:
         logger.error("the server has gone; this engine ends")
