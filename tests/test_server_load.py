@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from typing import Any
 
@@ -12,6 +13,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from scripted_model import byte_tokenizer
 from web_server import CONTEXT, HELLO, ScriptedScheduler, always, service_of, serving
 
+from benchmarks import bench_server
 from nanochat.serving.requests import (
     MAX_BODY_BYTES,
     ChatRequest,
@@ -117,3 +119,11 @@ def test_too_many_fields_are_named_as_the_mistake() -> None:
         response = httpx.post(address + CHAT, json={**HELLO, **MANY}, timeout=20)
     assert response.status_code == 400
     assert response.json()["error"]["message"] == "an object has more than 100 fields"
+
+
+# ---- the benchmark -----------------------------------------------------------------------------
+
+
+def test_the_benchmark_reports_the_threads_that_the_server_uses() -> None:
+    # Not the processors of the machine, of which it may use a part.
+    assert bench_server._threads({**os.environ, "OMP_NUM_THREADS": "1"}) == 1
