@@ -29,7 +29,7 @@ CONFINED = {
 }
 # An attribute of a module and the only files that may read it.
 CONFINED_ATTRIBUTES = {
-    ("sys", "argv"): {"nanochat/configurator.py"},
+    ("sys", "argv"): {"nanochat/configurator.py", "scripts/__init__.py"},
 }
 RANK_VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "NANOCHAT_DTYPE"}
 
