@@ -25,6 +25,11 @@
 #   STOP_SIGNAL what a running command is sent when this shell is told to stop (default TERM)
 #   STAGE_LOGS  a folder for one log per stage, besides what is printed
 #
+# While signals are trapped nothing here stands in $(...), <(...) or >(...): bash 5.2 runs a trap while it
+# parses those and then fails with "unexpected EOF" and exit code 2, or gives an empty answer when a signal
+# came just before (a stage would be recorded with an empty command and start from nothing). Functions
+# answer in REPLY, programs in a file.
+#
 # Exit codes: 0, that of the stage that failed, 2 for a wrong name; when asked to stop, 85 after USR1 or
 # when a training run has saved and left by itself, 130 after Ctrl-C, 143 after TERM.
 
@@ -36,8 +41,10 @@ PIPELINE_STARTED=0    # 1 once FROM was reached
 PIPELINE_ENDED=0      # 1 once UNTIL was passed
 PIPELINE_STOP=0       # the exit code, once a signal has asked for a stop
 PIPELINE_CHILD=""     # process id of the running command
+PIPELINE_TOLD=""      # process id of the one that was told to stop
 PIPELINE_AHEAD=""     # process id of the one that `ahead` began
 PIPELINE_AHEAD_NAME=""
+PIPELINE_SCRATCH=""   # a folder for what programs answer
 PIPELINE_LACKING=0    # 1 once a file was found missing that a stage builds on
 LAUNCH=(python -m)
 # Flags of how a command is carried out, not of what it computes: not part of what makes it another one.
@@ -69,10 +76,11 @@ run_pipeline() {
         return
     fi
     PIPELINE_MODE=run
+    PIPELINE_SCRATCH="$(mktemp -d)"
+    trap pipeline_leave EXIT
     trap 'pipeline_stop 130' INT
     trap 'pipeline_stop 143' TERM HUP
     trap 'pipeline_stop 85' USR1
-    trap pipeline_end_ahead EXIT
     "$1"
     trap - INT TERM HUP USR1
 }
@@ -95,21 +103,25 @@ ahead() {
     local name="$1" log
     shift
     [ "$PIPELINE_MODE" = run ] && [ "${DRY_RUN:-0}" = 0 ] && pipeline_comes "$name" || return 0
-    [ "$(python -m scripts.run_state status "$name" --command="$(pipeline_record "$@")")" != "done" ] || return 0
-    log="$(pipeline_ahead_log "$name")"
-    mkdir -p "$(dirname "$log")"
+    pipeline_record "$@"
+    pipeline_ask status "$name" --command="$REPLY"
+    [ "$REPLY" != "done" ] || return 0
+    pipeline_ahead_log "$name"
+    log="$REPLY"
+    mkdir -p "${log%/*}"
     echo "== $name, beside what follows: $* >$log"
     "$@" >"$log" 2>&1 </dev/null &
     PIPELINE_AHEAD=$! PIPELINE_AHEAD_NAME="$name"
 }
 
-pipeline_ahead_log() { echo "${STAGE_LOGS:-$NANOCHAT_BASE_DIR/logs}/$1-ahead.log"; }
+pipeline_ahead_log() { REPLY="${STAGE_LOGS:-$NANOCHAT_BASE_DIR/logs}/$1-ahead.log"; }
 
 # Wait for what was begun ahead of a stage. Whether it has succeeded is the stage's to find out.
 pipeline_finish_ahead() {
     local code=0 log
     [ "$PIPELINE_AHEAD_NAME" = "$1" ] || return 0
-    log="$(pipeline_ahead_log "$1")"
+    pipeline_ahead_log "$1"
+    log="$REPLY"
     ! kill -0 "$PIPELINE_AHEAD" 2>/dev/null || echo "== $1: waiting for what was begun before; see $log"
     pipeline_wait "$PIPELINE_AHEAD" || code=$?
     PIPELINE_AHEAD="" PIPELINE_AHEAD_NAME=""
@@ -119,7 +131,9 @@ pipeline_finish_ahead() {
     fi
 }
 
-pipeline_end_ahead() {
+# However this shell ends.
+pipeline_leave() {
+    rm -rf "$PIPELINE_SCRATCH"
     [ -n "$PIPELINE_AHEAD" ] || return 0
     kill "$PIPELINE_AHEAD" 2>/dev/null || true
     wait "$PIPELINE_AHEAD" 2>/dev/null || true
@@ -182,14 +196,19 @@ pipeline_step() {
 
     PIPELINE_SELECTED+=("$name")
     pipeline_finish_ahead "$name"
-    local forced status record clears
-    forced="$(pipeline_forced "$name")" record="$(pipeline_record "$@")"
-    clears="$(pipeline_built_on "$kind" "$name")"
+    local forced=False status record clears
+    ! pipeline_forced "$name" || forced=True
+    pipeline_record "$@"
+    record="$REPLY"
+    pipeline_built_on "$kind" "$name"
+    clears="$REPLY"
     # Files that are fetched once more are the same files.
-    if [ "$kind" = files ] && [ "$(python -m scripts.run_state status "$name" --command="$record")" != new ]; then
-        clears=""
+    if [ "$kind" = files ]; then
+        pipeline_ask status "$name" --command="$record"
+        [ "$REPLY" = new ] || clears=""
     fi
-    status="$(python -m scripts.run_state begin "$name" --command="$record" --clears="$clears" --force="$forced")"
+    pipeline_ask begin "$name" --command="$record" --clears="$clears" --force="$forced"
+    status="$REPLY"
     if [ "$status" = "done" ] && [ "$forced" = False ] &&
         { [ "$kind" != files ] || "${command[@]}" >/dev/null; }; then
         echo "== $name: done before, skipped"
@@ -240,16 +259,18 @@ pipeline_selected() {
     [ "$PIPELINE_STARTED" = 1 ]
 }
 
-# True or False: whether a stage runs even if it is done.
+# Whether a stage runs even if it is done.
 pipeline_forced() {
-    if [ "${SKIP_DONE:-0}" = 0 ] && { [ "$1" = "${ONLY:-}" ] || [ "$1" = "${FROM:-}" ]; }; then
-        echo True
-    else
-        echo False
-    fi
+    [ "${SKIP_DONE:-0}" = 0 ] && { [ "$1" = "${ONLY:-}" ] || [ "$1" = "${FROM:-}" ]; }
 }
 
-# A command as it is remembered: the same on any number of devices and under any run name.
+# What the keeper of the records answers, in REPLY.
+pipeline_ask() {
+    python -m scripts.run_state "$@" >"$PIPELINE_SCRATCH/answer"
+    read -r REPLY <"$PIPELINE_SCRATCH/answer"
+}
+
+# A command as it is remembered, in REPLY: the same on any number of devices and under any run name.
 pipeline_record() {
     local word flag kept=()
     if [ "$1" = ranks ]; then
@@ -262,10 +283,10 @@ pipeline_record() {
         done
         kept+=("$word")
     done
-    echo "${kept[*]}"
+    REPLY="${kept[*]}"
 }
 
-# The stages that are no longer done when NAME runs, separated by commas.
+# The stages that are no longer done when NAME runs, separated by commas, in REPLY.
 pipeline_built_on() {
     local kind="$1" name="$2" names="" after=0 i
     for i in "${!PIPELINE_NAMES[@]}"; do
@@ -274,7 +295,7 @@ pipeline_built_on() {
         fi
         [ "${PIPELINE_NAMES[$i]}" != "$name" ] || after=1
     done
-    echo "${names#,}"
+    REPLY="${names#,}"
 }
 
 # Run a command so that a signal to this shell reaches it, and wait until it has really ended: a training
@@ -297,14 +318,23 @@ pipeline_run() {
 # The same with both outputs printed and added to a log. SLURM signals every process of a job: the one
 # that writes the log must not be the first to go.
 pipeline_run_logged() {
-    local log="$1" code=0 output tee
+    local log="$1" code=0 pipe="$PIPELINE_SCRATCH/output" both input output tee
     shift
-    mkdir -p "$(dirname "$log")"
-    printf '== %s: %s\n' "$(date '+%F %T')" "$*" >>"$log"
-    exec {output}> >(trap '' INT TERM HUP USR1; exec tee -a "$log")
+    mkdir -p "${log%/*}"
+    printf '== %(%F %T)T: %s\n' -1 "$*" >>"$log"
+    [ -p "$pipe" ] || mkfifo "$pipe"
+    # Opened both ways first: either end alone would wait for the other one.
+    exec {both}<>"$pipe"
+    exec {input}<"$pipe"
+    exec {output}>"$pipe"
+    exec {both}>&-
+    (
+        trap '' INT TERM HUP USR1
+        exec tee -a "$log" <&"$input" {input}>&- {output}>&-
+    ) &
     tee=$!
-    "$@" >&"$output" 2>&1 {output}>&- &
-    exec {output}>&-
+    "$@" >&"$output" 2>&1 {input}>&- {output}>&- &
+    exec {input}>&- {output}>&-
     pipeline_wait $! || code=$?
     pipeline_wait_briefly "$tee"
     return "$code"
@@ -314,6 +344,7 @@ pipeline_run_logged() {
 pipeline_wait() {
     local code=0
     PIPELINE_CHILD="$1"
+    [ "$PIPELINE_STOP" = 0 ] || pipeline_tell # a signal that came before there was a child to tell
     wait "$1" || code=$?
     while kill -0 "$1" 2>/dev/null; do
         code=0
@@ -335,7 +366,15 @@ pipeline_wait_briefly() {
 # What a signal does: remember it, and pass it on to the running command.
 pipeline_stop() {
     PIPELINE_STOP="$1"
-    [ -z "$PIPELINE_CHILD" ] || kill -s "${STOP_SIGNAL:-TERM}" "$PIPELINE_CHILD" 2>/dev/null || true
+    PIPELINE_TOLD=""
+    pipeline_tell
+}
+
+# Once for each signal: a command may take a second one for impatience.
+pipeline_tell() {
+    [ -n "$PIPELINE_CHILD" ] && [ "$PIPELINE_TOLD" != "$PIPELINE_CHILD" ] || return 0
+    PIPELINE_TOLD="$PIPELINE_CHILD"
+    kill -s "${STOP_SIGNAL:-TERM}" "$PIPELINE_CHILD" 2>/dev/null || true
 }
 
 pipeline_show_log() {

@@ -23,8 +23,13 @@ SECONDS = 240  # for one run; what takes two on an idle machine
 PIPELINE = """
 set -euo pipefail
 source {stages}
-mark() {{ echo "$*" >>"$LOG"; }}
+be_told() {{ # to stop, at the command with the number AT, in whichever shell runs it
+    COMMANDS=0
+    trap '(( ++COMMANDS != AT )) || ! mkdir "$LOG.told" 2>/dev/null || kill -TERM $$' DEBUG
+    set -T
+}}
 pipeline() {{
+    [ -z "${{AT:-}}" ] || [ "$PIPELINE_MODE" = learn ] || be_told
     stage data data.txt bash "$STUB" data
     [ -z "${{AHEAD:-}}" ] || ahead tune bash "$STUB" tune
     training train train.txt bash "$STUB" train "${{SIZE:-1}}" ${{FREE:-}}
@@ -49,6 +54,7 @@ class Pipeline:
     """A pipeline of stubs in a folder of its own."""
 
     def __init__(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
         self.base = folder / "base"
         self.log = folder / "log"
         self.script = folder / "pipeline.sh"
@@ -293,6 +299,30 @@ def test_nothing_that_was_begun_ahead_outlives_the_run(pipeline: Pipeline) -> No
     process.communicate(timeout=SECONDS)
     assert process.returncode == 143
     assert not is_alive(pipeline)
+
+
+@pytest.mark.parametrize("step", [32, pytest.param(1, marks=pytest.mark.slow)])
+def test_told_to_stop_at_any_moment_it_stops_and_goes_on(tmp_path: Path, step: int) -> None:
+    for at in range(1, 10_000, step):
+        pipeline = Pipeline(tmp_path / str(at))
+        logs = str(tmp_path / "logs") if at % 2 else ""
+        process = pipeline.start(AT=str(at), AHEAD="tune", HANG="train", STAGE_LOGS=logs)
+        told = Path(f"{pipeline.log}.told")
+        hanging = pipeline.base / "hanging"
+        while process.poll() is None and not (hanging.exists() and not told.exists()):
+            time.sleep(0.01)
+        if process.poll() is None:  # it came to where it hangs without being told before
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            assert at > 100
+            return
+        _, errors = process.communicate(timeout=SECONDS)
+        assert process.returncode == 143, (at, errors)
+        begun = "train" in pipeline.ran
+        again = pipeline.run(AHEAD="tune", UNTIL_RAN="train")
+        assert again.returncode == 0, (at, again.stderr)
+        lines = pipeline.log.read_text().splitlines()
+        assert "train 1 --resume" in lines or not begun, (at, lines)
 
 
 @pytest.mark.parametrize(
