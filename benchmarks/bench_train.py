@@ -11,8 +11,9 @@ validation shard. The peer is a checkout of its repository outside this one, com
 All train for `--seconds` of stepping: start-up, compiling (two passes before the clock starts) and
 evaluation do not count. How many steps that makes shows on the way, so schedules follow the clock:
 the horizon of a step is the number of steps that the run will have made at the speed so far.
-`--steps` fixes their number instead, which makes runs repeatable to the bit. Prints one JSON line a
-run, and a table at the end.
+`--steps` fixes their number instead, which makes runs repeatable to the bit. `--clock=cpu` counts
+the processor time of the process, which other processes hardly change: for runs of one thread that
+go on beside others. Prints one JSON line a run, and a table at the end.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import numpy as np
@@ -69,6 +70,10 @@ class Config:
     """Vocabulary of both sides."""
     threads: int = 0
     """Threads of each run; 0 = one for each core."""
+    clock: Literal["wall", "cpu"] = "wall"
+    """What `--seconds` counts; cpu: of all threads together."""
+    average: float = 0.0
+    """Judge our side by a running average of weights that keeps this share a step; 0 = off."""
     work: str = "bench_train"
     """Folder for tokens, tokenizer and checkpoints."""
     side: str = ""
@@ -174,9 +179,10 @@ def _mean(rows: Sequence[dict[str, Any]], name: str) -> float:
 class Clock:
     """Seconds of stepping, and what they say about the length of the run."""
 
-    def __init__(self, seconds: float, steps: int) -> None:
+    def __init__(self, seconds: float, steps: int, kind: str = "wall") -> None:
         """Stop after `steps`, or if that is 0 when `seconds` of stepping are over."""
         self._budget, self._steps = seconds, steps
+        self._now = time.process_time if kind == "cpu" else time.perf_counter
         self.seconds, self.step = 0.0, 0
 
     @property
@@ -195,9 +201,9 @@ class Clock:
 
     def time(self, step: Callable[[], None]) -> None:
         """Make one step."""
-        started = time.perf_counter()
+        started = self._now()
         step()
-        self.seconds += time.perf_counter() - started
+        self.seconds += self._now() - started
         self.step += 1
 
 
@@ -259,11 +265,14 @@ def _measure_ours(config: Config, work: Path) -> None:
                 self.accumulate_gradients()
                 self.optimizer.zero_grad()
             self.loader.load_state_dict(position)
-            clock, schedule = Clock(config.seconds, config.steps), self.plan.schedule
+            clock, schedule = Clock(config.seconds, config.steps, config.clock), self.plan.schedule
+            average = _Average(self.model, config.average)
             while not clock.is_over:
                 now = dataclasses.replace(schedule, num_iterations=clock.horizon)
                 self.plan = dataclasses.replace(self.plan, schedule=now, write=False)
                 clock.time(self._step)
+                average.update()
+            average.put_in_place()
             (validation,) = [hook for hook in self.hooks if hook.name == "validation"]
             bpb = validation.action(self)["val_bpb"]
             _tell(config, clock, self.state.tokens, bpb)
@@ -274,6 +283,24 @@ def _measure_ours(config: Config, work: Path) -> None:
             base_train.main(configurator.parse(base_train.Config, flags))
     finally:
         shutil.rmtree(work / "base" / "base_checkpoints" / tag, ignore_errors=True)
+
+
+class _Average:
+    """A running average of a model's weights, its start corrected for as in Adam."""
+
+    def __init__(self, model: Any, share: float) -> None:
+        self._weights = list(model.parameters()) if share else []
+        self._sums = [weight.detach().clone().zero_() for weight in self._weights]
+        self._share, self._total = share, 0.0
+
+    def update(self) -> None:
+        for own, weight in zip(self._sums, self._weights, strict=True):
+            own.lerp_(weight.detach(), 1.0 - self._share)
+        self._total += (1.0 - self._share) * (1.0 - self._total)
+
+    def put_in_place(self) -> None:
+        for own, weight in zip(self._sums, self._weights, strict=True):
+            weight.detach().copy_(own / self._total)
 
 
 # ---- the peer ---------------------------------------------------------------------------------
@@ -302,7 +329,8 @@ def _measure_peer(config: Config, work: Path) -> None:
         unembedding_lr=0.008, embedding_lr=0.3, scalar_lr=0.5, matrix_lr=0.02, weight_decay=0.28
     )
     compiled = torch.compile(model, dynamic=False)
-    rows, clock = _rows(np.load(work / "train.npy")), Clock(config.seconds, config.steps)
+    rows = _rows(np.load(work / "train.npy"))
+    clock = Clock(config.seconds, config.steps, config.clock)
 
     def step() -> None:
         index, steps = clock.step, clock.horizon

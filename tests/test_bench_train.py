@@ -6,6 +6,7 @@ import itertools
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import ablate, bench_train
 from benchmarks.bench_train import ENDLESS, Clock
@@ -57,6 +58,16 @@ def test_given_steps_leave_the_clock_out() -> None:
     assert clock.step == 3
 
 
+def test_an_average_of_weights_is_that_of_its_formula() -> None:
+    model = torch.nn.Linear(1, 1, bias=False)
+    average = bench_train._Average(model, 0.5)
+    for value in (1.0, 2.0, 4.0):
+        model.weight.data.fill_(value)
+        average.update()
+    average.put_in_place()
+    assert model.weight.item() == pytest.approx((0.25 * 1 + 0.5 * 2 + 1 * 4) / 1.75)
+
+
 def test_the_table_has_a_line_a_side_best_first() -> None:
     def row(side: str, seed: int, bpb: float) -> dict[str, Any]:
         sizes = {"steps": 10, "seconds": 5.0, "tokens_per_second": 1000, "peak_mb": 700}
@@ -69,10 +80,12 @@ def test_the_table_has_a_line_a_side_best_first() -> None:
 
 def test_every_variant_is_a_command_that_base_train_knows() -> None:
     variants = ablate.chosen("")
-    assert variants[0].name == "classic"
+    assert variants[0].name == "recipe"
     assert len({variant.name for variant in variants}) == len(variants) > 10
     for variant in variants:
-        configurator.parse(base_train.Config, ["--depth=4", *variant.flags.split()])
+        configurator.parse(
+            base_train.Config, ["--depth=4", *f"{ablate.RECIPE} {variant.flags}".split()]
+        )
 
 
 def test_an_unknown_group_is_named() -> None:
