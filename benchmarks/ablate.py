@@ -49,6 +49,7 @@ VARIANTS: dict[str, dict[str, str]] = {
         "2,048 tokens": "--total_batch_size=2048 --device_batch_size=4",
         "8,192 tokens": "--total_batch_size=8192 --device_batch_size=16",
     },
+    "heads": {"heads of 64": "--head_dim=64"},
     "window": {"SSSL": "--window_pattern=SSSL"},
     "shift": {"no token shift": "--token_shift=0"},
     "values": {"no value embeddings": "--no-value_embeddings"},
