@@ -6,7 +6,9 @@
 Each run is a process of its own, and the sides take turns: with every seed all of them train once.
 A side sees rows of the same tokenizer (16 x 512 tokens a step, vocabulary 8,192, depth 4, if its
 flags say nothing else) and is judged by bits per byte on the first 131,072 tokens of the
-validation shard. The peer is a checkout of its repository outside this one, compiled.
+validation shard. The peer is a checkout of its repository outside this one, compiled; it sees rows
+that begin with documents, fitted as its own loader does (our best-fit packing), which suits it
+better than a stream cut anywhere.
 
 All train for `--seconds` of stepping: start-up, compiling (two passes before the clock starts) and
 evaluation do not count. How many steps that makes shows on the way, so schedules follow the clock:
@@ -40,6 +42,7 @@ from nanochat import configurator
 from nanochat.common import UserError
 
 ROWS, LENGTH, EVAL_TOKENS = 16, 512, 131_072
+PEER_STEPS = 1200  # of rows laid out for the peer; more than that begin again
 WARM_UP_PASSES = 2  # before the clock starts: they compile
 ENDLESS = 1_000_000_000  # steps, of a horizon that no speed is known for yet
 SEPARATOR = ";"  # between variants
@@ -107,24 +110,37 @@ def main(config: Config) -> int:
 
 
 def prepare(config: Config, work: Path) -> None:
-    """Train the tokenizer and write both splits as flat token files for the peer, once."""
-    if (work / "train.npy").exists():
+    """Train the tokenizer and lay out the peer's rows and validation tokens, once."""
+    if (work / "train_rows.npy").exists():
         return
     environment = os.environ | {"NANOCHAT_BASE_DIR": str(work / "base")}
     flags = [f"--data={config.data}", f"--vocab_size={config.vocab_size}"]
     _run([sys.executable, "-m", "scripts.tok_train", *flags], environment)
+    from nanochat.dataloader import DocumentLoader
     from nanochat.dataset import open_source
+    from nanochat.runtime import World
     from nanochat.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_directory(work / "base" / "tokenizer")
     source = open_source(config.data)
     np.save(work / "token_bytes.npy", tokenizer.token_bytes)
-    for split in ("val", "train"):
-        parts = [
-            tokenizer.encode_batch(texts, prepend=tokenizer.bos_id)[0]
-            for texts, _ in source.documents(split, endless=False)
-        ]
-        np.save(work / f"{split}.npy", np.concatenate(parts))
+    documents = source.documents("val", endless=False)
+    parts = [tokenizer.encode_batch(texts, prepend=tokenizer.bos_id)[0] for texts, _ in documents]
+    np.save(work / "val.npy", np.concatenate(parts))
+    loader = DocumentLoader(
+        source,
+        tokenizer,
+        rows_per_step=ROWS,
+        sequence_len=LENGTH,
+        world=World(),
+        packing="best-fit",
+    )
+    steps = []
+    for _ in range(PEER_STEPS):
+        batch = loader.next_step()
+        last = batch.targets[:, -1:]
+        steps.append(np.concatenate([batch.inputs, last], axis=1).astype(np.uint16))
+    np.save(work / "train_rows.npy", np.concatenate(steps))
 
 
 def measured(config: Config, side: str, seed: int) -> dict[str, Any]:
@@ -329,7 +345,7 @@ def _measure_peer(config: Config, work: Path) -> None:
         unembedding_lr=0.008, embedding_lr=0.3, scalar_lr=0.5, matrix_lr=0.02, weight_decay=0.28
     )
     compiled = torch.compile(model, dynamic=False)
-    rows = _rows(np.load(work / "train.npy"))
+    rows = _packed(np.load(work / "train_rows.npy"))
     clock = Clock(config.seconds, config.steps, config.clock)
 
     def step() -> None:
@@ -373,8 +389,20 @@ def _peer_momentum(step: int, steps: int, warmdown: int) -> float:
     return 0.97 - 0.07 * (step - begin) / warmdown
 
 
+def _packed(rows: np.ndarray[Any, Any]) -> Any:
+    """Step index -> inputs and targets of the next 16 rows of (rows, 513)."""
+    import torch
+
+    def batch(index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        start = index * ROWS % len(rows)
+        part = torch.from_numpy(rows[start : start + ROWS].astype(np.int64))
+        return part[:, :-1].contiguous(), part[:, 1:].contiguous()
+
+    return batch
+
+
 def _rows(tokens: np.ndarray[Any, Any]) -> Any:
-    """Step index -> inputs and targets of 16 rows cut from the stream, as our loader cuts them."""
+    """Step index -> inputs and targets of 16 rows cut from the stream."""
     import torch
 
     per_step = ROWS * LENGTH

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -56,6 +57,15 @@ def test_given_steps_leave_the_clock_out() -> None:
         assert clock.horizon == 3
         clock.time(lambda: None)
     assert clock.step == 3
+
+
+def test_the_peer_sees_rows_in_turn_and_then_again() -> None:
+    rows = np.arange(2 * bench_train.ROWS * 3).reshape(-1, 3)
+    batch = bench_train._packed(rows)
+    inputs, targets = batch(1)
+    assert inputs[0].tolist() == [48, 49]
+    assert torch.equal(targets, inputs + 1)
+    assert torch.equal(batch(2)[0], batch(0)[0])
 
 
 def test_an_average_of_weights_is_that_of_its_formula() -> None:
