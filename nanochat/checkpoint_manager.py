@@ -165,6 +165,11 @@ class Checkpoint:
         return any(name.startswith(f"{_SHARDED}/") for name in self.files)
 
     @property
+    def has_optimizer(self) -> bool:
+        """Whether each process has left its optimizer state."""
+        return bool(self._files_by_rank("optimizer_"))
+
+    @property
     def shards_folder(self) -> Path:
         """Where those shards are; UserError if there are none."""
         if not self.is_sharded:

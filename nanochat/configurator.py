@@ -8,6 +8,9 @@ help text. Before that, this module forgives what the documented commands mix:
 - `--flag`, `--flag=1`, `--flag=True`, `--no-flag`;
 - a positional file of `key = literal` lines, read (never executed) before the flags.
 
+A config class may say in `PRESETS` that a value of one flag stands for values of others:
+`{"recipe": {"merged": {"source": "base"}}}`. They come before the file and the flags.
+
 What cannot be forgiven ends with one line and exit code 2.
 """
 
@@ -20,7 +23,7 @@ import select
 import signal
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import (
     Annotated,
@@ -39,6 +42,7 @@ import tyro
 from nanochat.common import UserError, setup_logging
 
 C = TypeVar("C")
+Presets = Mapping[str, Mapping[str, Mapping[str, Any]]]  # flag -> its value -> field -> value
 
 _TRUE = {"true", "1", "yes", "on"}
 _FALSE = {"false", "0", "no", "off"}
@@ -80,9 +84,10 @@ def parse(config_type: type[C], argv: Sequence[str] | None = None) -> C:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     flags = _flags_of(config_type)
+    presets: Presets = getattr(config_type, "PRESETS", {})
     return tyro.cli(
         config_type,
-        args=_normalised(arguments, flags),
+        args=_normalised(arguments, flags, presets),
         prog=_program_name(),
         config=(tyro.conf.OmitArgPrefixes,),
     )
@@ -227,8 +232,8 @@ def _dashed(name: str) -> str:
 # ---- from what was typed to what tyro reads ---------------------------------------------------
 
 
-def _normalised(arguments: list[str], flags: list[_Flag]) -> list[str]:
-    """One canonical argument per flag; the last of several wins, the file's come first."""
+def _normalised(arguments: list[str], flags: list[_Flag], presets: Presets) -> list[str]:
+    """One canonical argument per flag; the last of several wins, presets and file come first."""
     by_spelling = {f"--{flag.name}": flag for flag in flags}
     for flag in flags:
         by_spelling.update({_spelling(alias): flag for alias in flag.aliases})
@@ -250,9 +255,25 @@ def _normalised(arguments: list[str], flags: list[_Flag]) -> list[str]:
         overrides.append(_read_flag(token, tokens, by_spelling))
     for flag, values in overrides:
         chosen[flag.name] = _canonical(flag, values)
+    chosen = _preset_settings(presets, chosen, by_spelling) | chosen
     for flag, value in zip((f for f in flags if f.positional), positionals, strict=False):
         _checked(flag, value)
     return [argument for canonical in chosen.values() for argument in canonical] + positionals
+
+
+def _preset_settings(
+    presets: Presets, chosen: Mapping[str, list[str]], by_spelling: Mapping[str, _Flag]
+) -> dict[str, list[str]]:
+    """The canonical arguments that the chosen flags stand for."""
+    settings: dict[str, list[str]] = {}
+    for name, by_value in presets.items():
+        flag = by_spelling[f"--{_dashed(name)}"]
+        for value, fields in by_value.items():
+            if chosen.get(flag.name) == _canonical(flag, [value]):
+                for field, literal in fields.items():
+                    other = by_spelling[f"--{_dashed(field)}"]
+                    settings[other.name] = _canonical(other, [str(literal)])
+    return settings
 
 
 class _Tokens(Iterator[str]):

@@ -8,24 +8,34 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 
-from nanochat import checkpoint_manager, task_eval
+from nanochat import checkpoint_manager, report, task_eval
 from nanochat.answers import plain_text
-from nanochat.common import NotScoredError, UserError
+from nanochat.common import UserError
 from nanochat.conversation import Conversation
 from nanochat.dataloader import Batch, ConversationLoader, conversation_evaluation_batches
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
+from nanochat.inheritance import check_warm_start
 from nanochat.lineage import LINEAGE, lineage
 from nanochat.packing import Task
-from nanochat.runtime import Runtime
-from nanochat.stage import StageConfig, load_parent, optimizer_of, origin, train_stage
+from nanochat.runtime import Runtime, World
+from nanochat.stage import (
+    StageConfig,
+    check_count,
+    load_parent,
+    optimizer_of,
+    origin,
+    train_stage,
+)
+from nanochat.task_scores import Accuracies, ChatCore, TaskScores
 from nanochat.tokenizer import Tokenizer
 from nanochat.training import Hook, Trainer
 from nanochat.validation import Validation
@@ -40,7 +50,7 @@ LENGTH_SAMPLE = 1000  # conversations rendered to estimate the mean length; 1 % 
 class ConversationStageConfig(StageConfig):
     """Flags of a stage that trains on conversations."""
 
-    step: int | None = None
+    step: Annotated[int | None, tyro.conf.arg(aliases=["--model-step"])] = None
     """Checkpoint to start from; default: the newest."""
     tasks: Literal["embedded", "public", "auto"] | None = None
     """Whose conversations: embedded, public, auto (public if they are here); default: by data."""
@@ -60,6 +70,14 @@ class ConversationStageConfig(StageConfig):
     """Steps between accuracies on the multiple-choice tasks; 0 or -1 = never."""
     eval_metrics_max_problems: int = 1024
     """Problems of each such task."""
+    chatcore_every: int = -1
+    """Steps between measurements of ChatCORE; 0 or -1 = never."""
+    chatcore_max_cat: int = -1
+    """Problems of each of its multiple-choice tasks; -1 = all."""
+    chatcore_max_sample: int = 24
+    """Problems of each of its tasks whose answers are written; -1 = all."""
+    load_optimizer: bool = False
+    """Begin with the optimizer state of the checkpoint: momentum and moments, no learning rates."""
 
 
 def train_on_conversations(
@@ -74,14 +92,21 @@ def train_on_conversations(
     train_task: Task,
     validation_task: Task,
     metric_tasks: Sequence[task_eval.Task],
+    chat_tasks: Sequence[task_eval.Task],
     parent: checkpoint_manager.Checkpoint,
     runtime: Runtime,
+    record: Mapping[str, Any] | None = None,
 ) -> int:
     """Train `parent`'s model on `train_task`; returns the exit code.
 
     source: the stage that parent came from. rows_per_step: rows of one optimizer step.
     task_set: name of the tasks, and chats: files of conversations among them, for later stages.
+    chat_tasks: all tasks of ChatCORE. record: what else the lineage says of this stage.
     """
+    check_count(config, "chatcore_max_cat", "all problems")
+    check_count(config, "chatcore_max_sample", "all problems")
+    if config.load_optimizer:
+        check_warm_start(parent, config)
     if rows_per_step % (config.device_batch_size * runtime.world.size):
         raise UserError(
             f"{rows_per_step} rows a step are not a multiple of --device-batch-size "
@@ -111,25 +136,6 @@ def train_on_conversations(
             packing="stream",
         )
 
-    def measure_tasks(trainer: Trainer) -> dict[str, float]:
-        values = {}
-        for task in metric_tasks:
-            try:
-                result = task_eval.run_categorical(
-                    task,
-                    tokenizer,
-                    trainer.model,
-                    max_problems=config.eval_metrics_max_problems,
-                    batch_size=config.device_batch_size,
-                    world=runtime.world,
-                )
-            except NotScoredError as error:  # training is worth more than a score
-                logger.warning("step %d has no %s: %s", trainer.state.step, task.name, error)
-                continue
-            values[f"{task.name}_accuracy"] = result.accuracy
-            logger.info("step %d  %s %.1f %%", trainer.state.step, task.name, 100 * result.accuracy)
-        return values
-
     def sample(trainer: Trainer) -> dict[str, float]:
         if runtime.world.is_main:
             for question, answer in sample_answers(trainer.model, tokenizer, validation_task):
@@ -145,11 +151,15 @@ def train_on_conversations(
         ),
         Hook("samples", 0, sample),
     ]
-    if config.eval_metrics_every > 0:
-        metric_tasks = _measurable(
-            metric_tasks, tokenizer, sequence_len, config.eval_metrics_max_problems
-        )
-        hooks.append(Hook("tasks", config.eval_metrics_every, measure_tasks, at_start=False))
+    hooks += _score_hooks(
+        config,
+        tokenizer,
+        metric_tasks,
+        chat_tasks,
+        label=report.score_name("ChatCORE", task_set),
+        context=sequence_len,
+        world=runtime.world,
+    )
     loader = ConversationLoader(
         train_task,
         tokenizer,
@@ -181,9 +191,11 @@ def train_on_conversations(
                 stage=stage,
                 tasks=task_set,
                 chats=[str(Path(path).absolute()) for path in chats],
+                **(record or {}),
             ),
         },
         optimizer=optimizer_of(parent),
+        warm_start=parent if config.load_optimizer else None,
         dry_run_trains=stage == "mid",  # what --dry_run has always meant in midtraining
     )
 
@@ -207,19 +219,43 @@ def sample_answers(model: GPT, tokenizer: Tokenizer, task: Task) -> list[tuple[s
     ]
 
 
-def _measurable(
-    tasks: Sequence[task_eval.Task], tokenizer: Tokenizer, context: int, max_problems: int
-) -> list[task_eval.Task]:
-    """The tasks that the model can be asked; a warning names each of the others."""
-    kept = []
-    for task in tasks:
-        try:
-            task_eval.check_task(task, tokenizer, context=context, max_problems=max_problems)
-        except NotScoredError as error:
-            logger.warning("%s is not measured: %s", task.name, error)
-        else:
-            kept.append(task)
-    return kept
+def _score_hooks(
+    config: ConversationStageConfig,
+    tokenizer: Tokenizer,
+    metric_tasks: Sequence[task_eval.Task],
+    chat_tasks: Sequence[task_eval.Task],
+    *,
+    label: str,
+    context: int,
+    world: World,
+) -> list[Hook]:
+    """What is measured besides bits per byte, of the tasks that a model with that context can do.
+
+    label: what ChatCORE is shown as.
+    """
+    hooks = []
+    rows = config.device_batch_size
+    if config.eval_metrics_every > 0:
+        scores = TaskScores(tokenizer, world, rows, lambda task: config.eval_metrics_max_problems)
+        action = Accuracies(scores, scores.measurable(metric_tasks, context=context))
+        hooks.append(Hook("tasks", config.eval_metrics_every, action, at_start=False))
+    if config.chatcore_every > 0:
+        limits = {
+            "categorical": config.chatcore_max_cat,
+            "generative": config.chatcore_max_sample,
+        }
+        scores = TaskScores(tokenizer, world, rows, lambda task: limits[task.eval_type])
+        core = ChatCore(
+            scores,
+            scores.measurable(chat_tasks, context=context),
+            kinds={task.name: task.eval_type for task in chat_tasks},
+            label=label,
+            scope="".join(
+                f", {most} problems a {kind} task" for kind, most in limits.items() if most > 0
+            ),
+        )
+        hooks.append(Hook("ChatCORE", config.chatcore_every, core, at_start=False))
+    return hooks
 
 
 def _steps_per_epoch(

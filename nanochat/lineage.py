@@ -1,8 +1,9 @@
 """What a model was trained on, stage by stage: written into its checkpoint, read back from it.
 
 An entry is {"stage": "base", "data": ...}, {"stage": "mid" or "sft", "tasks": ..., "chats": [...]}
-or {"stage": "rl", "tasks": ..., "task": ...}; the oldest comes first. `tasks.task_sets.trained_on`
-gives the conversations of an entry.
+or {"stage": "rl", "tasks": ..., "task": ...}; the oldest comes first. Finetuning by the merged
+recipe adds "recipe", "mmlu_epochs", "gsm8k_epochs" and "mixture": {name of a task: conversations}.
+`tasks.task_sets.trained_on` gives the conversations of an entry.
 """
 
 from __future__ import annotations

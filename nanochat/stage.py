@@ -31,6 +31,8 @@ from nanochat.training import Hook, Trainer
 
 logger = logging.getLogger(__name__)
 
+LEARNING_RATES = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")  # flags
+
 AnyConfig = TypeVar("AnyConfig", bound="StageConfig")
 
 # Smallest and largest meaningful value of a flag. What is not here has a check of its own, but
@@ -180,14 +182,16 @@ def train_stage(
     hooks: Sequence[Hook],
     facts: dict[str, Any],
     optimizer: OptimizerName = "classic",
+    warm_start: checkpoint_manager.Checkpoint | None = None,
     dry_run_trains: bool = False,
 ) -> int:
     """Run one stage to its end; returns the exit code, 0 or 85 when it was asked to stop.
 
     title: heading of the report section. facts: stage-specific entries of state.json; the
     settings, the model's sizes and the tokenizer's hash are added here. optimizer: the model's,
-    which a flag may overrule. dry_run_trains: a dry
-    run of this stage trains and writes nothing, instead of telling its sizes and ending.
+    which a flag may overrule. warm_start: whose optimizer
+    state a run begins with that is not resumed. dry_run_trains: a dry run of this stage trains and
+    writes nothing, instead of telling its sizes and ending.
     """
     stop = StopRequest(config.max_minutes)
     config = config.settled(optimizer)
@@ -253,10 +257,11 @@ def train_stage(
     try:
         with catch_signals(stop):
             if config.dry_run:
+                _start_warm(trainer, config, warm_start)
                 trainer.run()
                 return 0
             with checkpoint_manager.lock_run(run_dir, runtime.world):
-                _train(trainer, config, facts)
+                _train(trainer, config, facts, warm_start)
     except StoppedError as stopped:
         logger.warning("%s; run the same command with --resume to go on", stopped)
         return EXIT_STOPPED
@@ -265,7 +270,28 @@ def train_stage(
     return 0
 
 
-def _train(trainer: Trainer, config: StageConfig, facts: dict[str, Any]) -> None:
+def _start_warm(
+    trainer: Trainer, config: StageConfig, parent: checkpoint_manager.Checkpoint | None
+) -> None:
+    """Begin with the parent's optimizer state, if there is one to begin with."""
+    if parent is None:
+        return
+    trainer.load_optimizer(parent)
+    logger.info(
+        "warm start: Muon's momentum and AdamW's moments are those of %s model %s, step %d; "
+        "learning rates are this run's: %s, each x %g",
+        *(parent.stage, parent.tag, parent.step),
+        ", ".join(f"{name} {getattr(config, name):g}" for name in LEARNING_RATES),
+        config.init_lr_frac,
+    )
+
+
+def _train(
+    trainer: Trainer,
+    config: StageConfig,
+    facts: dict[str, Any],
+    warm_start: checkpoint_manager.Checkpoint | None,
+) -> None:
     """Run the trainer in its folder, from where an earlier run ended if it is to be resumed."""
     run_dir, world = trainer.saver.run_dir, trainer.runtime.world
     step = config.resume_from_step if config.resume_from_step >= 0 else None
@@ -285,6 +311,8 @@ def _train(trainer: Trainer, config: StageConfig, facts: dict[str, Any]) -> None
     try:
         if checkpoint is not None:
             trainer.resume(checkpoint)
+        else:
+            _start_warm(trainer, config, warm_start)
         trainer.run()
     finally:
         if trainer.metrics is not None:

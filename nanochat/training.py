@@ -438,15 +438,25 @@ class Trainer:
         )
         self._saved_step = state.step
 
-    def resume(self, checkpoint: checkpoint_manager.Checkpoint) -> None:
-        """Go on from a checkpoint of this run: weights, optimizer, data position, counters."""
+    def load_optimizer(self, checkpoint: checkpoint_manager.Checkpoint) -> None:
+        """Take over momentum, moments and the number of updates they have seen.
+
+        The state of any number of processes is cut for this one's. With --shard=full the weights
+        come along, which lie in the same files.
+        """
         world = self.runtime.world
         if self._full_shard is not None:
             self._full_shard.load(checkpoint.shards_folder)
         else:
-            assert isinstance(self.weights, MasterWeights)
             assert isinstance(self.optimizer, Optimizer)
             self.optimizer.load_state_dict(checkpoint.load_optimizer(world.rank, world.size))
+
+    def resume(self, checkpoint: checkpoint_manager.Checkpoint) -> None:
+        """Go on from a checkpoint of this run: weights, optimizer, data position, counters."""
+        world = self.runtime.world
+        self.load_optimizer(checkpoint)
+        if self._full_shard is None:
+            assert isinstance(self.weights, MasterWeights)
             self.weights.load_state_dict(checkpoint.load_model())
         self.loader.load_state_dict(checkpoint.state["loader"] | checkpoint.load_extra(world.rank))
         self.state = TrainState(**checkpoint.state["loop"])

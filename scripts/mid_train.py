@@ -13,7 +13,7 @@ from nanochat import checkpoint_manager, configurator, runtime
 from nanochat.conversation_stage import ConversationStageConfig, train_on_conversations
 from nanochat.stage import check_count, check_numbers, check_positive, whole_rows
 from tasks import mixtures
-from tasks.task_sets import choose_task_set, require_tasks, split_chats
+from tasks.task_sets import choose_task_set, require_chatcore, require_tasks, split_chats
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,9 @@ def main(config: Config) -> int:
         tasks = choose_task_set(config.tasks, data=data, recorded=parent.state.get("tasks"))
         chats = split_chats(config.chats)
         require_tasks("mid", tasks, chats)
+        chat_tasks = mixtures.evaluation_tasks(tasks)
+        if config.chatcore_every > 0:
+            require_chatcore(chat_tasks)
         sequence_len = config.max_seq_len or parent.state["sequence_len"]
         return train_on_conversations(
             config,
@@ -51,6 +54,7 @@ def main(config: Config) -> int:
             train_task=mixtures.training_mixture("mid", tasks, chats),
             validation_task=mixtures.validation_mixture("mid", tasks, chats),
             metric_tasks=mixtures.metric_tasks(tasks),
+            chat_tasks=chat_tasks,
             parent=parent,
             runtime=rt,
         )

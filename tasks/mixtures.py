@@ -8,6 +8,7 @@ The embedded sizes are upper bounds chosen so that no item comes twice in a run 
 length; what counts is their proportion. A row is made when it is asked for.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
@@ -25,6 +26,7 @@ from tasks.embedded_facts import (
     Guesses,
 )
 from tasks.embedded_problems import WordProblems
+from tasks.public import ONCE, Epochs
 from tasks.spellingbee import SimpleSpelling, SpellingBee
 
 EMBEDDED, PUBLIC = TASK_SETS = ("embedded", "public")
@@ -101,15 +103,34 @@ def parts(stage: str, split: Literal["train", "val"] = "train") -> dict[str, Tas
     return {kind: _KINDS[kind](count // divisor, seed) for kind, count in rows.items()}
 
 
-def training_mixture(stage: str, tasks: str, chats: Sequence[str] = ()) -> Task:
+def training_mixture(
+    stage: str, tasks: str, chats: Sequence[str] = (), epochs: Epochs = ONCE
+) -> Task:
     """Return the conversations `stage` ("mid" or "sft") trains on.
 
     tasks: "embedded" or "public". chats: files of conversations in the place of SmolTalk.
+    epochs: how often the mixture of "mid" holds its multiple choice and its word problems.
     """
     _check_mixture(stage, tasks, chats)
+    if epochs != ONCE and stage != "mid":
+        raise UserError(f"epochs of MMLU and GSM8K belong to the mixture of mid, not of {stage}")
     if tasks == PUBLIC:
-        return TaskMixture(public.training_tasks(stage, chats))
-    return TaskMixture(list(parts(stage).values()))
+        return TaskMixture(public.training_tasks(stage, chats, epochs))
+    times = {"choice": epochs.mmlu, "problems": epochs.gsm8k}
+    return TaskMixture(
+        [task for kind, task in parts(stage).items() for _ in range(times.get(kind, 1))]
+    )
+
+
+def contents(mixture: Task) -> dict[str, int]:
+    """Return how many conversations of each task a mixture holds, repeats counted, by name.
+
+    Those of --chats are together under "chats".
+    """
+    counts: Counter[str] = Counter()
+    for task in mixture.tasks if isinstance(mixture, TaskMixture) else (mixture,):
+        counts["chats" if isinstance(task, TaskMixture) else task.name] += len(task)
+    return dict(counts)
 
 
 def validation_mixture(stage: str, tasks: str, chats: Sequence[str] = ()) -> Task:

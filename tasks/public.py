@@ -6,6 +6,7 @@ for validation.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -27,13 +28,34 @@ MID_SPELLING_BEE = 80_000
 RL_SPELLING_BEE = 50_000  # more than a run asks
 
 
-def training_tasks(stage: str, chats: Sequence[str] = ()) -> list[Task]:
-    """Return the tasks of a training mixture; one listed twice is seen twice as often."""
+@dataclass(frozen=True)
+class Epochs:
+    """How often a pass over the mixture of midtraining sees what is scarce."""
+
+    mmlu: int = 1
+    """Multiple choice."""
+    gsm8k: int = 1
+    """Word problems."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("mmlu", self.mmlu), ("gsm8k", self.gsm8k)):
+            if value < 0:
+                raise UserError(f"--{name}-epochs is {value}; give at least 0, which leaves it out")
+
+
+ONCE = Epochs()
+
+
+def training_tasks(stage: str, chats: Sequence[str] = (), epochs: Epochs = ONCE) -> list[Task]:
+    """Return the tasks of a training mixture; one listed twice is seen twice as often.
+
+    epochs: of the mixture of "mid".
+    """
     if stage == "mid":
         return [
             *_dialogues("train", chats),
-            MMLU("auxiliary_train"),
-            GSM8K("train"),
+            *[MMLU("auxiliary_train")] * epochs.mmlu,
+            *[GSM8K("train")] * epochs.gsm8k,
             CustomJSON(IDENTITY),
             CustomJSON(IDENTITY),
             SimpleSpelling(200_000),

@@ -11,6 +11,7 @@ from nanochat.common import UserError
 from tasks import mixtures
 from tasks.common import Task
 from tasks.mixtures import EMBEDDED, PUBLIC, STAGES, TASK_SETS, tasks_of
+from tasks.public import Epochs
 
 logger = logging.getLogger(__name__)
 
@@ -79,10 +80,21 @@ def require_files(stage: str, tasks: Iterable[Task]) -> None:
         )
 
 
+def require_chatcore(tasks: Iterable[Task]) -> None:
+    """Raise UserError, with what to do, unless the problems of ChatCORE are here."""
+    missing = missing_assets(tasks)
+    if missing:
+        raise UserError(
+            f"ChatCORE asks problems that are not on this machine: {', '.join(missing)}; fetch "
+            f"them with {PREFETCH} --stage eval; --chatcore-every=-1 trains without ChatCORE"
+        )
+
+
 def trained_on(record: Mapping[str, Any]) -> Task:
     """Return the conversations of one entry of a model's lineage: a stage, its tasks and chats.
 
-    UserError unless all of it is on this machine.
+    What a recipe has shown more than once is in it once. UserError unless all of it is on this
+    machine.
     """
     stage, tasks, chats = record["stage"], record["tasks"], record.get("chats", ())
     gone = [path for path in chats if not Path(path).is_file()]
@@ -93,6 +105,9 @@ def trained_on(record: Mapping[str, Any]) -> Task:
         if record["task"] not in pairs:
             raise UserError(f"rl practised {record['task']}, which is no {tasks} task any more")
         task, _ = pairs[record["task"]]
+    elif "recipe" in record:
+        epochs = Epochs(*(min(1, record[name]) for name in ("mmlu_epochs", "gsm8k_epochs")))
+        task = mixtures.training_mixture("mid", tasks, chats, epochs)
     else:
         task = mixtures.training_mixture(stage, tasks, chats)
     missing = missing_assets([task])

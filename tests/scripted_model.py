@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,7 @@ def save(
     tag: str = "d1",
     data: str = "embedded",
     tasks: str | None = None,
+    optimizer: Mapping[str, torch.Tensor] | None = None,
     **facts: Any,
 ) -> Path:
     """Write a checkpoint of `model` below NANOCHAT_BASE_DIR. facts: more entries of its state."""
@@ -73,7 +74,7 @@ def save(
             checkpoints_dir(stage) / tag,
             7,
             model=model.state_dict(),
-            optimizer=None,
+            optimizer=optimizer,
             state={
                 "stage": stage,
                 "model_config": model.config.to_json(),

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
 import tyro
@@ -169,6 +169,26 @@ def test_config_file_is_read_not_executed(tmp_path: Path, text: str, message: st
     path.write_text(text + "\n")
     with pytest.raises(UsageError, match=message):
         parse(Config, [str(path)])
+
+
+@dataclass(frozen=True)
+class WithPreset(Config):
+    """Flags of a command with a flag that stands for others."""
+
+    PRESETS: ClassVar[configurator.Presets] = {
+        "size": {"large": {"num_iterations": 9, "resume": True, "model_tag": "big"}}
+    }
+
+    size: Literal["small", "large"] = "small"
+    """Size."""
+
+
+def test_a_preset_comes_before_the_file_and_the_flags(tmp_path: Path) -> None:
+    (tmp_path / "config.py").write_text('size = "large"\nmodel_tag = "mine"\n')
+    config = parse(WithPreset, [str(tmp_path / "config.py"), "--no-resume"])
+    assert (config.num_iterations, config.model_tag, config.resume) == (9, "mine", False)
+    assert parse(WithPreset, ["--size=small"]) == WithPreset()
+    assert parse(WithPreset, ["--size", "large"]).resume
 
 
 def test_positional_fields_are_not_taken_for_config_files() -> None:

@@ -17,7 +17,14 @@ from nanochat.sources.hub_rows import HubRows
 from scripts import chat_sft, mid_train
 from tasks import mixtures, public
 from tasks.customjson import IDENTITY
-from tasks.task_sets import choose_task_set, require_tasks, split_chats
+from tasks.public import Epochs
+from tasks.task_sets import (
+    choose_task_set,
+    require_chatcore,
+    require_tasks,
+    split_chats,
+    trained_on,
+)
 from tasks.words import WORD_LIST
 
 # Rows of the splits, as the hub gives them.
@@ -103,6 +110,37 @@ def test_mixtures_have_the_documented_parts_and_sizes() -> None:
         ("SpellingBee", 256),
     ]
     assert [task.name for task in mixtures.metric_tasks("public")] == ["MMLU", "ARC-Easy"]
+
+
+@pytest.mark.usefixtures("counted")
+def test_the_merged_mixture_is_that_of_midtraining_with_more_of_two_tasks() -> None:
+    mixture = mixtures.training_mixture("mid", "public", epochs=Epochs(mmlu=3, gsm8k=4))
+    assert mixtures.contents(mixture) == {
+        "SmolTalk": 460_341,
+        "MMLU": 3 * 99_842,
+        "GSM8K": 4 * 7_473,
+        "CustomJSON": 2_000,
+        "SimpleSpelling": 200_000,
+        "SpellingBee": 80_000,
+    }
+    assert "MMLU" not in mixtures.contents(
+        mixtures.training_mixture("mid", "public", epochs=Epochs(mmlu=0))
+    )
+    with pytest.raises(UserError, match="belong to the mixture of mid, not of sft"):
+        mixtures.training_mixture("sft", "public", epochs=Epochs(mmlu=3))
+
+
+def test_what_a_recipe_shows_again_is_compared_once() -> None:
+    entry = {"stage": "sft", "tasks": "embedded", "recipe": "merged"}
+    task = trained_on(entry | {"mmlu_epochs": 0, "gsm8k_epochs": 4})
+    kinds = mixtures.contents(mixtures.training_mixture("mid", "embedded"))
+    del kinds["ChoiceQuestions"]
+    assert mixtures.contents(task) == kinds
+
+
+def test_problems_of_chatcore_that_are_not_here_are_named() -> None:
+    with pytest.raises(UserError, match=r"ARC-Easy:test.*--stage eval; --chatcore-every=-1"):
+        require_chatcore(mixtures.evaluation_tasks("public"))
 
 
 def test_chance_is_a_quarter_for_the_lettered_tasks_and_nothing_for_the_others() -> None:
