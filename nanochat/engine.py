@@ -8,7 +8,7 @@ not notice each other: each has its own length, random numbers and tool call.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -32,6 +32,15 @@ SAMPLE_PROMPTS = (
     "If 5 * x + 3 = 13, then x is",
 )
 SAMPLE_TOKENS = 16
+
+
+class NanLogitsError(Exception):
+    """Logits of an answer are NaN, so that its tokens say nothing about the model."""
+
+    def __init__(self, place: int) -> None:
+        super().__init__(f"the logits of prompt {place} are not numbers")
+        self.place = place
+        """Of the prompt, among those of the call."""
 
 
 class Engine:
@@ -113,12 +122,14 @@ class Engine:
         seed: int = 42,
         seeds: Sequence[int] | None = None,
         batch_size: int = MAX_ROWS,
+        refuses_nan: bool = False,
     ) -> list[list[int]]:
         """Answer many different prompts, up to `batch_size` of them a step.
 
         Returns each prompt's answer, in order, without prompt and terminal token. Prompt i is
         answered as `generate(prompt, seed=seeds[i])` would; without `seeds`, as seed + i.
-        Raises UserError for a batch size below 1, and as `generate` does.
+        Raises UserError for a batch size below 1, and as `generate` does. refuses_nan: whether
+        an answer whose logits are NaN raises NanLogitsError.
         """
         if batch_size < 1:
             raise UserError(f"batch size is {batch_size}; use a positive number")
@@ -140,6 +151,8 @@ class Engine:
                 if not running:
                     return answers
                 self._step()
+                if refuses_nan:
+                    _check_logits(running)
                 for request in [request for request in running if request.is_finished]:
                     answers[running.pop(request)] = request.tokens
         finally:
@@ -190,6 +203,13 @@ class Engine:
             for request in requests:
                 self.scheduler.cancel(request)
                 del self._inbox[request]
+
+
+def _check_logits(running: Mapping[Request, int]) -> None:
+    """NanLogitsError for the first place among them whose logits were NaN."""
+    places = [place for request, place in running.items() if request.has_nan_logits]
+    if places:
+        raise NanLogitsError(min(places))
 
 
 def sample_prompts(

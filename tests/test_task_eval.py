@@ -144,6 +144,41 @@ def test_answers_are_those_of_the_engine_one_by_one(batch_size: int) -> None:
     assert result.num_passed == sum(record.verdicts[0] for record in result.records)
 
 
+def broken_at(name: str) -> GPT:
+    """A model with NaN in one place of one of its matrices."""
+    model = random_model(1)
+    matrix = dict(model.named_parameters())[name]
+    with torch.no_grad():
+        matrix[-1, 0] = float("nan")
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "name",
+    ["lm_head.weight", "transformer.h.0.mlp.c_fc.weight", "transformer.h.0.attn.c_q.weight"],
+)
+def test_logits_that_are_no_numbers_write_no_answer(
+    name: str, temperature: float, dtype: torch.dtype
+) -> None:
+    model = broken_at(name).cast_matrices(dtype)
+    sampling = Sampling(num_samples=2, max_new_tokens=5, temperature=temperature, top_k=50)
+    with pytest.raises(NotScoredError, match=r"problem 0 of vowels: .* are not numbers \(NaN\)"):
+        run_generative(Vowels(), TOKENIZER, model, sampling=sampling)
+
+
+def test_a_token_whose_embedding_is_no_number_is_found_when_the_answer_holds_it() -> None:
+    model, task = random_model(1), Vowels(size=3)
+    prompt = TOKENIZER.render_for_completion(task[1])
+    (tokens,), _ = Engine(model, TOKENIZER).generate_batch(prompt, max_tokens=8, temperature=0.0)
+    written = tokens[len(prompt) + 2]
+    assert written not in tokens[: len(prompt)]
+    model.transformer.wte.weight.data[written] = float("nan")
+    with pytest.raises(NotScoredError, match=r"of vowels: .* are not numbers"):
+        run_generative(task, TOKENIZER, model, sampling=Sampling(max_new_tokens=8))
+
+
 def test_one_right_sample_of_several_passes_a_problem() -> None:
     sampling = Sampling(num_samples=4, max_new_tokens=8, temperature=1.0)
     result = run_generative(Vowels(), TOKENIZER, random_model(2), sampling=sampling)
