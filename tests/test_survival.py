@@ -84,6 +84,27 @@ def test_a_stop_before_an_evaluation_does_not_wait_for_it(runtime: Runtime, tmp_
     assert newest(tmp_path).state["loop"]["evaluations"] == {"val_bpb": 1.0}
 
 
+def test_an_evaluation_that_is_repeated_after_a_kill_has_one_row(
+    runtime: Runtime, tmp_path: Path
+) -> None:
+    def evaluate(trainer: Trainer) -> dict[str, float]:
+        return {"val_bpb": 5.0 - trainer.state.step}
+
+    hooks = [Hook("evaluate", 2, evaluate)]
+    killed = make_trainer(tmp_path, runtime, hooks=hooks, steps=4)
+    for _ in range(4):
+        killed._boundary(is_last=False)
+        killed._step()
+    killed.save()  # a stop before the evaluation
+    killed._boundary(is_last=False)  # then the evaluation, and a kill before the next save
+    killed.saver.wait()
+    killed.metrics.close()  # type: ignore[union-attr]
+    go_on(tmp_path, runtime, hooks=hooks, steps=4).run()
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "val_bpb" in row] == [0, 2, 4]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
+
+
 def test_the_clock_stops_a_run_before_its_limit_and_it_goes_on_exactly(
     runtime: Runtime, tmp_path: Path
 ) -> None:
