@@ -183,7 +183,6 @@ LIMITS = {
     "hot": ({**HELLO, "temperature": 2.1}, "temperature must be at most 2"),
     "no candidates": ({**HELLO, "top_k": 0}, "top_k must be at least 1"),
     "many candidates": ({**HELLO, "top_k": 201}, "top_k must be at most 200"),
-    "no number": ({**HELLO, "top_k": "on"}, "top_k must be"),
     "no mass": ({**HELLO, "top_p": 0}, "top_p must be above 0"),
     "much mass": ({**HELLO, "top_p": 1.1}, "top_p must be at most 1"),
     "a negative min_p": ({**HELLO, "min_p": -0.1}, "min_p must be at least 0"),
@@ -237,6 +236,10 @@ FORMS: dict[str, tuple[bytes, str]] = {
     "a text as number": (json.dumps({**HELLO, "temperature": "hot"}).encode(), "valid number"),
     "a misspelt setting": (json.dumps({**HELLO, "temprature": 1}).encode(), "temprature is not a"),
     "half a character": (rb'{"messages": [{"role": "user", "content": "\ud83d"}]}', "Unicode"),
+    "a word for top_k": (
+        b'{"messages": [{"role": "user", "content": "a"}], "top_k": "on"}',
+        "top_k",
+    ),
 }
 
 
