@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
+
+import torch
 
 from nanochat.answers import plain_text
 from nanochat.common import UserError
 from nanochat.decoder import Decoder
 from nanochat.gpt import GPT
 from nanochat.request import Request, TokenEvent
+from nanochat.runtime import first_line, halve_answers
 from nanochat.sampling import SamplingSettings
 from nanochat.scheduler import MAX_ROWS, Scheduler, answer_room
 from nanochat.tokenizer import Tokenizer
@@ -129,7 +132,8 @@ class Engine:
         Returns each prompt's answer, in order, without prompt and terminal token. Prompt i is
         answered as `generate(prompt, seed=seeds[i])` would; without `seeds`, as seed + i.
         Raises UserError for a batch size below 1, and as `generate` does. refuses_nan: whether
-        an answer whose logits are NaN raises NanLogitsError.
+        an answer whose logits are NaN raises NanLogitsError. Where the device has no memory for
+        so many, unfinished answers begin again, half as many at once.
         """
         if batch_size < 1:
             raise UserError(f"batch size is {batch_size}; use a positive number")
@@ -138,19 +142,28 @@ class Engine:
         limits = [answer_room(prompt, self.context, max_tokens) for prompt in prompts]
         if max_tokens == 0:
             return [[] for _ in limits]
-        jobs = enumerate(zip(prompts, row_seeds, strict=True))
+        assert len(row_seeds) == len(prompts)
+        places: Iterator[int] = iter(range(len(prompts)))
         answers: list[list[int]] = [[] for _ in limits]
         running: dict[Request, int] = {}
         max_rows, self.scheduler.max_rows = self.scheduler.max_rows, batch_size
         try:
             while True:
                 # Enough for every row that the next step frees; there may be millions in all.
-                for place, (prompt, row_seed) in islice(jobs, 2 * batch_size - len(running)):
-                    request = self.scheduler.submit(prompt, replace(settings, seed=row_seed))
-                    running[request] = place
+                for place in islice(places, 2 * batch_size - len(running)):
+                    own = replace(settings, seed=row_seeds[place])
+                    running[self.scheduler.submit(prompts[place], own)] = place
                 if not running:
                     return answers
-                self._step()
+                try:
+                    self._step()
+                    reason = ""
+                except torch.OutOfMemoryError as error:
+                    reason = first_line(error)
+                if reason:
+                    batch_size = self._with_fewer_rows(running, batch_size, reason)
+                    places, running = chain(list(running.values()), places), {}
+                    continue
                 if refuses_nan:
                     _check_logits(running)
                 for request in [request for request in running if request.is_finished]:
@@ -159,6 +172,15 @@ class Engine:
             self.scheduler.max_rows = max_rows
             for request in running:
                 self.scheduler.cancel(request)
+
+    def _with_fewer_rows(self, running: Mapping[Request, int], rows: int, reason: str) -> int:
+        """Give up these requests and what is remembered; returns how many to answer at once."""
+        rows = max(min(rows, self.scheduler.num_active), 1)
+        for request in running:
+            self.scheduler.cancel(request)
+        self.scheduler.forget_all()
+        self.scheduler.max_rows = halve_answers(rows, reason)
+        return self.scheduler.max_rows
 
     def _finish(self, requests: Sequence[Request]) -> None:
         """Step until all of them have ended; what an interruption leaves is cancelled."""

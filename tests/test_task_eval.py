@@ -18,6 +18,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import Runtime, World
 from nanochat.task_eval import Sampling, run_categorical, run_generative, run_task
 from nanochat.task_results import Record, TaskResult, chat_core, wilson_interval
+from tests import short_memory
 from tests.distributed import run_ranks
 
 TOKENIZER: Any = ByteTokenizer()
@@ -177,6 +178,28 @@ def test_a_token_whose_embedding_is_no_number_is_found_when_the_answer_holds_it(
     model.transformer.wte.weight.data[written] = float("nan")
     with pytest.raises(NotScoredError, match=r"of vowels: .* are not numbers"):
         run_generative(task, TOKENIZER, model, sampling=Sampling(max_new_tokens=8))
+
+
+def test_answers_are_written_in_smaller_batches_when_memory_is_short(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, task = random_model(1), Vowels(size=23)
+    sampling = Sampling(num_samples=2, max_new_tokens=10, temperature=1.0)
+    expected = run_generative(task, TOKENIZER, model, sampling=sampling)
+    short_memory.allow_rows(monkeypatch, 5)
+    result = run_generative(task, TOKENIZER, model, sampling=sampling, batch_size=20)
+    assert [r.completions for r in result.records] == [r.completions for r in expected.records]
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [
+        f"out of memory with {rows} answers at once: going on with {fewer}; {short_memory.REASON}"
+        for rows, fewer in ((20, 10), (10, 5))
+    ]
+
+
+def test_an_answer_that_has_no_room_even_alone_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    short_memory.allow_rows(monkeypatch, 0)
+    with pytest.raises(UserError, match=r"out of memory with a single answer \(CUDA"):
+        run_generative(Vowels(), TOKENIZER, random_model(), batch_size=4)
 
 
 def test_one_right_sample_of_several_passes_a_problem() -> None:
