@@ -348,7 +348,7 @@ def test_a_model_that_the_kernels_do_not_know_is_decoded_the_plain_way_with_one_
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("cargo-clippy") is None, reason="no clippy")
+@pytest.mark.skipif(shutil.which("cargo-clippy") is None, reason="cargo-clippy is not installed")
 def test_the_crate_is_formatted_and_without_lints() -> None:
     subprocess.run(["cargo", "fmt", "--check"], cwd=CRATE, check=True)
     lint = ["cargo", "clippy", "--offline", "--all-targets", "--release", "--", "-D", "warnings"]
