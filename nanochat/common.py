@@ -46,6 +46,14 @@ class NotScoredError(UserError):
     """A task has no score, whatever the model answers: better none than a wrong one."""
 
 
+def no_numbers(where: str) -> NotScoredError:
+    """What is said of a model whose logits are NaN: comparing them says nothing about it."""
+    return NotScoredError(
+        f"{where}: the model's logits are not numbers (NaN); if they are with --dtype=float32, "
+        "too, its weights are broken: take another checkpoint (--step)"
+    )
+
+
 # ---- paths ------------------------------------------------------------------------------------
 
 

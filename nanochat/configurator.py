@@ -21,6 +21,7 @@ import errno
 import os
 import select
 import signal
+import stat
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -149,12 +150,16 @@ def _replace_closed_streams() -> None:
 
 def _output_trouble() -> str | None:
     """Why standard output cannot be written; None when it can."""
+    # Found out without writing: the error does not say whose it is, and may be of another file.
     try:
-        # The end of a command that has failed. The error itself does not say whose it is, and what
-        # could not be written need not be kept.
-        print(flush=True)
+        sys.stdout.flush()
+        descriptor = sys.stdout.fileno()
+        os.write(descriptor, b"")  # refused by what is closed and by devices such as /dev/full
     except OSError as error:
         return error.strerror
+    is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
+    if is_file and os.fstatvfs(descriptor).f_bavail == 0:
+        return os.strerror(errno.ENOSPC)
     return None
 
 

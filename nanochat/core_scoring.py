@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nanochat.branches import Branches
-from nanochat.common import NotScoredError
+from nanochat.common import no_numbers
 from nanochat.core_bundle import CoreTask, Item
 from nanochat.core_tokens import Tokenizer, TokenSequence, common_prefix, sequences_of
 from nanochat.gpt import GPT
@@ -149,10 +149,7 @@ def decide(
         scores = _settled(model, task, options, padding=tokenizer.bos_id)
     for index, scored in zip(indices, scores, strict=True):
         if any(math.isnan(score.loss) for score in scored):
-            raise NotScoredError(
-                f"{task.label}, item {index} of the shuffled order: the model's logits are not "
-                "numbers (NaN); if they are with --dtype=float32, too, its weights are broken"
-            )
+            raise no_numbers(f"{task.label}, item {index} of the shuffled order")
     if task.kind == "language_modeling":
         return [scored[0].margin >= 0 for scored in scores]
     losses = [[score.loss for score in scored] for scored in scores]

@@ -8,15 +8,18 @@ not notice each other: each has its own length, random numbers and tool call.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
+
+import torch
 
 from nanochat.answers import plain_text
 from nanochat.common import UserError
 from nanochat.decoder import Decoder
 from nanochat.gpt import GPT
 from nanochat.request import Request, TokenEvent
+from nanochat.runtime import first_line, halve_answers
 from nanochat.sampling import SamplingSettings
 from nanochat.scheduler import MAX_ROWS, Scheduler, answer_room
 from nanochat.tokenizer import Tokenizer
@@ -32,6 +35,15 @@ SAMPLE_PROMPTS = (
     "If 5 * x + 3 = 13, then x is",
 )
 SAMPLE_TOKENS = 16
+
+
+class NanLogitsError(Exception):
+    """Logits of an answer are NaN, so that its tokens say nothing about the model."""
+
+    def __init__(self, place: int) -> None:
+        super().__init__(f"the logits of prompt {place} are not numbers")
+        self.place = place
+        """Of the prompt, among those of the call."""
 
 
 class Engine:
@@ -113,12 +125,15 @@ class Engine:
         seed: int = 42,
         seeds: Sequence[int] | None = None,
         batch_size: int = MAX_ROWS,
+        refuses_nan: bool = False,
     ) -> list[list[int]]:
         """Answer many different prompts, up to `batch_size` of them a step.
 
         Returns each prompt's answer, in order, without prompt and terminal token. Prompt i is
         answered as `generate(prompt, seed=seeds[i])` would; without `seeds`, as seed + i.
-        Raises UserError for a batch size below 1, and as `generate` does.
+        Raises UserError for a batch size below 1, and as `generate` does. refuses_nan: whether
+        an answer whose logits are NaN raises NanLogitsError. Where the device has no memory for
+        so many, unfinished answers begin again, half as many at once.
         """
         if batch_size < 1:
             raise UserError(f"batch size is {batch_size}; use a positive number")
@@ -127,25 +142,45 @@ class Engine:
         limits = [answer_room(prompt, self.context, max_tokens) for prompt in prompts]
         if max_tokens == 0:
             return [[] for _ in limits]
-        jobs = enumerate(zip(prompts, row_seeds, strict=True))
+        assert len(row_seeds) == len(prompts)
+        places: Iterator[int] = iter(range(len(prompts)))
         answers: list[list[int]] = [[] for _ in limits]
         running: dict[Request, int] = {}
         max_rows, self.scheduler.max_rows = self.scheduler.max_rows, batch_size
         try:
             while True:
                 # Enough for every row that the next step frees; there may be millions in all.
-                for place, (prompt, row_seed) in islice(jobs, 2 * batch_size - len(running)):
-                    request = self.scheduler.submit(prompt, replace(settings, seed=row_seed))
-                    running[request] = place
+                for place in islice(places, 2 * batch_size - len(running)):
+                    own = replace(settings, seed=row_seeds[place])
+                    running[self.scheduler.submit(prompts[place], own)] = place
                 if not running:
                     return answers
-                self._step()
+                try:
+                    self._step()
+                    reason = ""
+                except torch.OutOfMemoryError as error:
+                    reason = first_line(error)
+                if reason:
+                    batch_size = self._with_fewer_rows(running, batch_size, reason)
+                    places, running = chain(list(running.values()), places), {}
+                    continue
+                if refuses_nan:
+                    _check_logits(running)
                 for request in [request for request in running if request.is_finished]:
                     answers[running.pop(request)] = request.tokens
         finally:
             self.scheduler.max_rows = max_rows
             for request in running:
                 self.scheduler.cancel(request)
+
+    def _with_fewer_rows(self, running: Mapping[Request, int], rows: int, reason: str) -> int:
+        """Give up these requests and what is remembered; returns how many to answer at once."""
+        rows = max(min(rows, self.scheduler.num_active), 1)
+        for request in running:
+            self.scheduler.cancel(request)
+        self.scheduler.forget_all()
+        self.scheduler.max_rows = halve_answers(rows, reason)
+        return self.scheduler.max_rows
 
     def _finish(self, requests: Sequence[Request]) -> None:
         """Step until all of them have ended; what an interruption leaves is cancelled."""
@@ -190,6 +225,13 @@ class Engine:
             for request in requests:
                 self.scheduler.cancel(request)
                 del self._inbox[request]
+
+
+def _check_logits(running: Mapping[Request, int]) -> None:
+    """NanLogitsError for the first place among them whose logits were NaN."""
+    places = [place for request, place in running.items() if request.has_nan_logits]
+    if places:
+        raise NanLogitsError(min(places))
 
 
 def sample_prompts(

@@ -41,6 +41,8 @@ class Request:
         """1 where the model chose the token of `tokens`, 0 where the tool forced it."""
         self.finish: Finish | None = None
         self.is_cancelled = False
+        self.has_nan_logits = False
+        """Whether the logits of its first or its last token are NaN."""
         self._random = random.Random(f"{settings.seed}/{sample}")
         self._tools = ToolCalls(tokenizer)
         self._text = AnswerText(tokenizer)

@@ -28,7 +28,7 @@ from nanochat.gpt import GPT
 from nanochat.objectives import IGNORED, token_losses_in_passes
 from nanochat.problems import num_problems, problem, rewarded
 from nanochat.request import Request
-from nanochat.runtime import World
+from nanochat.runtime import World, first_line, halve_answers
 from nanochat.sampling import SamplingSettings
 from nanochat.scheduler import Scheduler
 from nanochat.tokenizer import Tokenizer
@@ -167,7 +167,7 @@ class RolloutLoader:
         self._settings, self._world = settings, world
         self._reference, self._row_length = reference, row_length
         self._padding = tokenizer.encode_special("<|assistant_end|>")
-        self._rows_per_pass = MAX_ROWS
+        self._rows_per_pass = self._rows_at_once = MAX_ROWS
         self._steps, self._waited = 0, 0.0
 
     def next_step(self) -> Batch:
@@ -199,12 +199,13 @@ class RolloutLoader:
             render_prompt(self._tokenizer, conversation, self._model.config.sequence_len)
             for conversation in conversations
         ]
-        answers = sample_answers(
+        answers, self._rows_at_once = sample_answers(
             self._model,
             self._tokenizer,
             prompts,
             settings=self._settings,
             seeds=[seed_of(self._settings.seed, number) for number in numbers],
+            rows=self._rows_at_once,
         )
         return [
             Group(prompt, group, [self._reward(index, conversation, answer) for answer in group])
@@ -315,13 +316,33 @@ def sample_answers(
     *,
     settings: RolloutSettings,
     seeds: Sequence[int],
-) -> list[list[Answer]]:
+    rows: int = MAX_ROWS,
+) -> tuple[list[list[Answer]], int]:
     """Answer every prompt `num_samples` times; a prompt is read once for all its answers.
 
-    An answer's random numbers follow from its prompt's seed and its place among the answers.
+    An answer's random numbers follow from its prompt's seed and its place among the answers. Where
+    the device has no memory for `rows` of them at once, all begin again with half as many; that
+    number is returned, too.
     """
+    rows = min(rows, len(prompts) * settings.num_samples)
+    while True:
+        try:
+            return _sample(model, tokenizer, prompts, settings, seeds, rows), rows
+        except torch.OutOfMemoryError as error:
+            reason = first_line(error)
+        rows = halve_answers(rows, reason)
+
+
+def _sample(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    settings: RolloutSettings,
+    seeds: Sequence[int],
+    rows: int,
+) -> list[list[Answer]]:
     # A new one each time: what an earlier state of the model remembers must not be used.
-    scheduler = Scheduler(model, tokenizer, max_rows=MAX_ROWS)
+    scheduler = Scheduler(model, tokenizer, max_rows=rows)
     answers: dict[Request, Answer] = {}
     groups: list[list[Answer]] = []
     for prompt, seed in zip(prompts, seeds, strict=True):

@@ -306,6 +306,22 @@ def halve_pass(rows: int, reason: str, *, rank: int) -> int:
     return fewer
 
 
+def halve_answers(rows: int, reason: str) -> int:
+    """Answers to write at once after `rows` of them did not fit the device; said at once.
+
+    reason: the error's text. UserError for a single one.
+    """
+    if rows == 1:
+        raise UserError(
+            f"out of memory with a single answer ({reason}); ask for shorter ones, or free memory"
+        )
+    fewer = (rows + 1) // 2
+    torch.cuda.empty_cache()
+    # An error in level only, so that ranks other than the main one are heard as well.
+    logger.error("out of memory with %d answers at once: going on with %d; %s", rows, fewer, reason)
+    return fewer
+
+
 @contextlib.contextmanager
 def start(
     device_type: str = "",

@@ -320,6 +320,7 @@ class Scheduler:
                     request, token, forced is not None, text, logprob, alternatives, request.finish
                 )
             )
+        _look_for_nan(requests, logits)
         return events
 
     def _retire_finished(self) -> None:
@@ -331,6 +332,26 @@ class Scheduler:
                 self._forget(row)
         while len(self._remembered) > self.max_rows:
             self._forget(self._remembered[0])
+
+
+def _look_for_nan(requests: Sequence[Request], logits: Tensor) -> None:
+    """Note which requests have NaN in the logits (requests, V) of their first or last token.
+
+    Once there, NaN stays: later tokens read the keys and values it has spoilt. So these two tell
+    of all, and steps between them need no look.
+    """
+    rows = [
+        row
+        for row, request in enumerate(requests)
+        if len(request.tokens) <= 1 or request.finish is not None
+    ]
+    if not rows:
+        return
+    with torch.inference_mode():
+        chosen = logits if len(rows) == len(requests) else logits[rows]
+        found = chosen.sum(dim=-1).isnan().tolist()  # one pass, without a mask
+    for row, has_nan in zip(rows, found, strict=True):
+        requests[row].has_nan_logits |= has_nan
 
 
 def answer_room(prompt: Sequence[int], context: int, max_tokens: int | None) -> int:

@@ -304,6 +304,7 @@ def _train(
             project=wandb_project(facts["stage"]),
             config=facts,
             tensorboard_dir=run_dir / "tensorboard" if config.tensorboard else None,
+            first_step=0 if checkpoint is None else checkpoint.step + 1,
         )
         trainer.metrics = MetricWriter(run_dir / "metrics.jsonl", mirrors=mirrors)
         if checkpoint is None:

@@ -7,10 +7,11 @@ run saves and ends with exit code 85.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -20,6 +21,7 @@ from nanochat.common import UserError
 
 logger = logging.getLogger(__name__)
 
+STDERR = 2  # its descriptor
 EXIT_STOPPED = 85  # "stopped, resume me": no other program we know exits with it
 # The last save and the last stretch before it may be slower than any seen so far.
 RESERVE_FACTOR = 1.5
@@ -73,6 +75,18 @@ def _process_seconds() -> float:
     return time.time() - psutil.Process().create_time()
 
 
+def _tell(message: str) -> None:
+    """A warning at once, from inside a signal handler.
+
+    The signal may have come in the middle of a log line, whose stream cannot be written again
+    before that is done; its descriptor can.
+    """
+    if not logger.isEnabledFor(logging.WARNING):
+        return
+    with suppress(OSError):  # such as a terminal that has gone, which sends the signal itself
+        os.write(STDERR, f"{time.strftime('%H:%M:%S')} warning: {message}\n".encode())
+
+
 @contextmanager
 def catch_signals(request: StopRequest) -> Iterator[None]:
     """Note SIGTERM, SIGUSR1 and the first Ctrl-C in `request` instead of ending the process."""
@@ -80,7 +94,7 @@ def catch_signals(request: StopRequest) -> Iterator[None]:
 
     def note(number: int, frame: FrameType | None) -> None:
         request.received.append(number)
-        logger.warning("%s: saving at the next step", signal.Signals(number).name)
+        _tell(f"{signal.Signals(number).name}: saving at the next step")
         if number == signal.SIGINT:  # a second Ctrl-C stops at once
             signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from nanochat.answers import plain_text, shown_text
-from nanochat.common import NotScoredError, UserError
+from nanochat.common import NotScoredError, UserError, no_numbers
 from nanochat.conversation import Conversation
-from nanochat.engine import Engine
+from nanochat.engine import Engine, NanLogitsError
 from nanochat.gpt import GPT
 from nanochat.hardware import usable_cpus
 from nanochat.problems import judged, num_problems, problem
@@ -173,14 +173,7 @@ def run_generative(
     started = time.perf_counter()
     count = sampling.num_samples
     problems = world.together(lambda: _prepare(task, tokenizer, model, max_problems, world))
-    answers = Engine(model, tokenizer).complete(
-        [prompt for prompt in problems.prompts.values() for _ in range(count)],
-        max_tokens=sampling.max_new_tokens,
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        seeds=[sampling.seed + i * count + k for i in problems.prompts for k in range(count)],
-        batch_size=batch_size,
-    )
+    answers = world.together(lambda: _write(task, problems, model, tokenizer, sampling, batch_size))
     texts = [plain_text(tokenizer, answer) for answer in answers]
     places = {
         index: slice(place * count, (place + 1) * count)
@@ -292,10 +285,7 @@ def _choose(
             options = problems.conversations[index].letters
             scores = row[[problems.letters[letter] for letter in options]]
             if scores.isnan().any():  # argmax would take the first of them
-                raise NotScoredError(
-                    f"problem {index} of {task.name}: the model's logits are not numbers (NaN); "
-                    "if they are with --dtype=float32, too, its weights are broken"
-                )
+                raise no_numbers(f"problem {index} of {task.name}")
             chosen[index] = (options[int(scores.argmax())],)
     return chosen
 
@@ -309,6 +299,31 @@ def _last_logits(model: GPT, prompts: list[list[int]], padding: int) -> Tensor:
     ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=model.device)
     last = states[torch.arange(len(prompts), device=model.device), ends]
     return model.logits(last).cpu()
+
+
+def _write(
+    task: Task,
+    problems: _Problems,
+    model: GPT,
+    tokenizer: Tokenizer,
+    sampling: Sampling,
+    batch_size: int,
+) -> list[list[int]]:
+    """The answers to each problem, one problem after the other."""
+    count = sampling.num_samples
+    try:
+        return Engine(model, tokenizer).complete(
+            [prompt for prompt in problems.prompts.values() for _ in range(count)],
+            max_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            seeds=[sampling.seed + i * count + k for i in problems.prompts for k in range(count)],
+            batch_size=batch_size,
+            refuses_nan=True,
+        )
+    except NanLogitsError as error:
+        index = list(problems.prompts)[error.place // count]
+        raise no_numbers(f"problem {index} of {task.name}") from error
 
 
 def _num_judges(world: World) -> int:

@@ -98,8 +98,13 @@ def chat_core(results: Sequence[TaskResult], names: Sequence[str]) -> float | No
 def check_writable(path: Path) -> None:
     """UserError, before hours of evaluation, when no file can be written there."""
     _check_file(path, f"--save={path} cannot be written")
+    if not path.parent.is_dir():
+        # Made on the way, a mistyped folder would swallow the answers.
+        raise UserError(
+            f"--save={path} cannot be written: there is no folder {path.parent}; make it, or name "
+            "another file"
+        )
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         # As `atomic_write_text` will begin: rights alone do not tell, in /proc for one.
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
             pass

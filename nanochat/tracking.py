@@ -8,7 +8,7 @@ import logging
 import math
 import netrc
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -60,9 +60,19 @@ class MetricWriter:
 
     def truncate(self, step: int) -> None:
         """Drop the rows behind `step`: a resumed run writes them again."""
+        self._keep(lambda row: row["step"] <= step)
+
+    def drop(self, step: int, names: Collection[str]) -> None:
+        """Drop the rows of `step` that have one of these values: it is about to be written again.
+
+        A kill after an evaluation leaves a row that the checkpoint to go on from knows nothing of.
+        """
+        self._keep(lambda row: row["step"] != step or row.keys().isdisjoint(names))
+
+    def _keep(self, is_kept: Callable[[dict[str, Any]], bool]) -> None:
         self._close_file()
         if self._path.exists():
-            rows = [row for row in read_metrics(self._path) if row["step"] <= step]
+            rows = filter(is_kept, read_metrics(self._path))
             atomic_write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def close(self) -> None:
@@ -103,20 +113,31 @@ def wandb_project(stage: str) -> str:
 
 
 def open_mirrors(
-    run: str, *, project: str, config: Mapping[str, Any], tensorboard_dir: Path | None = None
+    run: str,
+    *,
+    project: str,
+    config: Mapping[str, Any],
+    tensorboard_dir: Path | None = None,
+    first_step: int = 0,
 ) -> list[Mirror]:
-    """What --run and --tensorboard ask for, as far as it can be had; never raises for the rest."""
+    """What --run and --tensorboard ask for, as far as it can be had; never raises for the rest.
+
+    first_step: what TensorBoard has of it and of later steps no longer counts.
+    """
     mirrors = [start_wandb(run, project=project, config=config)]
     if tensorboard_dir is not None:
-        mirrors.append(start_tensorboard(tensorboard_dir))
+        mirrors.append(start_tensorboard(tensorboard_dir, first_step))
     return [mirror for mirror in mirrors if mirror is not None]
 
 
-def start_tensorboard(folder: Path) -> Mirror | None:
-    """Event files in `folder`, which `tensorboard --logdir` shows; or say once why not."""
+def start_tensorboard(folder: Path, first_step: int = 0) -> Mirror | None:
+    """Event files in `folder`, which `tensorboard --logdir` shows; or say once why not.
+
+    What an earlier run wrote there from `first_step` on is shown no more.
+    """
     try:
         module = importlib.import_module("torch.utils.tensorboard")
-        return _TensorBoardMirror(module.SummaryWriter(str(folder)))
+        return _TensorBoardMirror(module.SummaryWriter(str(folder), purge_step=first_step))
     except ImportError:
         logger.warning(
             "--tensorboard: tensorboard is not installed, metrics go to metrics.jsonl only "

@@ -150,7 +150,7 @@ class Trainer:
         self._micro_batch_rows = plan.micro_batch_rows
         self._scales_loss = runtime.compute_dtype == torch.float16
         self._pending: list[_Pending] = []
-        self._saved_step = -1
+        self._saved_step = self._resumed_step = -1
         self._asked_at: float | None = None
         self._longest_stretch = 0.0
         self._acted: set[str] = set()
@@ -211,6 +211,8 @@ class Trainer:
             gc.collect()  # an evaluation may leave garbage that holds memory of the device
             if values:
                 self.state.note_evaluation(values)
+                if step == self._resumed_step and self.metrics is not None:
+                    self.metrics.drop(step, values)
                 self._write(step, **values)
                 self._saved_step = -1  # a checkpoint of this step does not know them yet
         self.state.evaluated_step = step
@@ -460,7 +462,7 @@ class Trainer:
             self.weights.load_state_dict(checkpoint.load_model())
         self.loader.load_state_dict(checkpoint.state["loader"] | checkpoint.load_extra(world.rank))
         self.state = TrainState(**checkpoint.state["loop"])
-        self._saved_step = self.state.step
+        self._saved_step = self._resumed_step = self.state.step
         if self.metrics is not None:
             self.metrics.truncate(self.state.step)
         logger.info("resumed from step %d (%s)", self.state.step, checkpoint.path)

@@ -12,6 +12,7 @@ import datetime
 import difflib
 import hashlib
 import logging
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -213,10 +214,10 @@ def run_core(
     folder, bundle = base_dir() / "base_eval", mixtures.core_bundle(data, rt.world)
     progress_dir = None
     if weights is not None:
-        told = f"{weights} {rt.compute_dtype} {config.max_per_task} {bundle_digest(bundle)}"
         # Rank 0's: the clocks of two machines may tell a file's time differently.
-        digest = rt.world.gather_objects(hashlib.sha256(told.encode()).hexdigest()[:16])[0]
-        progress_dir = folder / f"unfinished_{name}_{digest}"
+        digest = rt.world.gather_objects(bundle_digest(bundle))[0]
+        same_model = f"unfinished_{name}_{_digest(f'{weights} {digest}')}_"
+        progress_dir = folder / (same_model + _digest(f"{rt.compute_dtype} {config.max_per_task}"))
     core = evaluate_core(
         model,
         tokenizer,
@@ -231,7 +232,21 @@ def run_core(
         atomic_write_text(path, core.to_csv())
         print(core.to_text(), end="")
         logger.info("wrote %s", path)
+        if progress_dir is not None and not core.items_a_task:
+            forget_unfinished(folder, same_model)
     return core_sections(core)
+
+
+def forget_unfinished(folder: Path, prefix: str) -> None:
+    """Remove what evaluations of these weights have left that nobody need finish any more."""
+    for path in folder.iterdir():
+        if path.name.startswith(prefix):
+            logger.info("removing %s: the same model has its score now", path)
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def table_path(folder: Path, name: str, core: CoreResult) -> Path:

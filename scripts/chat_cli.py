@@ -279,7 +279,9 @@ def _setter(name: str, read: Callable[[str], float]) -> Callable[[Chat, str], st
     def run(chat: Chat, argument: str) -> str:
         if argument:
             try:
-                value = None if argument == "off" and name != "temperature" else read(argument)
+                value = (
+                    None if argument.lower() == "off" and name != "temperature" else read(argument)
+                )
             except ValueError:
                 raise UserError(f"{argument!r} is not a number for {name}") from None
             change: dict[str, Any] = {name: value}

@@ -16,6 +16,7 @@ import tyro
 
 from nanochat import checkpoint_manager, configurator, runtime, task_eval
 from nanochat.common import UserError
+from nanochat.dataset import check_data
 from nanochat.lineage import LINEAGE, lineage
 from nanochat.rollouts import RolloutLoader, RolloutSettings, check_prompts, check_task, pass_at_k
 from nanochat.runtime import Runtime
@@ -99,6 +100,8 @@ def main(config: Config) -> int:
     check_numbers(config)
     check_positive(config, "device_batch_size", "num_epochs", "eval_examples", "eval_samples")
     check_count(config, "num_iterations", "--num-epochs passes over the questions")
+    if config.data is not None:
+        check_data(config.data)
     settings = config.rollouts()
     if config.shard != "optimizer":
         raise UserError(

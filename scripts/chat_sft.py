@@ -15,6 +15,7 @@ from nanochat import checkpoint_manager, configurator, runtime
 from nanochat.checkpoint_manager import Checkpoint
 from nanochat.common import UserError
 from nanochat.conversation_stage import ConversationStageConfig, train_on_conversations
+from nanochat.dataset import check_data
 from nanochat.inheritance import AS_CHECKPOINT, inherit
 from nanochat.schedule import Schedule
 from nanochat.stage import (
@@ -108,6 +109,8 @@ class Config(ConversationStageConfig):
 def main(config: Config) -> int:
     """Train from a mid or base checkpoint to an sft checkpoint."""
     check(config)
+    if config.data is not None:
+        check_data(config.data)
     with runtime.start(config.device_type, dtype=config.dtype, seed=config.seed) as rt:
         parent = checkpoint_manager.find_checkpoint(config.source, config.model_tag, config.step)
         config = settle(config, parent)

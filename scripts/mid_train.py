@@ -11,6 +11,7 @@ from typing import Literal
 
 from nanochat import checkpoint_manager, configurator, runtime
 from nanochat.conversation_stage import ConversationStageConfig, train_on_conversations
+from nanochat.dataset import check_data
 from nanochat.stage import check_count, check_numbers, check_positive, whole_rows
 from tasks import mixtures
 from tasks.task_sets import choose_task_set, require_chatcore, require_tasks, split_chats
@@ -33,6 +34,8 @@ def main(config: Config) -> int:
     check_numbers(config)
     check_positive(config, "device_batch_size", "total_batch_size", "num_epochs")
     check_count(config, "num_iterations", "--num-epochs passes over the conversations")
+    if config.data is not None:
+        check_data(config.data)
     with runtime.start(config.device_type, dtype=config.dtype, seed=config.seed) as rt:
         parent = checkpoint_manager.find_checkpoint(config.source, config.model_tag, config.step)
         data = config.data or parent.state["data"]

@@ -283,12 +283,32 @@ def test_ctrl_c_is_not_lost_when_it_comes_in_a_finalizer(
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Any) -> None:
-    # Two tokens that follow each other for ever, in a context that takes minutes to fill.
+def save_endless() -> None:
+    """A model of two tokens that follow each other for ever; its context takes minutes to fill."""
     a, b = tokens_of("ab")
     model = scripted_model([*tokens_of(START), a, b], sequence_len=20_000)
     model.lm_head.weight.data[a, b] = 3.0
     save("sft", model)
+
+
+def start_endless(*arguments: str) -> subprocess.Popen[str]:
+    """The command with such a model, and pipes."""
+    save_endless()
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "scripts.chat_cli", "--device-type=cpu"),
+            *("-t", "0", "--max-new-tokens=19000", *arguments),
+        ],
+        cwd=REPOSITORY,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Any) -> None:
+    save_endless()
     child = terminal("-t", "0", "--max-new-tokens=19000")
     child.expect_exact(READY)
     child.sendline("Hello?")
@@ -301,20 +321,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Any) -> None:
 
 
 def test_one_prompt_that_is_stopped_with_ctrl_c_ends_with_130(base_dir: Path) -> None:
-    a, b = tokens_of("ab")
-    model = scripted_model([*tokens_of(START), a, b], sequence_len=20_000)
-    model.lm_head.weight.data[a, b] = 3.0
-    save("sft", model)
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "scripts.chat_cli", "--device-type=cpu"),
-            *("-t", "0", "--max-new-tokens=19000", "-p", "Hello?"),
-        ],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start_endless("-p", "Hello?")
     with process:
         assert process.stdout is not None
         assert process.stdout.read(4) == "abab"
@@ -326,21 +333,7 @@ def test_one_prompt_that_is_stopped_with_ctrl_c_ends_with_130(base_dir: Path) ->
 
 
 def test_ctrl_c_ends_questions_from_a_pipe(base_dir: Path) -> None:
-    a, b = tokens_of("ab")
-    model = scripted_model([*tokens_of(START), a, b], sequence_len=20_000)
-    model.lm_head.weight.data[a, b] = 3.0
-    save("sft", model)
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "scripts.chat_cli", "--device-type=cpu"),
-            *("-t", "0", "--max-new-tokens=19000"),
-        ],
-        cwd=REPOSITORY,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start_endless()
     with process:
         assert process.stdin is not None
         assert process.stdout is not None

@@ -260,6 +260,7 @@ def not_loaded(*_: Any, **__: Any) -> Any:
         (["--data="], "--data is empty"),
         (["--data=embeded", "-a", "GSM8K"], "unknown data 'embeded'.*did you mean embedded"),
         (["--save="], "--save is empty"),
+        (["--save=/nonexistent/x.jsonl"], "there is no folder /nonexistent; make it, or name"),
         (["--save=/proc/x"], "--save=/proc/x cannot be written"),
         (["--save=/dev/null"], "--save=/dev/null cannot be written: it is a device"),
     ],

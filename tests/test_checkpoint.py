@@ -31,6 +31,7 @@ from nanochat.common import UserError, base_dir, checkpoints_dir, read_json, wri
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import World
 from nanochat.tokenizer import Tokenizer
+from tests import small_disks
 from tests.distributed import run_ranks
 
 CONFIG = GPTConfig(sequence_len=8, vocab_size=280, n_layer=2, n_head=2, n_embd=16)
@@ -486,13 +487,8 @@ def test_any_other_failed_write_says_what_failed(monkeypatch):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with small_disks.small_disk(tmp_path / "small", "256k") as folder:
+        yield folder
 
 
 def test_a_really_full_disk_keeps_the_earlier_checkpoint(small_disk):

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -14,6 +15,7 @@ import tyro
 from nanochat import configurator
 from nanochat.common import UserError
 from nanochat.configurator import UsageError, parse
+from tests import small_disks
 
 
 @dataclass(frozen=True)
@@ -242,6 +244,9 @@ def main(config):
         raise KeyboardInterrupt
     if config.what in ("much", "little"):
         print("line\\n" * (100_000 if config.what == "much" else 1))
+    if config.what == "other disk":
+        print("said")
+        raise OSError(errno.ENOSPC, "No space left on device")
     if config.what == "other pipe":
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
@@ -360,6 +365,26 @@ def test_output_that_cannot_be_written_is_named(
         "error: standard output cannot be written (No space left on device); "
         "send it somewhere else\n",
     )
+
+
+@pytest.mark.parametrize("amount", ["much", "little"])
+def test_a_full_disk_below_the_output_is_named(tmp_path: Path, amount: str) -> None:
+    with small_disks.small_disk(tmp_path / "small", "64k") as folder:
+        with suppress(OSError), (folder / "filler").open("wb", buffering=0) as filler:
+            filler.write(bytes((32 if amount == "much" else 64) << 10))
+        with (folder / "output").open("wb") as stdout:
+            result = run_script(tmp_path, f"--what={amount}", stdout=stdout)
+    assert (result.returncode, result.stderr) == (
+        1,
+        "error: standard output cannot be written (No space left on device); "
+        "send it somewhere else\n",
+    )
+
+
+def test_nothing_is_printed_to_find_out_whose_error_it_is(tmp_path: Path) -> None:
+    result = run_script(tmp_path, "--what=other disk")
+    assert (result.returncode, result.stdout) == (1, "said\n")
+    assert result.stderr.startswith("error: No space left on device; free space")
 
 
 @pytest.mark.parametrize(

@@ -235,7 +235,7 @@ def test_prompts_longer_than_the_model_are_cut_from_the_left(tmp_path: Path, kin
     assert score.decisions == tuple(expected)
 
 
-@pytest.mark.skipif(not SHARED_BUNDLE.exists(), reason="needs shared/data")
+@pytest.mark.skipif(not SHARED_BUNDLE.exists(), reason="shared/data is not beside the repository")
 def test_real_tasks_render_and_decide_as_the_oracle() -> None:
     model = random_model(4)
     labels = {"copa", "winogrande", "bigbench_operators", "bigbench_qa_wikidata"}
@@ -250,7 +250,7 @@ def test_real_tasks_render_and_decide_as_the_oracle() -> None:
     assert not labels
 
 
-@pytest.mark.skipif(not SHARED_BUNDLE.exists(), reason="needs shared/data")
+@pytest.mark.skipif(not SHARED_BUNDLE.exists(), reason="shared/data is not beside the repository")
 def test_the_real_bundle_names_its_three_missing_tasks() -> None:
     missing = [task.label for task in load_bundle(SHARED_BUNDLE) if not task.path.exists()]
     assert sorted(missing) == ["bigbench_cs_algorithms", "coqa", "winograd"]

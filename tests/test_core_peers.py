@@ -206,7 +206,7 @@ MULTIPLE_CHOICE = {
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not SHARED_BUNDLE.exists(), reason="needs shared/data")
+@pytest.mark.skipif(not SHARED_BUNDLE.exists(), reason="shared/data is not beside the repository")
 @pytest.mark.parametrize("label", MULTIPLE_CHOICE)
 def test_multiple_choice_decides_as_lm_eval_where_definitions_coincide(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, label: str

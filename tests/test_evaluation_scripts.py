@@ -168,6 +168,35 @@ def test_a_sample_of_the_items_does_not_pass_for_all_of_them(
     assert "| CORE (6 a task) | " in report.generate().read_text()
 
 
+@pytest.mark.parametrize(
+    ("finished", "num_left"),
+    [(["--max-per-task=8"], 1), (["--dtype=bfloat16"], 0)],
+)
+def test_what_an_interrupted_core_left_goes_when_the_model_has_its_score(
+    finished: list[str],
+    num_left: int,
+    shards: str,
+    base_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    save("base", random_model(), data=shards)
+    write_two_tasks(base_dir / "eval_bundle")
+
+    def until_killed(*_: Any) -> list[bool]:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nanochat.core_eval.decide", until_killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(base_eval, "--eval=core")
+    other = base_dir / "base_eval/unfinished_base_model_000007_of-other-weights_0"
+    other.mkdir()
+    run(base_eval, "--eval=core", *finished)
+    left = set((base_dir / "base_eval").glob("unfinished_*")) - {other}
+    assert len(left) == num_left
+    assert other.is_dir()
+
+
 def test_too_few_items_are_refused_before_the_model_is_loaded(
     shards: str, base_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

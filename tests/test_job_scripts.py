@@ -557,6 +557,28 @@ def test_the_page_of_a_job_is_reached_through_the_login_node(place: Place) -> No
     assert place.log.read_text().splitlines()[-1].endswith("scripts.chat_web --port=8042")
 
 
+@pytest.mark.parametrize(
+    ("flags", "port"),
+    [
+        ("--port=8123", 8123),
+        ("--port 8123", 8123),
+        ("-p 8123 --temperature 0.5", 8123),
+        ("-p=8123", 8123),
+        ("--port=1 --port 8123", 8123),
+        ("--temperature 0.5", 8042),
+    ],
+)
+def test_the_tunnel_of_a_page_ends_at_the_port_that_was_asked_for(
+    place: Place, flags: str, port: int
+) -> None:
+    variables = {"SLURM_JOB_ID": "1042", "SLURM_SUBMIT_HOST": "login2"}
+    result = place.run(f"bash scripts/chat.slurm {flags}", **variables)
+    assert result.returncode == 0, result.stderr
+    assert f"  ssh -L 8000:localhost:{port} -J " in result.stdout
+    command = place.log.read_text().splitlines()[-1]
+    assert command.endswith(f"scripts.chat_web --port={port} {flags}")
+
+
 @pytest.mark.parametrize("script", [*JOBS, "scripts/chat.slurm"])
 def test_job_headers(script: str) -> None:
     text = (REPOSITORY / script).read_text(encoding="utf-8")

@@ -75,6 +75,27 @@ def test_logits_are_those_of_the_model(config: GPTConfig, weights: Any, instruct
 
 
 @needs_kernels
+@pytest.mark.parametrize("instructions", ["best", "no-tiles", "no-bf16", "avx2"])
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_weights_that_are_no_numbers_give_no_numbers(
+    config: GPTConfig, weights: Any, instructions: Any
+) -> None:
+    tokens = random_tokens(config, 20)
+    hidden = []
+    for name, parameter in random_model(config).named_parameters():
+        model = random_model(config)
+        broken = dict(model.named_parameters())[name]
+        broken[(0,) * parameter.dim()] = float("nan")
+        expected = model(torch.tensor([tokens]))[0, -1].isnan()
+        decoder = CompiledDecoder(model, weights=weights, instructions=instructions)
+        found = decoder.feed([Chunk(decoder.open(20), 0, tokens)])[0].isnan()
+        if not torch.equal(found, expected):
+            hidden.append(name)
+    assert hidden == []
+
+
+@needs_kernels
 @pytest.mark.parametrize("num_threads", [1, 3])
 @pytest.mark.parametrize("weights", WEIGHTS)
 @settings(max_examples=15, deadline=None)
@@ -327,7 +348,7 @@ def test_a_model_that_the_kernels_do_not_know_is_decoded_the_plain_way_with_one_
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("cargo-clippy") is None, reason="no clippy")
+@pytest.mark.skipif(shutil.which("cargo-clippy") is None, reason="cargo-clippy is not installed")
 def test_the_crate_is_formatted_and_without_lints() -> None:
     subprocess.run(["cargo", "fmt", "--check"], cwd=CRATE, check=True)
     lint = ["cargo", "clippy", "--offline", "--all-targets", "--release", "--", "-D", "warnings"]

@@ -22,6 +22,7 @@ from nanochat.gpt import GPT, GPTConfig, softcap
 from nanochat.objectives import next_token_loss_sum
 from nanochat.rollouts import RolloutLoader, RolloutSettings, advantages, pass_at_k
 from nanochat.runtime import Runtime, World
+from tests import short_memory
 
 SETTINGS = RolloutSettings(
     examples_per_step=2, num_samples=4, max_new_tokens=6, temperature=1.0, top_k=None, seed=3
@@ -217,6 +218,22 @@ def test_a_step_depends_on_its_number_and_the_weights_only() -> None:
     assert not torch.equal(steps[0].inputs, steps[3].inputs)
     assert straight.state_dict() == resumed.state_dict() == {"steps": 4}
     assert straight.progress == 4 * SETTINGS.examples_per_step / 5
+
+
+def test_answers_are_sampled_in_smaller_batches_when_memory_is_short(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = make_loader().next_step()
+    short_memory.allow_rows(monkeypatch, 3)
+    loader = make_loader()
+    found = loader.next_step()
+    assert_rows_equal(rows_of(found), rows_of(expected))
+    loader.next_step()  # does not try again what did not fit
+    told = [record.getMessage() for record in caplog.records if "memory" in record.getMessage()]
+    assert told == [
+        f"out of memory with {rows} answers at once: going on with {fewer}; {short_memory.REASON}"
+        for rows, fewer in ((8, 4), (4, 2))
+    ]
 
 
 def test_a_second_epoch_asks_the_same_questions_for_other_answers() -> None:

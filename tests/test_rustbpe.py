@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import regex
 from bpe_texts import PIECES, corpus, tiktoken_of, trained_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -64,7 +65,6 @@ def test_every_character_splits_as_in_the_reference(name):
 @needs_core
 @pytest.mark.parametrize("name", NAMES)
 def test_split_equals_the_regex_engine(name):
-    regex = pytest.importorskip("regex")
     # that package has its own Unicode version: characters on which it differs are left out
     pattern, pieces = regex.compile(reference.PATTERNS[name]), [p for p in PIECES if p != "\u1c89"]
     rng = random.Random(7)
@@ -100,7 +100,6 @@ def test_an_unknown_pattern_is_refused_by_the_core_and_done_in_python(caplog):
 
 
 def test_an_invalid_pattern_is_a_clear_error():
-    pytest.importorskip("regex")
     with pytest.raises(ValueError, match="is not valid"):
         rustbpe.Tokenizer().train_from_iterator(["a"], 256, pattern="(")
 

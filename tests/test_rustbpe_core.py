@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from bpe_texts import corpus, tiktoken_of, trained_tokenizer
 
@@ -79,7 +80,7 @@ def test_installing_without_cargo_gives_a_working_package(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("cargo-clippy") is None, reason="no clippy")
+@pytest.mark.skipif(shutil.which("cargo-clippy") is None, reason="cargo-clippy is not installed")
 def test_the_crate_is_formatted_and_free_of_lints():
     cargo = ["cargo", "clippy", "--offline", "--all-targets", "--release", "--", "-D", "warnings"]
     subprocess.run(cargo, cwd=ROOT / "rustbpe", check=True, capture_output=True)
@@ -234,11 +235,10 @@ def test_a_pickled_encoding_is_read_and_nothing_else(trained, tmp_path, capsys):
 
 
 def shared_texts(num_shards: int) -> list[str]:
-    parquet = pytest.importorskip("pyarrow.parquet")
     shards = sorted(SHARED_TEXT.glob("*.parquet"))[:num_shards]
     if not shards:
-        pytest.skip("no real text at hand")
-    columns = [parquet.read_table(shard, columns=["text"])["text"] for shard in shards]
+        pytest.skip("shared/data/text is not here")
+    columns = [pq.read_table(shard, columns=["text"])["text"] for shard in shards]
     return [text for column in columns for text in column.to_pylist()]
 
 

@@ -236,6 +236,10 @@ FORMS: dict[str, tuple[bytes, str]] = {
     "a text as number": (json.dumps({**HELLO, "temperature": "hot"}).encode(), "valid number"),
     "a misspelt setting": (json.dumps({**HELLO, "temprature": 1}).encode(), "temprature is not a"),
     "half a character": (rb'{"messages": [{"role": "user", "content": "\ud83d"}]}', "Unicode"),
+    "a word for top_k": (
+        b'{"messages": [{"role": "user", "content": "a"}], "top_k": "on"}',
+        "top_k",
+    ),
 }
 
 

@@ -169,7 +169,8 @@ def two_hosts() -> Iterator[tuple[str, str]]:
         for host in hosts:
             made = subprocess.run(["ip", "netns", "add", host], capture_output=True)
             if made.returncode:
-                pytest.skip("this machine does not allow network namespaces")
+                why = made.stderr.decode().strip()
+                pytest.skip(f"this machine does not allow network namespaces: {why}")
         link = "ip link add {0} netns {2} type veth peer name {1} netns {3}"
         subprocess.run(link.format(*cables, *hosts).split(), check=True)
         for index, (host, cable) in enumerate(zip(hosts, cables, strict=True), 1):

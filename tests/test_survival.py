@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import re
 import signal
+import sys
 import threading
 import time
 from dataclasses import asdict
@@ -23,7 +25,7 @@ from nanochat.dataloader import Batch
 from nanochat.progress import slow_ranks
 from nanochat.runtime import Runtime, World
 from nanochat.saving import not_finite
-from nanochat.stopping import StoppedError, StopRequest
+from nanochat.stopping import StoppedError, StopRequest, catch_signals
 from nanochat.tracking import read_metrics
 from nanochat.train_state import SPIKE_FROM_STEP, SPIKE_MEMORY, SPIKE_PATIENCE, TrainState
 from nanochat.training import Hook, Trainer
@@ -57,6 +59,41 @@ def go_on(folder: Path, runtime: Runtime, **changes: Any) -> Trainer:
 # ---- stopping ---------------------------------------------------------------------------------
 
 
+class SignalledWrites(io.RawIOBase):
+    """A file of which each write is interrupted by a signal."""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        signal.raise_signal(signal.SIGTERM)
+        return len(data)
+
+
+def test_a_signal_in_the_middle_of_a_log_line_is_noted_and_told(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    stream = io.TextIOWrapper(io.BufferedWriter(SignalledWrites()), write_through=True)
+    handler = logging.StreamHandler(stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
+    request = StopRequest()
+    with catch_signals(request):
+        logging.getLogger("nanochat").warning("a line")
+    assert set(request.received) == {signal.SIGTERM}
+    assert capfd.readouterr().err.endswith(" warning: SIGTERM: saving at the next step\n")
+
+
+def test_ranks_that_are_not_heard_do_not_tell_of_a_signal(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    request = StopRequest()
+    with caplog.at_level(logging.ERROR), catch_signals(request):
+        signal.raise_signal(signal.SIGUSR1)
+    assert request.received == [signal.SIGUSR1]
+    assert capfd.readouterr().err == ""
+
+
 def test_a_stop_before_an_evaluation_does_not_wait_for_it(runtime: Runtime, tmp_path: Path) -> None:
     seen: list[int] = []
 
@@ -82,6 +119,27 @@ def test_a_stop_before_an_evaluation_does_not_wait_for_it(runtime: Runtime, tmp_
     go_on(tmp_path, runtime, hooks=hooks, steps=4).run()
     assert seen == [0, 2, 4]
     assert newest(tmp_path).state["loop"]["evaluations"] == {"val_bpb": 1.0}
+
+
+def test_an_evaluation_that_is_repeated_after_a_kill_has_one_row(
+    runtime: Runtime, tmp_path: Path
+) -> None:
+    def evaluate(trainer: Trainer) -> dict[str, float]:
+        return {"val_bpb": 5.0 - trainer.state.step}
+
+    hooks = [Hook("evaluate", 2, evaluate)]
+    killed = make_trainer(tmp_path, runtime, hooks=hooks, steps=4)
+    for _ in range(4):
+        killed._boundary(is_last=False)
+        killed._step()
+    killed.save()  # a stop before the evaluation
+    killed._boundary(is_last=False)  # then the evaluation, and a kill before the next save
+    killed.saver.wait()
+    killed.metrics.close()  # type: ignore[union-attr]
+    go_on(tmp_path, runtime, hooks=hooks, steps=4).run()
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "val_bpb" in row] == [0, 2, 4]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
 
 
 def test_the_clock_stops_a_run_before_its_limit_and_it_goes_on_exactly(

@@ -18,6 +18,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import Runtime, World
 from nanochat.task_eval import Sampling, run_categorical, run_generative, run_task
 from nanochat.task_results import Record, TaskResult, chat_core, wilson_interval
+from tests import short_memory
 from tests.distributed import run_ranks
 
 TOKENIZER: Any = ByteTokenizer()
@@ -142,6 +143,63 @@ def test_answers_are_those_of_the_engine_one_by_one(batch_size: int) -> None:
         assert record.completions == (text,)
         assert record.verdicts == (task.evaluate(task[record.index], text),)
     assert result.num_passed == sum(record.verdicts[0] for record in result.records)
+
+
+def broken_at(name: str) -> GPT:
+    """A model with NaN in one place of one of its matrices."""
+    model = random_model(1)
+    matrix = dict(model.named_parameters())[name]
+    with torch.no_grad():
+        matrix[-1, 0] = float("nan")
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "name",
+    ["lm_head.weight", "transformer.h.0.mlp.c_fc.weight", "transformer.h.0.attn.c_q.weight"],
+)
+def test_logits_that_are_no_numbers_write_no_answer(
+    name: str, temperature: float, dtype: torch.dtype
+) -> None:
+    model = broken_at(name).cast_matrices(dtype)
+    sampling = Sampling(num_samples=2, max_new_tokens=5, temperature=temperature, top_k=50)
+    with pytest.raises(NotScoredError, match=r"problem 0 of vowels: .* are not numbers \(NaN\)"):
+        run_generative(Vowels(), TOKENIZER, model, sampling=sampling)
+
+
+def test_a_token_whose_embedding_is_no_number_is_found_when_the_answer_holds_it() -> None:
+    model, task = random_model(1), Vowels(size=3)
+    prompt = TOKENIZER.render_for_completion(task[1])
+    (tokens,), _ = Engine(model, TOKENIZER).generate_batch(prompt, max_tokens=8, temperature=0.0)
+    written = tokens[len(prompt) + 2]
+    assert written not in tokens[: len(prompt)]
+    model.transformer.wte.weight.data[written] = float("nan")
+    with pytest.raises(NotScoredError, match=r"of vowels: .* are not numbers"):
+        run_generative(task, TOKENIZER, model, sampling=Sampling(max_new_tokens=8))
+
+
+def test_answers_are_written_in_smaller_batches_when_memory_is_short(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, task = random_model(1), Vowels(size=23)
+    sampling = Sampling(num_samples=2, max_new_tokens=10, temperature=1.0)
+    expected = run_generative(task, TOKENIZER, model, sampling=sampling)
+    short_memory.allow_rows(monkeypatch, 5)
+    result = run_generative(task, TOKENIZER, model, sampling=sampling, batch_size=20)
+    assert [r.completions for r in result.records] == [r.completions for r in expected.records]
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [
+        f"out of memory with {rows} answers at once: going on with {fewer}; {short_memory.REASON}"
+        for rows, fewer in ((20, 10), (10, 5))
+    ]
+
+
+def test_an_answer_that_has_no_room_even_alone_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    short_memory.allow_rows(monkeypatch, 0)
+    with pytest.raises(UserError, match=r"out of memory with a single answer \(CUDA"):
+        run_generative(Vowels(), TOKENIZER, random_model(), batch_size=4)
 
 
 def test_one_right_sample_of_several_passes_a_problem() -> None:

@@ -14,7 +14,7 @@ from scripted_model import save, scripted_model
 from nanochat.common import UserError
 from nanochat.configurator import parse
 from nanochat.sources.hub_rows import HubRows
-from scripts import chat_sft, mid_train
+from scripts import chat_rl, chat_sft, mid_train
 from tasks import mixtures, public
 from tasks.customjson import IDENTITY
 from tasks.public import Epochs
@@ -263,3 +263,19 @@ def test_a_stage_on_a_folder_names_what_is_missing_before_it_begins(
     save(source, scripted_model([0, 1]), data=str(tmp_path), tasks="embedded")
     with pytest.raises(UserError, match="use it with --tasks=public"):
         script.main(parse(script.Config, ["--device-type=cpu", "--chats=mine.jsonl"]))
+
+
+@pytest.mark.parametrize("command", [mid_train, chat_sft, chat_rl])
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [
+        ("/nonexistent", "data folder /nonexistent does not exist"),
+        ("embeded", "unknown data 'embeded'.*did you mean embedded"),
+        ("", "--data is empty"),
+    ],
+)
+def test_data_that_is_not_there_is_refused_where_it_only_decides_about_the_tasks(
+    command: Any, data: str, named: str
+) -> None:
+    with pytest.raises(UserError, match=named):
+        command.main(parse(command.Config, [f"--data={data}", "--device-type=cpu"]))

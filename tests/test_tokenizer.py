@@ -6,6 +6,8 @@ import logging
 import pickle
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import rustbpe
@@ -292,13 +294,12 @@ def test_a_tiktoken_file_is_imported(tokenizer, tmp_path):
 @pytest.fixture
 def shards(tmp_path, monkeypatch):
     """A folder of two parquet shards; the base folder is a fresh one."""
-    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     folder = tmp_path / "shards"
     folder.mkdir()
     for shard in range(2):
-        table = arrow.table({"text": [f"{text} {shard} {i}" for i, text in enumerate(TEXTS)]})
-        parquet.write_table(table, folder / f"shard_{shard:05d}.parquet")
+        table = pa.table({"text": [f"{text} {shard} {i}" for i, text in enumerate(TEXTS)]})
+        pq.write_table(table, folder / f"shard_{shard:05d}.parquet")
     return folder
 
 

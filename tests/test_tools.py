@@ -106,7 +106,7 @@ def test_division_equals_python_where_python_is_exact(a: int, b: int, c: int) ->
     assert float(value) == a * b / c
 
 
-@pytest.mark.skipif(not GSM8K.exists(), reason="needs shared/data")
+@pytest.mark.skipif(not GSM8K.exists(), reason="shared/data is not beside the repository")
 def test_results_are_those_written_in_gsm8k() -> None:
     with gzip.open(GSM8K, "rt", encoding="utf-8") as file:
         answers = [json.loads(line)["answer"] for line in file]

@@ -10,8 +10,8 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import time
+from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import pytest
 
 from nanochat.stopping import EXIT_STOPPED
 from nanochat.tracking import read_metrics
+from tests import small_disks
 from tests.stage_processes import (
     BASE,
     MID,
@@ -170,14 +171,9 @@ def test_a_second_process_on_one_run_refuses(prepared: Path) -> None:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Path:
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disks.small_disk(tmp_path / "small", "24m") as folder:
+        yield folder
 
 
 def test_a_disk_that_fills_ends_the_run_and_with_room_it_goes_on(

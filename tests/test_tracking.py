@@ -45,6 +45,21 @@ def test_truncating_drops_later_rows_and_writing_goes_on(tmp_path: Path) -> None
     assert [row["loss"] for row in read_metrics(path)] == [0.0, 1.0, 2.0, 30.0]
 
 
+def test_a_repeated_evaluation_takes_the_place_of_its_row(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    writer = MetricWriter(path)
+    writer.write(1, val_bpb=2.0)
+    writer.write(2, loss=3.0)
+    writer.write(2, val_bpb=1.5, core=0.1)
+    writer.drop(2, {"val_bpb"})
+    writer.write(2, val_bpb=1.25)
+    assert read_metrics(path) == [
+        {"step": 1, "val_bpb": 2.0},
+        {"step": 2, "loss": 3.0},
+        {"step": 2, "val_bpb": 1.25},
+    ]
+
+
 def test_truncating_a_file_that_is_not_there_does_nothing(tmp_path: Path) -> None:
     MetricWriter(tmp_path / "metrics.jsonl").truncate(3)
     assert list(tmp_path.iterdir()) == []
@@ -224,6 +239,28 @@ def test_tensorboard_gets_every_number_at_its_step(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in events] == [(1, 3.0), (2, 2.5)]
 
 
+def test_what_lies_behind_the_step_that_is_resumed_is_gone_from_tensorboard(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first, losses in ((0, (4.0, 3.0, 2.0, 1.0)), (2, (20.0,))):
+        mirrors = open_mirrors(
+            "dummy",
+            project="nanochat",
+            config={},
+            tensorboard_dir=tmp_path / "tensorboard",
+            first_step=first,
+        )
+        writer = MetricWriter(tmp_path / "metrics.jsonl", mirrors=mirrors)
+        for step, loss in enumerate(losses, first):
+            writer.write(step, loss=loss)
+        writer.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert [(event.step, event.value) for event in events] == [(0, 4.0), (1, 3.0), (2, 20.0)]
+
+
 def test_a_missing_tensorboard_is_one_notice(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -237,7 +274,7 @@ def test_a_tensorboard_that_breaks_is_given_up_with_one_notice(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     class BrokenWriter:
-        def __init__(self, folder: str) -> None:
+        def __init__(self, folder: str, purge_step: int) -> None:
             self.folder = folder
 
         def add_scalar(self, name: str, value: float, step: int) -> None:

@@ -261,20 +261,56 @@ def test_a_question_that_begins_like_a_command_is_not_lost(open_page: Callable[.
     expect(ask_from).to_have_text("/etc/passwd? smile")
 
 
-def test_off_is_a_value_of_top_p(open_page: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(
+    ("label", "name", "number", "off", "range_"),
+    [
+        ("Top-p", "top_p", "0.5", 1, "number from 0.01 to 1"),
+        ("Top-k", "top_k", "7", "off", "whole number from 1 to 200"),
+    ],
+)
+def test_off_is_a_value_of_top_p_and_top_k(
+    open_page: Callable[..., Any], label: str, name: str, number: str, off: Any, range_: str
+) -> None:
     page = open_page()
-    for value, told in (("0.5", "0.5"), ("off", "off"), ("0.5", "0.5"), ("OFF", "off")):
-        start_asking(page, f"/topp {value}")
-        expect(page.locator(".notice").last).to_have_text(f"Top-p is now {told}.")
-    start_asking(page, "/topp ")
-    expect(page.locator(".notice").last).to_have_text("Top-p is off.")
-    with page.expect_request("**/chat/completions") as sent:
+    command = "/" + name.replace("_", "")
+    for value, told in ((number, number), ("off", "off"), (number, number), ("OFF", "off")):
+        start_asking(page, f"{command} {value}")
+        expect(page.locator(".notice").last).to_have_text(f"{label} is now {told}.")
+    start_asking(page, f"{command} ")
+    expect(page.locator(".notice").last).to_have_text(f"{label} is off.")
+    with page.expect_response("**/chat/completions") as answered:
         ask(page, "Who?")
-    assert sent.value.post_data_json["top_p"] == 1
-    start_asking(page, "/topp never")
-    expect(page.locator(".notice").last).to_have_text(
-        "Top-p must be a number from 0.01 to 1, or off."
-    )
+    assert answered.value.status == 200
+    assert answered.value.request.post_data_json[name] == off
+    start_asking(page, f"{command} never")
+    expect(page.locator(".notice").last).to_have_text(f"{label} must be a {range_}, or off.")
+    start_asking(page, "/help ")
+    expect(page.locator(".notice").last).to_contain_text(f"{command} [")
+    page.click("#open-settings")
+    expect(page.locator(f"#out-{name.replace('_', '-')}")).to_have_text("off")
+
+
+def test_top_k_is_switched_off_at_the_end_of_its_dial(open_page: Callable[..., Any]) -> None:
+    page = open_page()
+    page.click("#open-settings")
+    for value, told, sent_as in (("0", "off", "off"), ("3", "3", 3)):
+        page.locator("#set-top-k").fill(value)
+        expect(page.locator("#out-top-k")).to_have_text(told)
+        assert page.evaluate("requestBody([]).top_k") == sent_as
+
+
+def test_two_windows_keep_each_others_settings(open_page: Callable[..., Any]) -> None:
+    page = open_page()
+    twin = open_twin(page)
+    start_asking(page, "/temperature 0.3")
+    start_asking(twin, "/topk 9")
+    start_asking(page, "/theme dark")
+    twin.reload()
+    page.reload()
+    for each in (page, twin):
+        body = each.evaluate("requestBody([])")
+        assert (body["temperature"], body["top_k"]) == (0.3, 9)
+        expect(each.locator("html")).to_have_attribute("data-theme", "dark")
 
 
 # Gives the stream of an answer to the page byte by byte.
@@ -581,14 +617,19 @@ def test_a_window_that_missed_a_change_writes_nothing_over_it(
     expect(page.locator("article.user .said")).to_have_text(["first", "other", "more"])
 
 
-def test_a_question_in_a_second_window_does_not_cost_the_answer_in_the_first(
-    site: Site, open_page: Callable[..., Any]
-) -> None:
+def open_twins_of_an_answer(site: Site, open_page: Callable[..., Any]) -> tuple[Any, Any]:
+    """Two windows of a conversation whose answer is being written, in the first, and holds."""
     page = open_page(init=FAST_CLOCK)
     site.pace.hold_after(12)
     start_asking(page, "long")
     expect(page.locator(f"{LAST} .said")).to_contain_text("word word")
-    twin = open_twin(page)
+    return page, open_twin(page)
+
+
+def test_a_question_in_a_second_window_does_not_cost_the_answer_in_the_first(
+    site: Site, open_page: Callable[..., Any]
+) -> None:
+    page, twin = open_twins_of_an_answer(site, open_page)
     start_asking(twin, "smile")
     expect(twin.locator("article.user .said")).to_have_text(["long", "smile"])
     site.pace.go_on()
@@ -606,11 +647,7 @@ def test_a_question_in_a_second_window_does_not_cost_the_answer_in_the_first(
 def test_a_conversation_deleted_in_another_window_while_it_streams_stays_deleted(
     site: Site, open_page: Callable[..., Any]
 ) -> None:
-    page = open_page(init=FAST_CLOCK)
-    site.pace.hold_after(12)
-    start_asking(page, "long")
-    expect(page.locator(f"{LAST} .said")).to_contain_text("word word")
-    twin = open_twin(page)
+    page, twin = open_twins_of_an_answer(site, open_page)
     delete(twin, "long")
     expect(page.locator("#toast")).to_contain_text("deleted in another window")
     expect(page.locator("#send")).to_have_attribute("aria-label", "Send")  # it is stopped

@@ -164,7 +164,15 @@ class Sampling(_Request):
     """How to choose tokens; what is left out is as the server was started."""
 
     temperature: Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)] | None = None
-    top_k: Annotated[Whole, Field(ge=1, le=MAX_TOP_K)] | None = None
+    top_k: (
+        Annotated[
+            Annotated[Whole, Field(ge=1, le=MAX_TOP_K), Tag("number")]
+            | Annotated[Literal["off"], Tag("off")],
+            Discriminator(lambda value: "off" if value == "off" else "number"),
+        ]
+        | None
+    ) = None
+    """"off": all tokens, also where the server was started with a limit."""
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     min_p: Annotated[float, Field(ge=0, lt=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
@@ -317,7 +325,7 @@ LIMITS = frozenset(_REASONS) - {
     "string_unicode",
     "model_attributes_type",
 }
-_TAGS = {"text", "list", "ids", "lists"}
+_TAGS = {"text", "list", "ids", "lists", "number", "off"}
 
 
 def reason_of(error: dict[str, Any]) -> tuple[str, str]:

@@ -85,9 +85,10 @@ class Service:
     ) -> SamplingSettings:
         """Settings of the answers: as asked, else the server's."""
         defaults = self.defaults
+        top_k = defaults.top_k if request.top_k is None else request.top_k
         return SamplingSettings(
             temperature=_first(request.temperature, defaults.temperature),
-            top_k=defaults.top_k if request.top_k is None else request.top_k,
+            top_k=None if top_k == "off" else top_k,
             top_p=defaults.top_p if request.top_p is None else request.top_p,
             min_p=request.min_p,
             repetition_penalty=_first(request.repetition_penalty, 1.0),

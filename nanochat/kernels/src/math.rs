@@ -52,10 +52,10 @@ pub fn nearest(x: f32) -> f32 {
     (x + ROUND) - ROUND
 }
 
-/// e^x to about 1e-7 of its value, for x in [-87, 88].
+/// e^x to about 1e-7 of its value, for x in [-87, 88]; of what is no number, no number.
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
-    let x = larger(x, -87.0);
+    let x = larger(-87.0, x);
     let rounded = x.mul_add(std::f32::consts::LOG2_E, ROUND);
     let n = rounded - ROUND;
     // ln 2 in two parts, so that the remainder is exact.
@@ -78,7 +78,7 @@ pub fn softcap(x: f32, cap: f32) -> f32 {
     let square = a * a;
     let small = (square * 0.133_333_33 - 0.333_333_33).mul_add(square * a, a);
     let large = 1.0 - 2.0 / (exp(2.0 * a) + 1.0);
-    cap * if a.abs() < 0.02 { small } else { large }
+    cap * if a.abs() >= 0.02 { large } else { small }
 }
 
 #[inline(always)]
@@ -94,7 +94,8 @@ pub fn sum(lanes: [f32; LANES]) -> f32 {
     part[0]
 }
 
-/// The larger one; without `f32::max`'s care for what is not a number.
+/// The larger one; `b` if one of them is not a number, so that `larger(0.0, x)` hides no NaN, which
+/// `f32::max` does. One instruction.
 #[inline(always)]
 pub fn larger(a: f32, b: f32) -> f32 {
     if a > b {
@@ -157,6 +158,14 @@ mod tests {
             let x = i as f32 / 200.0;
             let exact = 15.0 * (x as f64 / 15.0).tanh();
             assert!((softcap(x, 15.0) as f64 - exact).abs() < 5e-6, "{x}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_number_stays_so() {
+        for x in [f32::NAN, -f32::NAN] {
+            assert!(exp(x).is_nan() && softcap(x, 15.0).is_nan());
+            assert!(larger(0.0, x).is_nan() && from_bf16(to_bf16(x)).is_nan());
         }
     }
 

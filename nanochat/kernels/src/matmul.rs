@@ -7,7 +7,7 @@
 #[cfg(target_arch = "x86_64")]
 use crate::bytes;
 use crate::isa::Isa;
-use crate::math::{nearest, softcap, to_bf16, Number};
+use crate::math::{larger, nearest, softcap, to_bf16, Number};
 use crate::memory::{Buffer, Shared};
 #[cfg(target_arch = "x86_64")]
 use crate::{amx, avx512, tiles};
@@ -307,7 +307,7 @@ unsafe fn finish_body(sums: *const f32, width: usize, then: Then, at: usize) {
 unsafe fn relu2<E: Number>(sums: &[f32], out: *mut E) {
     let out = std::slice::from_raw_parts_mut(out, sums.len());
     for (o, &y) in out.iter_mut().zip(sums) {
-        let positive = y.max(0.0);
+        let positive = larger(0.0, y);
         *o = E::from_f32(positive * positive);
     }
 }

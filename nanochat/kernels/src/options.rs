@@ -1,6 +1,6 @@
 //! What a model may have beyond the classic one (see `nanochat.gpt_config`), a token at a time.
 
-use crate::math::{exp, inverse_rms, Number};
+use crate::math::{exp, inverse_rms, larger, Number};
 use crate::memory::Shared;
 
 /// Features of the block's input that a value gate reads.
@@ -47,7 +47,7 @@ unsafe impl Sync for Options {}
 
 #[inline(always)]
 fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + exp((-x).min(87.0)))
+    1.0 / (1.0 + exp(-larger(-87.0, x)))
 }
 
 /// `x * weights`, in order.
