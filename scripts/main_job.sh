@@ -16,7 +16,7 @@ source scripts/stages.sh
 source scripts/ranks.sh
 
 # What a flag may set; --max-seq-len and --max_seq_len both set MAX_SEQ_LEN.
-SIZES=(DATA TASKS FIRST_SHARDS NUM_SHARDS MAX_CHARS VOCAB_SIZE DEPTH TOKEN_SHIFT MAX_SEQ_LEN DEVICE_BATCH_SIZE TOTAL_BATCH_SIZE
+SIZES=(DATA TASKS FIRST_SHARDS NUM_SHARDS MAX_CHARS VOCAB_SIZE DEPTH TOKEN_SHIFT PACKING MAX_SEQ_LEN DEVICE_BATCH_SIZE TOTAL_BATCH_SIZE
     NUM_ITERATIONS FINAL_LR SAVE_EVERY EVAL_EVERY EVAL_TOKENS BPB_LIMIT CORE_EVERY SAMPLE_EVERY CORE_MAX_PER_TASK
     MID_ITERATIONS MID_FINAL_LR SFT_ITERATIONS SFT_DEVICE_BATCH_SIZE SFT_EXAMPLES_PER_STEP SFT_PACKING
     SFT_LR_FRACTION SPIKE_LIMIT RL_ITERATIONS MAX_PROBLEMS MAX_NEW_TOKENS)
@@ -55,7 +55,7 @@ pipeline() {
     # [2/5] base model
     training base_train "base_checkpoints/$tag/step_*/manifest.json" \
         ranks scripts.base_train --data="$DATA" --depth="$DEPTH" --max_seq_len="$MAX_SEQ_LEN" \
-        --token_shift="$TOKEN_SHIFT" --final_lr_frac="$FINAL_LR" \
+        --token_shift="$TOKEN_SHIFT" --packing="$PACKING" --final_lr_frac="$FINAL_LR" \
         --device_batch_size="$DEVICE_BATCH_SIZE" --total_batch_size="$TOTAL_BATCH_SIZE" \
         --num_iterations="$NUM_ITERATIONS" --eval_every="$EVAL_EVERY" --eval_tokens="$EVAL_TOKENS" \
         --core_metric_every="$CORE_EVERY" --sample_every="$SAMPLE_EVERY" --save_every="$SAVE_EVERY" \
@@ -255,6 +255,7 @@ check_size() {
     case "$1" in
     DATA) ;;
     TASKS) check_choice "$2" "$3" embedded public auto ;;
+    PACKING) check_choice "$2" "$3" stream best-fit ;;
     SFT_PACKING) check_choice "$2" "$3" stream rows best-fit ;;
     TOKEN_SHIFT | *_LIMIT | *_LR | *_FRACTION)
         [[ "$3" =~ ^[0-9]*\.?[0-9]+$ ]] || usage_error "$2 needs a number, got '$3'" ;;
