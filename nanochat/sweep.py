@@ -76,6 +76,7 @@ class Sweep:
                 "dots, dashes and underscores"
             )
         given = [flag for flag in self.training_flags if _name_of(flag) in OWN_FLAGS]
+        given += [flag for flag in self._spelled_out() if _name_of(flag) in OWN_FLAGS]  # of a file
         if given:
             raise UserError(f"{given[0]} behind -- is what the sweep itself sets; leave it out")
 
@@ -97,17 +98,22 @@ class Sweep:
         return [(budget, depth) for budget in self.budgets or (None,) for depth in self.depths]
 
     def flags(self, budget: float | None, depth: int) -> tuple[str, ...]:
-        """The flags of one run's base_train."""
+        """The flags of one run's base_train. They stand by themselves: no file is named in them."""
         own = [f"--depth={depth}"]
         if budget is not None:
-            own += [f"--model_tag={self.name}_{short(budget)}_d{depth}", f"--target_flops={budget}"]
+            own.append(f"--model_tag={self.name}_{short(budget)}_d{depth}")
+            own.append(f"--target_flops={budget:.15g}")
         else:
             own.append(f"--model_tag={self.name}_d{depth}")
             if self.ratio is not None:
                 own.append(f"--target_param_data_ratio={self.ratio}")
-        given = set(map(_name_of, self.training_flags))
-        defaults = [flag for flag in TRAINING_FLAGS if _name_of(flag) not in given]
-        return (*own, *defaults, *self.training_flags)
+        return (*own, *self._spelled_out())
+
+    def _spelled_out(self) -> list[str]:
+        """What every run is given and is not base_train's default, one word a flag."""
+        given = configurator.parse(PretrainingConfig, (*TRAINING_FLAGS, *self.training_flags))
+        values = {field: getattr(given, field.name) for field in dataclasses.fields(given)}
+        return [f"--{f.name}={value}" for f, value in values.items() if value != f.default]
 
 
 def _name_of(flag: str) -> str:

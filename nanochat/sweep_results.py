@@ -80,7 +80,7 @@ def read_rows(path: Path) -> list[Row]:
     """The rows of a sweep's CSV, none when it is not there; UserError where it is damaged."""
     if not path.exists():
         return []
-    rows = []
+    rows: list[Row] = []
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file, strict=True)
         missing = [name for name in _COLUMNS if name not in {BUDGET, *(reader.fieldnames or ())}]

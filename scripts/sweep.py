@@ -143,7 +143,7 @@ class Progress:
         self._rows = {row.model_tag: row for row in rows}
         self._launch = shlex.split(launch) or [sys.executable, "-m"]
         self._path = sweep.folder / CSV_FILE
-        self._failed: dict[str, int] = {}
+        self._failed: dict[str, str] = {}
         self._stop = StopRequest()
 
     def run(self) -> int:
@@ -166,7 +166,7 @@ class Progress:
         if self._rows:
             show(self._sweep, sorted(self._rows.values(), key=_order))
         for tag, failure in self._failed.items():
-            logger.error("%s failed with exit code %d; it has no row", tag, failure)
+            logger.error("%s failed with %s; it has no row", tag, failure)
         if self._failed:
             logger.error("mend the cause and start the same command again; the rest is skipped")
         return 1 if self._failed else 0
@@ -191,8 +191,11 @@ class Progress:
         if code in STOP_CODES.values():
             return code
         if not is_finished:
-            self._failed[run.tag] = code or 1
-            logger.error("%s failed with exit code %d", run.tag, code)
+            failure = f"exit code {code}"
+            if not code:
+                failure += f" but no checkpoint and validation of step {run.num_iterations:,}"
+            self._failed[run.tag] = failure
+            logger.error("%s failed with %s", run.tag, failure)
         return 0
 
     def _note(self, run: PlannedRun) -> bool:

@@ -36,6 +36,7 @@ from nanochat.sweep_results import (
 from nanochat.tokenizer import Tokenizer, get_tokenizer
 from nanochat.tracking import read_metrics
 from scripts import sweep
+from tests import stage_processes
 
 REPOSITORY = Path(__file__).parents[1]
 SECONDS = 300
@@ -158,6 +159,19 @@ def test_a_dry_run_prints_commands_and_true_sizes_and_writes_nothing(
     assert sorted(path.name for path in base.iterdir()) == ["tokenizer"]
 
 
+def test_settings_from_a_file_are_spelled_out_and_cannot_set_what_the_sweep_sets(
+    base: Path,
+) -> None:
+    settings = base / "settings.py"
+    settings.write_text("seed = 7\nmax_seq_len = 64\n")
+    asked = Sweep("miniseries", "series", (3,), (), None, (str(settings), "--seed=8"))
+    assert {"--seed=8", "--max_seq_len=64"} < set(asked.flags(None, 3))
+    assert not any(str(settings) in flag for flag in asked.flags(None, 3))
+    settings.write_text("num_iterations = 7\n")
+    with pytest.raises(UserError, match="--num_iterations=7 behind -- is what the sweep itself"):
+        Sweep("miniseries", "series", (3,), (), None, (str(settings),))
+
+
 @pytest.mark.parametrize("preset", ["classic", "modern"])
 def test_a_plan_has_the_settings_of_base_train(base: Path, preset: str) -> None:
     flags = ("--max_seq_len=64", f"--preset={preset}")
@@ -195,8 +209,8 @@ def test_a_damaged_file_is_named_with_its_line(base: Path) -> None:
     path.write_text(whole.replace(",2560,", ",many,", 1))
     with pytest.raises(UserError, match=r"results\.csv, line 2: .*'many'; delete that line"):
         read_rows(path)
-    for cut in (whole.rindex("series_d2"), whole.rindex("embedded"), whole.rindex(",2560,")):
-        path.write_text(whole[:cut])
+    for cut in (",series_d2,", ",embedded,", ",2560,"):
+        path.write_text(whole[: whole.rindex(cut)])
         with pytest.raises(UserError, match="line 3: no "):
             read_rows(path)
     path.write_text("depth,val_bpb\n1,2\n")
@@ -361,16 +375,17 @@ def test_tables_are_markdown_of_equal_width() -> None:
 # ---- the real thing ---------------------------------------------------------------------------
 
 
-def command(base: Path, *arguments: str) -> subprocess.Popen[bytes]:
-    log = (base / "log").open("ab")
-    return subprocess.Popen(
-        [sys.executable, "-m", *arguments],
-        cwd=REPOSITORY,
-        env=os.environ | {"NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1"},
-        stdout=log,
-        stderr=log,
-        start_new_session=True,
-    )
+def start(base: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    """A command in a process group of its own; what it says is added to the base folder's log."""
+    with stage_processes.log_of(base).open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", *arguments],
+            cwd=REPOSITORY,
+            env=os.environ | {"NANOCHAT_BASE_DIR": str(base), "OMP_NUM_THREADS": "1"},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
 
 
 def wait_for(base: Path, tag: str, step: int, process: subprocess.Popen[bytes]) -> None:
@@ -379,17 +394,9 @@ def wait_for(base: Path, tag: str, step: int, process: subprocess.Popen[bytes]) 
     for _ in range(SECONDS * 10):
         if any(int(path.name.removeprefix("step_")) >= step for path in run_dir.glob("step_*")):
             return
-        assert process.poll() is None, (base / "log").read_text()[-3000:]
+        assert process.poll() is None, stage_processes.log_of(base).read_text()[-3000:]
         time.sleep(0.1)
     raise AssertionError(f"no step {step} of {tag}")
-
-
-def prepare(base: Path) -> None:
-    """Text and a tokenizer."""
-    base.mkdir()
-    flags = ("--max_chars=100000", "--vocab_size=512")
-    assert command(base, "nanochat.dataset", "--data=embedded", "-n", "1").wait(SECONDS) == 0
-    assert command(base, "scripts.tok_train", "--data=embedded", *flags).wait(SECONDS) == 0
 
 
 @pytest.mark.slow
@@ -397,39 +404,39 @@ def test_a_killed_sweep_goes_on_to_the_rows_of_an_undisturbed_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = ("miniseries", "--name=series", "--depths=1,2", "--target_param_data_ratio=1")
-    line = ("scripts.sweep", *asked, "--", *TINY, "--save_every=1")
+    line = ("scripts.sweep", *asked, "--", *TINY)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    prepare(whole)
-    prepare(killed)
-    assert command(whole, *line).wait(SECONDS) == 0
+    whole.mkdir()
+    stage_processes.prepare(whole)
+    stage_processes.copy_of(whole, killed)
+    stage_processes.run(whole, *line)
     undisturbed = rows_of(whole, monkeypatch)
 
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(killed))
-    process = command(killed, *line)
-    wait_for(killed, "series_d1", 20, process)
+    process = start(killed, *line, "--save_every=1")
+    wait_for(killed, "series_d1", 5, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     with pytest.raises(UserError, match=r"series_d1 holds a run that was made with seed 42, not 1"):
         sweep.main(parse(*asked, "--", *TINY, "--seed=1"))
-    process = command(killed, *line)
-    wait_for(killed, "series_d2", 20, process)
+    process = start(killed, *line, "--save_every=1")
+    wait_for(killed, "series_d2", 5, process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(SECONDS) == 143
     assert [row.depth for row in rows_of(killed, monkeypatch)] == [1]
-    assert command(killed, *line).wait(SECONDS) == 0
-    said = (killed / "log").read_text()
+    said = stage_processes.run(killed, *line)
     assert said.count("resumed from step") == 2
     assert "series_d1: done before, skipped" in said
     assert rows_of(killed, monkeypatch) == undisturbed
 
 
 def rows_of(base: Path, monkeypatch: pytest.MonkeyPatch) -> list[Row]:
-    """The rows of a sweep, held against the runs' records, without the time they took."""
+    """The rows of a sweep, held against the runs' records, without time and words."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
     rows = read_rows(base / "series_miniseries_results" / "results.csv")
     for row in rows:
         check_against_records(row)
-    return [dataclasses.replace(row, train_time_sec=0.0) for row in rows]
+    return [dataclasses.replace(row, train_time_sec=0.0, command="") for row in rows]
 
 
 def check_against_records(row: Row) -> None:
