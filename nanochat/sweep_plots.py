@@ -40,8 +40,13 @@ def _draw_points(
 ) -> None:
     axes.plot(flops, values, color=BLUE, linewidth=1.8, marker="o", markersize=5)
     for row, x, y in zip(rows, flops, values, strict=True):
-        axes.annotate(
-            f"d{row.depth}", (x, y), xytext=(5, 5), textcoords="offset points", fontsize=9
+        axes.annotate(  # above the point: lines rise on one side and fall on the other
+            f"d{row.depth}",
+            (x, y),
+            xytext=(0, 8),
+            textcoords="offset points",
+            ha="center",
+            fontsize=9,
         )
     axes.set_xscale("log")
     axes.set_xlabel("training FLOPs")
