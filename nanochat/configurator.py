@@ -11,6 +11,8 @@ help text. Before that, this module forgives what the documented commands mix:
 A config class may say in `PRESETS` that a value of one flag stands for values of others:
 `{"recipe": {"merged": {"source": "base"}}}`. They come before the file and the flags.
 
+A field of the type `Rest` takes what follows a bare `--`, for a command that starts others.
+
 What cannot be forgiven ends with one line and exit code 2.
 """
 
@@ -33,6 +35,7 @@ from typing import (
     NoReturn,
     TypeVar,
     Union,
+    cast,
     get_args,
     get_origin,
     get_type_hints,
@@ -44,6 +47,13 @@ from nanochat.common import UserError, setup_logging
 
 C = TypeVar("C")
 Presets = Mapping[str, Mapping[str, Mapping[str, Any]]]  # flag -> its value -> field -> value
+
+
+class _Rest:
+    """Marks the field that takes the words behind a bare `--`."""
+
+
+Rest = Annotated[tuple[str, ...], _Rest, tyro.conf.Suppress]
 
 _TRUE = {"true", "1", "yes", "on"}
 _FALSE = {"false", "0", "no", "off"}
@@ -86,12 +96,19 @@ def parse(config_type: type[C], argv: Sequence[str] | None = None) -> C:
     arguments = list(sys.argv[1:] if argv is None else argv)
     flags = _flags_of(config_type)
     presets: Presets = getattr(config_type, "PRESETS", {})
-    return tyro.cli(
+    rest_field, rest = _rest_field(config_type), []
+    if rest_field and "--" in arguments:
+        place = arguments.index("--")
+        arguments, rest = arguments[:place], arguments[place + 1 :]
+    config: Any = tyro.cli(
         config_type,
         args=_normalised(arguments, flags, presets),
         prog=_program_name(),
         config=(tyro.conf.OmitArgPrefixes,),
     )
+    if rest_field:
+        config = dataclasses.replace(config, **{rest_field: tuple(rest)})
+    return cast(C, config)
 
 
 def run(main: Callable[[C], int | None], config_type: type[C]) -> NoReturn:
@@ -197,6 +214,8 @@ def _flags_of(config_type: type[Any]) -> list[_Flag]:
     flags: list[_Flag] = []
     for field in dataclasses.fields(config_type):
         hint, markers = _without_annotations(hints[field.name])
+        if _Rest in markers:
+            continue
         kind, takes_none = _without_none(hint)
         if dataclasses.is_dataclass(kind) and isinstance(kind, type):
             flags.extend(_flags_of(kind))
@@ -214,6 +233,13 @@ def _flags_of(config_type: type[Any]) -> list[_Flag]:
             )
         )
     return flags
+
+
+def _rest_field(config_type: type[Any]) -> str | None:
+    """The name of the field that takes what follows a bare `--`, if the command has one."""
+    hints = get_type_hints(config_type, include_extras=True)
+    found = (name for name, hint in hints.items() if _Rest in _without_annotations(hint)[1])
+    return next(found, None)
 
 
 def _without_annotations(hint: Any) -> tuple[Any, tuple[Any, ...]]:

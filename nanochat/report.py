@@ -7,6 +7,7 @@ python -m nanochat.report generate   write report.md and report_plots/, here and
 
 What a section's data may hold (strings are Markdown, dictionaries become lists):
 - "run_dir": the folder of a training run, whose metrics.jsonl is plotted;
+- "plot": a finished plot (SVG), which is shown as it is;
 - "CORE metric": in "Base model evaluation", the first row of the summary;
 - "Task set": whose tasks a score is of; "embedded" is shown beside CORE and ChatCORE;
 - "Items a task", beside a CORE of no more than so many: shown beside it as well;
@@ -329,7 +330,7 @@ def format_value(value: Any) -> str:
 def _list_lines(item: Mapping[str, Any]) -> list[str]:
     lines = []
     for key, value in item.items():
-        if key == "run_dir" or value is None:
+        if key in ("run_dir", "plot") or value is None:
             continue
         if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
             lines += ["", *_table_lines(value), ""]
@@ -369,7 +370,13 @@ def _draw(folder: Path, sections: Mapping[str, Section]) -> dict[str, str]:
 
     images = {}
     for name, section in sections.items():
-        run_dir = section.value("run_dir")
+        run_dir, plot = section.value("run_dir"), section.value("plot")
+        if plot is not None and Path(plot).is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(plot, folder / f"{name}.svg")
+            images[name] = f"{PLOTS_FOLDER}/{name}.svg"
+        elif plot is not None:
+            logger.warning("no plot for %s: %s is not there", section.title, plot)
         if run_dir is None:
             continue
         metrics = Path(run_dir) / "metrics.jsonl"

@@ -79,7 +79,7 @@ def draw_training(metrics: Path, target: Path) -> bool:
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
             draw(axes)
-        _save(figure, target)
+        save_figure(figure, target)
     return True
 
 
@@ -119,7 +119,7 @@ def draw_accuracies(
         axes.grid(visible=False, axis="x")
         axes.set(title="Accuracy by stage", ylabel="problems solved (%)", ylim=(0, 105))
         figure.legend(loc="outside upper right", ncols=len(stages) + 1, frameon=False)
-        _save(figure, target)
+        save_figure(figure, target)
 
 
 def _draw_loss(axes: Axes, steps: Values, losses: Values) -> None:
@@ -224,6 +224,7 @@ def _thinned(steps: Values, values: Values) -> tuple[Values, Values]:
     return steps[kept], values[kept]
 
 
-def _save(figure: Figure, target: Path) -> None:
+def save_figure(figure: Figure, target: Path) -> None:
+    """Write an SVG file without its time of making; the folder is created on demand."""
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, format="svg", metadata={"Date": None})

@@ -111,7 +111,7 @@ def _look(
         logger.info("nothing to resume in %s: starting from nothing", run_dir)
         return None
     _check_data(newest, facts)
-    different = _differences(newest.state, facts)
+    different = differences(newest.state, facts)
     other_run = [text for name, text in different.items() if name not in _CHANGEABLE]
     if other_run:
         raise UserError(
@@ -153,8 +153,12 @@ def _set_aside(run_dir: Path) -> None:
     logger.info("the earlier run in %s is now %s", run_dir, aside)
 
 
-def _differences(saved: dict[str, Any], facts: dict[str, Any]) -> dict[str, str]:
-    """Settings that make a saved run another one than the one asked for: name -> old, not new."""
+def differences(saved: dict[str, Any], facts: dict[str, Any]) -> dict[str, str]:
+    """Settings that make a saved run another one than the one asked for: name -> old, not new.
+
+    saved: state.json of a checkpoint. facts: what that of the new run will say; a part is enough,
+    and "config", the settings, must be in it.
+    """
     old = saved.get("config", {}) | {k: v for k, v in saved.items() if k in facts and k != "config"}
     new = facts["config"] | {k: v for k, v in facts.items() if k != "config"}
     return {

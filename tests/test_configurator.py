@@ -428,3 +428,19 @@ def test_defect_keeps_its_traceback(tmp_path: Path) -> None:
 
 def test_usage_error_is_a_user_error() -> None:
     assert issubclass(UsageError, UserError)
+
+
+def test_what_follows_a_bare_double_dash_is_kept_for_another_command() -> None:
+    @dataclass(frozen=True)
+    class Starter:
+        """A command that starts others."""
+
+        name: str = "first"
+        """Name."""
+        others: configurator.Rest = ()
+
+    config = parse(Starter, ["--name=second", "--", "--name=third", "-x", "--", "--help"])
+    assert config == Starter("second", ("--name=third", "-x", "--", "--help"))
+    assert parse(Starter, ["--name=second", "--"]) == parse(Starter, ["--name=second"])
+    with pytest.raises(UsageError, match="unknown flag --others"):
+        parse(Starter, ["--others=x"])
