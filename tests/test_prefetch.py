@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pexpect
 import pyarrow as pa
@@ -347,8 +348,8 @@ def test_a_task_added_to_a_stage_is_in_its_list(
     assert "owner/riddles:main:train" not in names("sft")
     before = public.training_tasks
 
-    def more(stage: str, chats: tuple[str, ...] = ()) -> list[Task]:
-        return [*before(stage, chats), Riddles()]
+    def more(stage: str, *others: Any) -> list[Task]:
+        return [*before(stage, *others), Riddles()]
 
     monkeypatch.setattr(mixtures.public, "training_tasks", more)
     assert "owner/riddles:main:train" in names("sft")
