@@ -25,7 +25,7 @@ RL_ITERATIONS=0 # steps of reinforcement learning, which is left out unless a fl
 # ---- the stages: name, what it leaves behind in the base folder, command ------------------------------
 
 pipeline() {
-    local tag="d$DEPTH" first="$NUM_SHARDS" limit=()
+    local tag="d$DEPTH" first="$NUM_SHARDS" limit=() packed=()
     local shards=(python -m nanochat.dataset --data="$DATA" -n "$NUM_SHARDS")
     stage report_reset "" \
         python -m nanochat.report reset
@@ -52,10 +52,11 @@ pipeline() {
     files shards "" \
         "${shards[@]}"
 
-    # [2/5] base model
+    # [2/5] base model. Left out where it is the default: runs from before this choice go on.
+    [ "$PACKING" = stream ] || packed=(--packing="$PACKING")
     training base_train "base_checkpoints/$tag/step_*/manifest.json" \
         ranks scripts.base_train --data="$DATA" --depth="$DEPTH" --max_seq_len="$MAX_SEQ_LEN" \
-        --token_shift="$TOKEN_SHIFT" --packing="$PACKING" --final_lr_frac="$FINAL_LR" \
+        --token_shift="$TOKEN_SHIFT" ${packed[@]+"${packed[@]}"} --final_lr_frac="$FINAL_LR" \
         --device_batch_size="$DEVICE_BATCH_SIZE" --total_batch_size="$TOTAL_BATCH_SIZE" \
         --num_iterations="$NUM_ITERATIONS" --eval_every="$EVAL_EVERY" --eval_tokens="$EVAL_TOKENS" \
         --core_metric_every="$CORE_EVERY" --sample_every="$SAMPLE_EVERY" --save_every="$SAVE_EVERY" \

@@ -322,12 +322,13 @@ pipeline_run_logged() {
     shift
     mkdir -p "${log%/*}"
     printf '== %(%F %T)T: %s\n' -1 "$*" >>"$log"
-    [ -p "$pipe" ] || mkfifo "$pipe"
+    mkfifo "$pipe"
     # Opened both ways first: either end alone would wait for the other one.
     exec {both}<>"$pipe"
     exec {input}<"$pipe"
     exec {output}>"$pipe"
     exec {both}>&-
+    rm "$pipe" # what an earlier stage has left running reads another pipe
     (
         trap '' INT TERM HUP USR1
         exec tee -a "$log" <&"$input" {input}>&- {output}>&-

@@ -273,6 +273,24 @@ def test_what_failed_ahead_is_tried_again_and_decides_then(pipeline: Pipeline) -
     assert "all stages done" not in always.stdout
 
 
+def test_what_a_stage_leaves_running_takes_no_line_of_the_next_log(pipeline: Pipeline) -> None:
+    logs = pipeline.base / "logs"
+    script = pipeline.script.read_text()
+    loud = "for i in $(seq 40); do echo line $i; done"
+    pipeline.script.write_text(
+        script.replace(
+            'bash "$STUB" data\n', "bash -c 'sleep 7 & touch $NANOCHAT_BASE_DIR/data.txt'\n"
+        ).replace(
+            'eval.txt bash "$STUB" eval "${LIMIT:-10}"',
+            f"eval.txt bash -c '{loud}; touch $NANOCHAT_BASE_DIR/eval.txt'",
+        )
+    )
+    result = pipeline.run(STAGE_LOGS=str(logs))
+    assert result.returncode == 0, result.stderr
+    assert (logs / "eval.log").read_text().count("\nline ") == 40
+    assert "\nline " not in (logs / "data.log").read_text()
+
+
 def is_alive(pipeline: Pipeline) -> bool:
     pid = int((pipeline.base / "hanging").read_text())
     return (
