@@ -275,20 +275,17 @@ def test_what_failed_ahead_is_tried_again_and_decides_then(pipeline: Pipeline) -
 
 def test_what_a_stage_leaves_running_takes_no_line_of_the_next_log(pipeline: Pipeline) -> None:
     logs = pipeline.base / "logs"
+    left = "bash -c 'sleep 9 & touch $NANOCHAT_BASE_DIR/data.txt'"
+    count = "for ((i = 1; i <= 40; i++)); do echo $i; done"
+    loud = f"bash -c '{count}; touch $NANOCHAT_BASE_DIR/train.txt'"
     script = pipeline.script.read_text()
-    loud = "for i in $(seq 40); do echo line $i; done"
-    pipeline.script.write_text(
-        script.replace(
-            'bash "$STUB" data\n', "bash -c 'sleep 7 & touch $NANOCHAT_BASE_DIR/data.txt'\n"
-        ).replace(
-            'eval.txt bash "$STUB" eval "${LIMIT:-10}"',
-            f"eval.txt bash -c '{loud}; touch $NANOCHAT_BASE_DIR/eval.txt'",
-        )
-    )
+    script = script.replace('bash "$STUB" data\n', f"{left}\n")
+    script = script.replace('bash "$STUB" train "${SIZE:-1}" ${FREE:-}', loud)
+    pipeline.script.write_text(script)
     result = pipeline.run(STAGE_LOGS=str(logs))
     assert result.returncode == 0, result.stderr
-    assert (logs / "eval.log").read_text().count("\nline ") == 40
-    assert "\nline " not in (logs / "data.log").read_text()
+    lines = (logs / "train.log").read_text().splitlines()
+    assert lines[1:] == [str(number) for number in range(1, 41)]
 
 
 def is_alive(pipeline: Pipeline) -> bool:
