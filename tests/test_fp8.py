@@ -42,6 +42,7 @@ def test_a_quantised_tensor_is_within_half_a_step(dtype: torch.dtype, error: flo
 def test_product_and_gradients_are_near_those_of_the_plain_one() -> None:
     generator = torch.Generator().manual_seed(2)
     plain = torch.nn.Linear(128, 160, bias=False)
+    torch.nn.init.normal_(plain.weight, std=0.1, generator=generator)
     holder = torch.nn.Sequential(torch.nn.Linear(128, 160, bias=False))
     holder[0].weight.data.copy_(plain.weight.data)
     assert fp8.convert(holder) == 1
@@ -55,7 +56,8 @@ def test_product_and_gradients_are_near_those_of_the_plain_one() -> None:
     for exact, rounded in pairs:
         assert exact.shape == rounded.shape
         difference = (exact - rounded).norm() / exact.norm()
-        assert 1e-3 < difference < 0.06  # rounded, and by no more than 3 and 2 bits of mantissa do
+        # 2 bits of mantissa: steps of 1/4, so 1/4 / sqrt(12) = 0.072 of numbers near 1, less near 2.
+        assert 1e-3 < difference < 0.07
 
 
 def test_only_large_matrices_are_converted_and_keep_their_names_and_weights() -> None:
