@@ -56,7 +56,7 @@ def test_product_and_gradients_are_near_those_of_the_plain_one() -> None:
     for exact, rounded in pairs:
         assert exact.shape == rounded.shape
         difference = (exact - rounded).norm() / exact.norm()
-        # 2 bits of mantissa: steps of 1/4, so 1/4 / sqrt(12) = 0.072 of numbers near 1, less near 2.
+        # Steps of 1/4 (2 bits of mantissa): 1/4 / sqrt(12) = 0.072 of numbers near 1, less near 2.
         assert 1e-3 < difference < 0.07
 
 
