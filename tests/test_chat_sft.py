@@ -287,13 +287,25 @@ def test_chatcore_is_the_mean_over_all_tasks_and_over_those_of_choice(
     chances = {"Facts": 0.25, "WordProblems": 0, "SpellingBee": 0, "Identity": 0, "TwoTurn": 0}
     for row in rows:
         centered = {
-            name: (row[f"{name}_accuracy"] - chance) / (1 - chance)
+            name: (row[f"chatcore/{name}_accuracy"] - chance) / (1 - chance)
             for name, chance in chances.items()
         }
         assert row["chatcore"] == pytest.approx(sum(centered.values()) / 5)
         assert row["chatcore_cat"] == pytest.approx(centered["Facts"])
     assert "step 2  ChatCORE (embedded) " in caplog.text
     assert ", 4 problems a categorical task, 1 problems a generative task" in caplog.text
+
+
+def test_accuracies_of_chatcore_and_of_the_metrics_stand_side_by_side(base_dir: Path) -> None:
+    save_base()
+    metric = ("--eval-metrics-every=1", "--eval-metrics-max-problems=8")
+    finetune(*MERGED, *SCORES, *metric)
+    (row,) = [row for row in metrics(base_dir) if "chatcore" in row]
+    shares = {name: row[f"{name}Facts_accuracy"] for name in ("", "chatcore/")}
+    assert (shares[""] * 8) % 1 == (shares["chatcore/"] * 4) % 1 == 0
+    finetune(*MERGED, *NO_SCORES, *metric)
+    (alone,) = [row for row in metrics(base_dir) if "Facts_accuracy" in row]
+    assert alone["Facts_accuracy"] == shares[""]
 
 
 def test_measuring_changes_no_bit_of_the_training_nor_of_its_resumption() -> None:
