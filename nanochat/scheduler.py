@@ -17,7 +17,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from nanochat.common import UserError
+from nanochat.common import ShortMemoryError, UserError
 from nanochat.decoder import Chunk, Decoder
 from nanochat.decoders import chooser_for, make_decoder
 from nanochat.gpt import GPT
@@ -114,8 +114,8 @@ class Scheduler:
         """Queue a request; `step` works on it.
 
         sample: which of several answers to one prompt with one seed. UserError for a prompt that
-        is empty, longer than the context, has unknown ids or needs more memory than there is;
-        QueueFullError when too many wait.
+        is empty, longer than the context or has unknown ids; ShortMemoryError where it needs more
+        memory than there is; QueueFullError when too many wait.
         """
         limit = answer_room(prompt, self.decoder.context, settings.max_tokens)
         vocab_size = self.decoder.vocab_size
@@ -125,7 +125,7 @@ class Scheduler:
                 f"{unknown} is not a token of the model (vocabulary: {vocab_size:,} tokens)"
             )
         if len(prompt) + limit > self.max_cache_tokens:
-            raise UserError(
+            raise ShortMemoryError(
                 f"a prompt of {len(prompt)} and an answer of up to {limit} tokens need more than "
                 f"the {self.max_cache_tokens:,} tokens of cache memory; ask for a shorter answer"
             )
