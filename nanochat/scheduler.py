@@ -10,6 +10,7 @@ Single-threaded, without locks: the caller owns the thread.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 
@@ -335,19 +336,22 @@ class Scheduler:
 
 
 def _look_for_nan(requests: Sequence[Request], logits: Tensor) -> None:
-    """Note which requests have NaN in the logits (requests, V) of their first or last token.
+    """Note which requests have NaN in their logits (requests, V).
 
-    Once there, NaN stays: later tokens read the keys and values it has spoilt. So these two tell
-    of all, and steps between them need no look.
+    NaN in a hidden state is in every logit of its token, so a single one tells, at each step.
+    NaN in the head's weights is in the same logits of all tokens: those of the first and of the
+    last token are looked at whole.
     """
-    rows = [
-        row
-        for row, request in enumerate(requests)
-        if len(request.tokens) <= 1 or request.finish is not None
-    ]
-    if not rows:
-        return
     with torch.inference_mode():
+        for request, logit in zip(requests, logits[:, 0].tolist(), strict=True):
+            request.has_nan_logits |= math.isnan(logit)
+        rows = [
+            row
+            for row, request in enumerate(requests)
+            if len(request.tokens) <= 1 or request.finish is not None
+        ]
+        if not rows:
+            return
         chosen = logits if len(rows) == len(requests) else logits[rows]
         found = chosen.sum(dim=-1).isnan().tolist()  # one pass, without a mask
     for row, has_nan in zip(rows, found, strict=True):
