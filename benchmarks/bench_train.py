@@ -42,7 +42,7 @@ from nanochat import configurator
 from nanochat.common import UserError
 
 ROWS, LENGTH, EVAL_TOKENS = 16, 512, 131_072
-PEER_STEPS = 1200  # of rows laid out for the peer; more than that begin again
+PEER_STEPS = 1200  # of rows laid out for the peer, which must see none twice while ours does not
 WARM_UP_PASSES = 2  # before the clock starts: they compile
 ENDLESS = 1_000_000_000  # steps, of a horizon that no speed is known for yet
 SEPARATOR = ";"  # between variants
@@ -85,6 +85,10 @@ class Config:
 
 def main(config: Config) -> int:
     """Prepare the data once, then let the sides take turns."""
+    if config.peer is not None and config.steps > PEER_STEPS:
+        raise UserError(
+            f"--steps is {config.steps}, and the peer has rows for {PEER_STEPS}; raise PEER_STEPS"
+        )
     work = Path(config.work).absolute() / f"vocabulary_{config.vocab_size}"
     work.mkdir(parents=True, exist_ok=True)
     if config.side:
@@ -110,8 +114,12 @@ def main(config: Config) -> int:
 
 
 def prepare(config: Config, work: Path) -> None:
-    """Train the tokenizer and lay out the peer's rows and validation tokens, once."""
-    if (work / "train_rows.npy").exists():
+    """Train the tokenizer and lay out the peer's rows and validation tokens, once.
+
+    All of it again where an earlier PEER_STEPS has laid out fewer rows.
+    """
+    target = work / "train_rows.npy"
+    if target.exists() and len(np.load(target, mmap_mode="r")) >= PEER_STEPS * ROWS:
         return
     environment = os.environ | {"NANOCHAT_BASE_DIR": str(work / "base")}
     flags = [f"--data={config.data}", f"--vocab_size={config.vocab_size}"]
@@ -140,7 +148,7 @@ def prepare(config: Config, work: Path) -> None:
         batch = loader.next_step()
         last = batch.targets[:, -1:]
         steps.append(np.concatenate([batch.inputs, last], axis=1).astype(np.uint16))
-    np.save(work / "train_rows.npy", np.concatenate(steps))
+    np.save(target, np.concatenate(steps))
 
 
 def measured(config: Config, side: str, seed: int) -> dict[str, Any]:
@@ -390,11 +398,16 @@ def _peer_momentum(step: int, steps: int, warmdown: int) -> float:
 
 
 def _packed(rows: np.ndarray[Any, Any]) -> Any:
-    """Step index -> inputs and targets of the next 16 rows of (rows, 513)."""
+    """Step index -> inputs and targets of the next 16 rows of (rows, 513), none of them twice."""
     import torch
 
     def batch(index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        start = index * ROWS % len(rows)
+        start = index * ROWS
+        if start + ROWS > len(rows):
+            raise UserError(
+                f"the peer has seen all rows of {len(rows) // ROWS} steps; raise PEER_STEPS, so "
+                "that it sees none twice while our side does not"
+            )
         part = torch.from_numpy(rows[start : start + ROWS].astype(np.int64))
         return part[:, :-1].contiguous(), part[:, 1:].contiguous()
 

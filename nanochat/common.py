@@ -42,6 +42,10 @@ class UserError(ValueError):
     """Something the user did or can mend; the entry point prints it as one line, exit 1."""
 
 
+class ShortMemoryError(UserError):
+    """The device has no memory for the least that can be asked of it."""
+
+
 class NotScoredError(UserError):
     """A task has no score, whatever the model answers: better none than a wrong one."""
 

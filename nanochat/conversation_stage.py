@@ -30,6 +30,8 @@ from nanochat.runtime import Runtime, World
 from nanochat.stage import (
     StageConfig,
     check_count,
+    check_numbers,
+    check_positive,
     load_parent,
     optimizer_of,
     origin,
@@ -80,6 +82,17 @@ class ConversationStageConfig(StageConfig):
     """Begin with the optimizer state of the checkpoint: momentum and moments, no learning rates."""
 
 
+def check_flags(config: ConversationStageConfig) -> None:
+    """Raise UserError for numbers that mean nothing; before a device or a checkpoint is touched."""
+    check_numbers(config)
+    check_positive(config, "num_epochs")
+    if config.max_seq_len is not None:
+        check_positive(config, "max_seq_len")
+    check_count(config, "num_iterations", "--num-epochs passes over the conversations")
+    check_count(config, "chatcore_max_cat", "all problems")
+    check_count(config, "chatcore_max_sample", "all problems")
+
+
 def train_on_conversations(
     config: ConversationStageConfig,
     *,
@@ -103,8 +116,6 @@ def train_on_conversations(
     task_set: name of the tasks, and chats: files of conversations among them, for later stages.
     chat_tasks: all tasks of ChatCORE. record: what else the lineage says of this stage.
     """
-    check_count(config, "chatcore_max_cat", "all problems")
-    check_count(config, "chatcore_max_sample", "all problems")
     if config.load_optimizer:
         check_warm_start(parent, config)
     if rows_per_step % (config.device_batch_size * runtime.world.size):

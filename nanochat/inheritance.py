@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 AnyConfig = TypeVar("AnyConfig", bound=StageConfig)
 
-AS_CHECKPOINT = -1  # of a flag of numbers; of others None says so
+AS_CHECKPOINT = -1  # of --device_batch_size, whose default is a number; None says so of others
 # Stand in for what a checkpoint does not say: those of finetuning in the 2026 nanochat. What is
 # not here is left to the optimizer.
 UNRECORDED: dict[str, Any] = {
@@ -29,7 +29,7 @@ UNRECORDED: dict[str, Any] = {
 
 
 def inherit(config: AnyConfig, parent: Checkpoint, names: Sequence[str]) -> AnyConfig:
-    """`config` with the parent's value of each named flag that was left out (None or -1).
+    """`config` with the parent's value of each named flag that was left out.
 
     Says what was taken, what was given in its place and what the parent does not record.
     UserError when learning rates would be those of another optimizer.
@@ -38,7 +38,7 @@ def inherit(config: AnyConfig, parent: Checkpoint, names: Sequence[str]) -> AnyC
         "total_batch_size": parent.state.get("total_batch_size"),
         "max_seq_len": parent.state["model_config"]["sequence_len"],
     }
-    wanted = [name for name in names if getattr(config, name) in (None, AS_CHECKPOINT)]
+    wanted = [name for name in names if _is_left_out(config, name)]
     if any(name in LEARNING_RATES for name in wanted):
         _check_optimizer(parent, config.optimizer, "--inherit", "give all learning rates")
     taken = {name: recorded[name] for name in wanted if recorded.get(name) is not None}
@@ -63,6 +63,11 @@ def inherit(config: AnyConfig, parent: Checkpoint, names: Sequence[str]) -> AnyC
             "%s does not record what is inherited; taking %s", model, _listed(usual | left)
         )
     return dataclasses.replace(config, **(taken | usual))
+
+
+def _is_left_out(config: StageConfig, name: str) -> bool:
+    value = getattr(config, name)
+    return value is None or (name == "device_batch_size" and value == AS_CHECKPOINT)
 
 
 def check_warm_start(parent: Checkpoint, config: StageConfig) -> None:

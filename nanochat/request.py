@@ -42,7 +42,7 @@ class Request:
         self.finish: Finish | None = None
         self.is_cancelled = False
         self.has_nan_logits = False
-        """Whether the logits of its first or its last token are NaN."""
+        """Whether there was NaN in the logits of its tokens."""
         self._random = random.Random(f"{settings.seed}/{sample}")
         self._tools = ToolCalls(tokenizer)
         self._text = AnswerText(tokenizer)

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat.common import UserError, setup_logging
+from nanochat.common import ShortMemoryError, UserError, setup_logging
 
 logger = logging.getLogger(__name__)
 
@@ -307,12 +307,12 @@ def halve_pass(rows: int, reason: str, *, rank: int) -> int:
 
 
 def halve_answers(rows: int, reason: str) -> int:
-    """Answers to write at once after `rows` of them did not fit the device; said at once.
+    """Answers to work on at once after `rows` of them did not fit the device; said at once.
 
-    reason: the error's text. UserError for a single one.
+    reason: the error's text. ShortMemoryError for a single one.
     """
     if rows == 1:
-        raise UserError(
+        raise ShortMemoryError(
             f"out of memory with a single answer ({reason}); ask for shorter ones, or free memory"
         )
     fewer = (rows + 1) // 2

@@ -10,6 +10,7 @@ Single-threaded, without locks: the caller owns the thread.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 
@@ -17,7 +18,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from nanochat.common import UserError
+from nanochat.common import ShortMemoryError, UserError
 from nanochat.decoder import Chunk, Decoder
 from nanochat.decoders import chooser_for, make_decoder
 from nanochat.gpt import GPT
@@ -114,8 +115,8 @@ class Scheduler:
         """Queue a request; `step` works on it.
 
         sample: which of several answers to one prompt with one seed. UserError for a prompt that
-        is empty, longer than the context, has unknown ids or needs more memory than there is;
-        QueueFullError when too many wait.
+        is empty, longer than the context or has unknown ids; ShortMemoryError where it needs more
+        memory than there is; QueueFullError when too many wait.
         """
         limit = answer_room(prompt, self.decoder.context, settings.max_tokens)
         vocab_size = self.decoder.vocab_size
@@ -125,7 +126,7 @@ class Scheduler:
                 f"{unknown} is not a token of the model (vocabulary: {vocab_size:,} tokens)"
             )
         if len(prompt) + limit > self.max_cache_tokens:
-            raise UserError(
+            raise ShortMemoryError(
                 f"a prompt of {len(prompt)} and an answer of up to {limit} tokens need more than "
                 f"the {self.max_cache_tokens:,} tokens of cache memory; ask for a shorter answer"
             )
@@ -335,19 +336,22 @@ class Scheduler:
 
 
 def _look_for_nan(requests: Sequence[Request], logits: Tensor) -> None:
-    """Note which requests have NaN in the logits (requests, V) of their first or last token.
+    """Note which requests have NaN in their logits (requests, V).
 
-    Once there, NaN stays: later tokens read the keys and values it has spoilt. So these two tell
-    of all, and steps between them need no look.
+    NaN in a hidden state is in every logit of its token, so a single one tells, at each step.
+    NaN in the head's weights is in the same logits of all tokens: those of the first and of the
+    last token are looked at whole.
     """
-    rows = [
-        row
-        for row, request in enumerate(requests)
-        if len(request.tokens) <= 1 or request.finish is not None
-    ]
-    if not rows:
-        return
     with torch.inference_mode():
+        for request, logit in zip(requests, logits[:, 0].tolist(), strict=True):
+            request.has_nan_logits |= math.isnan(logit)
+        rows = [
+            row
+            for row, request in enumerate(requests)
+            if len(request.tokens) <= 1 or request.finish is not None
+        ]
+        if not rows:
+            return
         chosen = logits if len(rows) == len(requests) else logits[rows]
         found = chosen.sum(dim=-1).isnan().tolist()  # one pass, without a mask
     for row, has_nan in zip(rows, found, strict=True):

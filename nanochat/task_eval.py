@@ -7,21 +7,22 @@ from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from nanochat.answers import plain_text, shown_text
-from nanochat.common import NotScoredError, UserError, no_numbers
+from nanochat.common import NotScoredError, ShortMemoryError, UserError, no_numbers
 from nanochat.conversation import Conversation
 from nanochat.engine import Engine, NanLogitsError
 from nanochat.gpt import GPT
 from nanochat.hardware import usable_cpus
 from nanochat.problems import judged, num_problems, problem
-from nanochat.runtime import World
+from nanochat.runtime import World, first_line, halve_answers
 from nanochat.sampling import SamplingSettings
 from nanochat.scheduler import MAX_ROWS
 from nanochat.task_results import Record, TaskResult
@@ -32,6 +33,8 @@ MAX_JUDGES = 8  # threads; a judge that runs programs mostly waits for them
 # answers would take memory without end.
 MAX_SAMPLES = 10_000
 CHOICES_PER_PASS = 8  # problems of multiple choice, as in the 2025 nanochat
+
+T = TypeVar("T")
 
 
 class Task(Protocol):
@@ -108,7 +111,8 @@ def run_task(
 
     batch_size: None = what is usual for that way. NotScoredError when it cannot be scored: it
     cannot be judged on this machine, it has no problems, a row has no answer, its code fails, a
-    letter is not one token, a prompt is longer than the model's context, the logits are no numbers.
+    letter is not one token, a prompt is longer than the model's context, the logits are no numbers,
+    the device of a rank has no memory even for one problem.
     """
     world = world or World()
     reasons = [other for other in world.gather_objects(task.reason_to_skip()) if other is not None]
@@ -145,7 +149,9 @@ def run_categorical(
     model.eval()
     try:
         chosen = world.together(
-            lambda: _choose(task, problems, model, batch_size, tokenizer.bos_id)
+            lambda: _within_memory(
+                task, lambda: _choose(task, problems, model, batch_size, tokenizer.bos_id)
+            )
         )
     finally:
         model.train(was_training)
@@ -173,7 +179,11 @@ def run_generative(
     started = time.perf_counter()
     count = sampling.num_samples
     problems = world.together(lambda: _prepare(task, tokenizer, model, max_problems, world))
-    answers = world.together(lambda: _write(task, problems, model, tokenizer, sampling, batch_size))
+    answers = world.together(
+        lambda: _within_memory(
+            task, lambda: _write(task, problems, model, tokenizer, sampling, batch_size)
+        )
+    )
     texts = [plain_text(tokenizer, answer) for answer in answers]
     places = {
         index: slice(place * count, (place + 1) * count)
@@ -272,15 +282,34 @@ def _letter_ids(
     return letters
 
 
+def _within_memory(task: Task, work: Callable[[], T]) -> T:
+    """What `work` returns; NotScoredError where the device has no memory for it."""
+    try:
+        return work()
+    except (torch.OutOfMemoryError, ShortMemoryError) as error:
+        reason = first_line(error)
+    # Outside of the handler, for the error holds on to what has filled the device.
+    torch.cuda.empty_cache()
+    raise NotScoredError(f"task {task.name}: {reason}")
+
+
 def _choose(
     task: Task, problems: _Problems, model: GPT, batch_size: int, padding: int
 ) -> dict[int, tuple[str, ...]]:
-    """The likeliest letter of each problem, by index."""
+    """The likeliest letter of each problem, by index; in smaller batches where memory is short."""
     chosen: dict[int, tuple[str, ...]] = {}
-    by_length = sorted(problems.prompts, key=lambda i: len(problems.prompts[i]), reverse=True)
-    for start in range(0, len(by_length), batch_size):
-        batch = by_length[start : start + batch_size]
-        logits = _last_logits(model, [problems.prompts[i] for i in batch], padding)
+    waiting = sorted(problems.prompts, key=lambda i: len(problems.prompts[i]), reverse=True)
+    while waiting:
+        batch = waiting[:batch_size]
+        try:
+            logits = _last_logits(model, [problems.prompts[i] for i in batch], padding)
+            reason = ""
+        except torch.OutOfMemoryError as error:
+            reason = first_line(error)
+        if reason:
+            batch_size = halve_answers(len(batch), reason)
+            continue
+        del waiting[: len(batch)]
         for index, row in zip(batch, logits, strict=True):
             options = problems.conversations[index].letters
             scores = row[[problems.letters[letter] for letter in options]]

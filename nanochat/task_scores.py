@@ -94,6 +94,7 @@ class Accuracies:
 
     def __call__(self, trainer: Trainer) -> dict[str, float]:
         """Accuracies, 0 to 1, of the model as it is now."""
+        _forget(trainer, [_accuracy_of(task.name) for task in self.tasks])
         return accuracies(self.scores.results(self.tasks, trainer.model, trainer.state.step))
 
 
@@ -112,10 +113,13 @@ class ChatCore:
     """Of how many problems it is, if not of all."""
 
     def __call__(self, trainer: Trainer) -> dict[str, float]:
-        """Both scores, where every task they are made of has one, and accuracies, 0 to 1."""
+        """Both scores, where every task they are made of has one, and accuracies, 0 to 1.
+
+        Accuracies have names of their own: they may be over fewer problems than others are.
+        """
         step = trainer.state.step
-        for name in (CHATCORE, CHATCORE_CAT):  # an earlier one is not that of this step
-            trainer.state.evaluations.pop(name, None)
+        parts = [_accuracy_of(name, group=CHATCORE) for name in self.kinds]
+        _forget(trainer, [CHATCORE, CHATCORE_CAT, *parts])
         results = self.scores.results(self.tasks, trainer.model, step)
         choices = [name for name, kind in self.kinds.items() if kind == "categorical"]
         by_choice = [result for result in results if result.name in choices]
@@ -131,9 +135,19 @@ class ChatCore:
             have = {result.name for result in results}
             missing = ", ".join(name for name in self.kinds if name not in have)
             logger.warning("step %d has no ChatCORE: it needs a score of %s", step, missing)
-        return scores | accuracies(results)
+        return scores | accuracies(results, group=CHATCORE)
 
 
-def accuracies(results: Sequence[TaskResult]) -> dict[str, float]:
-    """Accuracies by their names in metrics.jsonl."""
-    return {f"{result.name}_accuracy": result.accuracy for result in results}
+def accuracies(results: Sequence[TaskResult], *, group: str = "") -> dict[str, float]:
+    """Accuracies by their names in metrics.jsonl; group: what these names begin with."""
+    return {_accuracy_of(result.name, group=group): result.accuracy for result in results}
+
+
+def _accuracy_of(task: str, *, group: str = "") -> str:
+    return f"{group}/{task}_accuracy" if group else f"{task}_accuracy"
+
+
+def _forget(trainer: Trainer, names: Sequence[str]) -> None:
+    """Drop earlier values of these names: they are not those of this step, which may have none."""
+    for name in names:
+        trainer.state.evaluations.pop(name, None)

@@ -60,7 +60,10 @@ class Hook:
     name: str
     every: int
     action: Callable[[Trainer], dict[str, float]]
-    """Returns values for metrics.jsonl; smaller is better for names that end in bpb or loss."""
+    """Returns values for metrics.jsonl; smaller is better for names that end in bpb or loss.
+
+    No two hooks that act at one step give a value the same name.
+    """
     at_start: bool = True
     judges: bool = False
     """Whether it raises when the model is not worth keeping; such hooks come first."""
@@ -207,7 +210,10 @@ class Trainer:
                     self.save()  # nothing that goes wrong in it costs what was trained
                 self._acted.add(hook.name)
                 with self.weights.gathered(), fp8.paused(self.model):
-                    values |= hook.action(self)
+                    found = hook.action(self)
+                repeated = ", ".join(sorted(found.keys() & values.keys()))
+                assert not repeated, f"hook {hook.name} measures {repeated}, as an earlier one does"
+                values |= found
             gc.collect()  # an evaluation may leave garbage that holds memory of the device
             if values:
                 self.state.note_evaluation(values)

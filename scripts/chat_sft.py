@@ -14,14 +14,17 @@ from typing import Any, ClassVar, Literal
 from nanochat import checkpoint_manager, configurator, runtime
 from nanochat.checkpoint_manager import Checkpoint
 from nanochat.common import UserError
-from nanochat.conversation_stage import ConversationStageConfig, train_on_conversations
+from nanochat.conversation_stage import (
+    ConversationStageConfig,
+    check_flags,
+    train_on_conversations,
+)
 from nanochat.dataset import check_data
 from nanochat.inheritance import AS_CHECKPOINT, inherit
 from nanochat.schedule import Schedule
 from nanochat.stage import (
     LEARNING_RATES,
     check_count,
-    check_numbers,
     check_positive,
     whole_rows,
 )
@@ -150,7 +153,7 @@ def main(config: Config) -> int:
 
 def check(config: Config) -> None:
     """Raise UserError for flags that mean nothing, alone or together."""
-    check_numbers(config)
+    check_flags(config)
     given = [
         name
         for name in ("target_examples_per_step", "total_batch_size")
@@ -161,9 +164,8 @@ def check(config: Config) -> None:
             "--target-examples-per-step and --total-batch-size both say how large a step is; "
             "give one of them"
         )
-    check_positive(config, "num_epochs", *given)
+    check_positive(config, *given)
     check_count(config, "device_batch_size", "as many as the checkpoint was trained with")
-    check_count(config, "num_iterations", "--num-epochs passes over the conversations")
     if config.recipe == "merged":
         epochs_of(config)
         return

@@ -10,9 +10,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nanochat import checkpoint_manager, configurator, runtime
-from nanochat.conversation_stage import ConversationStageConfig, train_on_conversations
+from nanochat.conversation_stage import (
+    ConversationStageConfig,
+    check_flags,
+    train_on_conversations,
+)
 from nanochat.dataset import check_data
-from nanochat.stage import check_count, check_numbers, check_positive, whole_rows
+from nanochat.stage import check_positive, whole_rows
 from tasks import mixtures
 from tasks.task_sets import choose_task_set, require_chatcore, require_tasks, split_chats
 
@@ -31,9 +35,8 @@ class Config(ConversationStageConfig):
 
 def main(config: Config) -> int:
     """Train from a base checkpoint to a mid checkpoint."""
-    check_numbers(config)
-    check_positive(config, "device_batch_size", "total_batch_size", "num_epochs")
-    check_count(config, "num_iterations", "--num-epochs passes over the conversations")
+    check_flags(config)
+    check_positive(config, "device_batch_size", "total_batch_size")
     if config.data is not None:
         check_data(config.data)
     with runtime.start(config.device_type, dtype=config.dtype, seed=config.seed) as rt:

@@ -10,6 +10,7 @@ import torch
 
 from nanochat.decoder import Chunk, Decoder
 from nanochat.decoders import make_decoder
+from nanochat.gpt import GPT
 
 REASON = "CUDA out of memory. Tried to allocate 2.00 GiB"
 
@@ -34,3 +35,15 @@ def allow_rows(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     monkeypatch.setattr(
         "nanochat.scheduler.make_decoder", lambda model: SmallDevice(make_decoder(model), most)
     )
+
+
+def allow_prompts(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """Let every model take so many prompts a pass, and not more, while it is evaluated."""
+    hidden = GPT.hidden
+
+    def limited(model: GPT, idx: torch.Tensor) -> torch.Tensor:
+        if len(idx) > most and not model.training:
+            raise torch.OutOfMemoryError(f"{REASON}\nmore")
+        return hidden(model, idx)
+
+    monkeypatch.setattr(GPT, "hidden", limited)

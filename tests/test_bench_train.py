@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from scripted_model import byte_tokenizer
 
 from benchmarks import ablate, bench_train
 from benchmarks.bench_train import ENDLESS, Clock
@@ -59,13 +63,47 @@ def test_given_steps_leave_the_clock_out() -> None:
     assert clock.step == 3
 
 
-def test_the_peer_sees_rows_in_turn_and_then_again() -> None:
+def test_the_peer_sees_each_row_once() -> None:
     rows = np.arange(2 * bench_train.ROWS * 3).reshape(-1, 3)
     batch = bench_train._packed(rows)
     inputs, targets = batch(1)
     assert inputs[0].tolist() == [48, 49]
     assert torch.equal(targets, inputs + 1)
-    assert torch.equal(batch(2)[0], batch(0)[0])
+    with pytest.raises(UserError, match="the peer has seen all rows of 2 steps; raise PEER_STEPS"):
+        batch(2)
+
+
+def test_more_steps_than_the_peer_has_rows_for_are_refused_at_once(tmp_path: Path) -> None:
+    steps = f"--steps={bench_train.PEER_STEPS + 1}"
+    flags = ["--data=nowhere", "--peer=nowhere", f"--work={tmp_path / 'work'}", steps]
+    with pytest.raises(UserError, match="--steps is 1201, and the peer has rows for 1200; raise"):
+        bench_train.main(configurator.parse(bench_train.Config, flags))
+    assert not (tmp_path / "work").exists()
+
+
+def test_rows_are_laid_out_again_where_there_are_too_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_train, "ROWS", 2)
+    monkeypatch.setattr(bench_train, "LENGTH", 16)
+    monkeypatch.setattr(bench_train, "_run", lambda *arguments: byte_tokenizer().save(tokenizer))
+    tokenizer, data, target = tmp_path / "base/tokenizer", tmp_path / "data", "train_rows.npy"
+    data.mkdir()
+    for number in range(2):
+        texts = [f"Document {number} {i} tells of birds and trees. " for i in range(9)]
+        pq.write_table(pa.table({"text": texts}), data / f"shard_{number:05d}.parquet")
+    config = bench_train.Config(data=str(data))
+    monkeypatch.setattr(bench_train, "PEER_STEPS", 3)
+    bench_train.prepare(config, tmp_path)
+    few = np.load(tmp_path / target)
+    monkeypatch.setattr(bench_train, "PEER_STEPS", 5)
+    bench_train.prepare(config, tmp_path)
+    more = np.load(tmp_path / target)
+    assert (few.shape, more.shape) == ((6, 17), (10, 17))
+    assert np.array_equal(more[:6], few)
+    monkeypatch.setattr(bench_train, "PEER_STEPS", 4)
+    bench_train.prepare(config, tmp_path)
+    assert len(np.load(tmp_path / target)) == 10
 
 
 def test_an_average_of_weights_is_that_of_its_formula() -> None:

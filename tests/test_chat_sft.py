@@ -24,7 +24,7 @@ from nanochat.inheritance import inherit
 from nanochat.optimizers import OptimizerConfig, build_optimizer
 from nanochat.runtime import Runtime, World
 from nanochat.tracking import read_metrics
-from scripts import chat_sft
+from scripts import chat_sft, mid_train
 from tasks.arc import ARC
 from tasks.customjson import IDENTITY
 from tasks.gsm8k import GSM8K
@@ -139,11 +139,40 @@ def test_flags_that_mean_nothing_are_refused(flags: list[str], message: str) -> 
         chat_sft.main(parse(chat_sft.Config, flags))
 
 
-@pytest.mark.parametrize("flag", ["--chatcore-max-cat=0", "--chatcore-max-sample=-2"])
-def test_limits_of_chatcore_are_problems_or_all(flag: str) -> None:
+@pytest.mark.parametrize("script", [chat_sft, mid_train])
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--chatcore-max-cat=0", "--chatcore-max-cat is 0; give at least 1, or -1 for all"),
+        ("--chatcore-max-sample=-2", "--chatcore-max-sample is -2; give at least 1, or -1 for all"),
+        ("--max-seq-len=-1", "--max-seq-len is -1; it must be at least 1"),
+        ("--max-seq-len=0", "--max-seq-len is 0; it must be at least 1"),
+    ],
+)
+def test_numbers_of_both_stages_are_refused_before_a_checkpoint_is_looked_for(
+    script: Any, flag: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        script.main(parse(script.Config, [flag]))
+
+
+@pytest.mark.parametrize("name", ["max-seq-len", "total-batch-size"])
+def test_less_than_nothing_does_not_mean_inherited(name: str) -> None:
+    with pytest.raises(UserError, match=f"--{name} is -1; it must be at least 1"):
+        chat_sft.main(parse(chat_sft.Config, ["--inherit", f"--{name}=-1"]))
+
+
+def test_a_learning_rate_below_0_is_not_taken_for_an_inherited_one() -> None:
+    with pytest.raises(UserError, match="--matrix-lr is -1"):
+        chat_sft.main(parse(chat_sft.Config, ["--inherit", "--matrix-lr=-1"]))
+
+
+def test_only_rows_of_a_pass_have_a_number_that_means_inherited() -> None:
     save_base()
-    with pytest.raises(UserError, match=r"give at least 1, or -1 for all problems"):
-        finetune(*MERGED, flag)
+    checkpoint = checkpoint_manager.find_checkpoint("base")
+    config = parse(chat_sft.Config, ["--max-seq-len=-1", "--device-batch-size=-1"])
+    settled = inherit(config, checkpoint, ["max_seq_len", "device_batch_size"])
+    assert (settled.max_seq_len, settled.device_batch_size) == (-1, 2)
 
 
 # ---- what is inherited -------------------------------------------------------------------------
@@ -287,13 +316,25 @@ def test_chatcore_is_the_mean_over_all_tasks_and_over_those_of_choice(
     chances = {"Facts": 0.25, "WordProblems": 0, "SpellingBee": 0, "Identity": 0, "TwoTurn": 0}
     for row in rows:
         centered = {
-            name: (row[f"{name}_accuracy"] - chance) / (1 - chance)
+            name: (row[f"chatcore/{name}_accuracy"] - chance) / (1 - chance)
             for name, chance in chances.items()
         }
         assert row["chatcore"] == pytest.approx(sum(centered.values()) / 5)
         assert row["chatcore_cat"] == pytest.approx(centered["Facts"])
     assert "step 2  ChatCORE (embedded) " in caplog.text
     assert ", 4 problems a categorical task, 1 problems a generative task" in caplog.text
+
+
+def test_accuracies_of_chatcore_and_of_the_metrics_stand_side_by_side(base_dir: Path) -> None:
+    save_base()
+    metric = ("--eval-metrics-every=1", "--eval-metrics-max-problems=8")
+    finetune(*MERGED, *SCORES, *metric)
+    (row,) = [row for row in metrics(base_dir) if "chatcore" in row]
+    shares = {name: row[f"{name}Facts_accuracy"] for name in ("", "chatcore/")}
+    assert (shares[""] * 8) % 1 == (shares["chatcore/"] * 4) % 1 == 0
+    finetune(*MERGED, *NO_SCORES, *metric)
+    (alone,) = [row for row in metrics(base_dir) if "Facts_accuracy" in row]
+    assert alone["Facts_accuracy"] == shares[""]
 
 
 def test_measuring_changes_no_bit_of_the_training_nor_of_its_resumption() -> None:

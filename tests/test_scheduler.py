@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nanochat import kernels
 from nanochat import scheduler as scheduler_module
 from nanochat.common import UserError
-from nanochat.decoder import PlainDecoder
+from nanochat.decoder import Chunk, Decoder, PlainDecoder
 from nanochat.decoders import make_decoder
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.presets import MODELS
@@ -409,6 +409,36 @@ def scheduler_logits(scheduler: Scheduler, request: Request, num_tokens: int) ->
     """Logits of the plain model after the prompt and so many tokens of the answer."""
     tokens = torch.tensor([[*request.prompt, *request.tokens[:num_tokens]]])
     return random_model()(tokens)[0, -1]
+
+
+class SpoiltSteps:
+    """A decoder whose logits are NaN in some steps, as where the last layer overflows."""
+
+    def __init__(self, decoder: Decoder, steps: Sequence[int]) -> None:
+        self._decoder, self._steps, self._step = decoder, steps, -1
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._decoder, name)
+
+    def feed(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        self._step += 1
+        logits = self._decoder.feed(chunks)
+        return logits * float("nan") if self._step in self._steps else logits
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(("steps", "is_found"), [([], False), ([0], True), ([3], True)])
+def test_nan_in_the_logits_of_one_token_is_noted(
+    steps: list[int], is_found: bool, temperature: float
+) -> None:
+    model = random_model()
+    decoder: Any = SpoiltSteps(make_decoder(model), steps)
+    scheduler = Scheduler(model, TOKENIZER, decoder=decoder)
+    own = SamplingSettings(temperature, max_tokens=8, top_k=5, ignore_end=True)
+    requests = [scheduler.submit(random_prompt(6, seed), own) for seed in range(2)]
+    run(scheduler)
+    assert [len(request.tokens) for request in requests] == [8, 8]
+    assert [request.has_nan_logits for request in requests] == [is_found, is_found]
 
 
 def test_a_penalty_changes_the_choice_and_not_the_reported_probability(make: Any) -> None:

@@ -14,13 +14,15 @@ import torch
 from core_bundles import write_two_tasks
 from scripted_model import byte_tokenizer, save
 
-from nanochat import core_eval, report, task_eval
+from nanochat import conversation_stage, core_eval, report, task_eval
 from nanochat.common import NotScoredError, UserError, report_dir, tokenizer_dir
 from nanochat.configurator import parse
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tracking import read_metrics
 from scripts import base_train, chat_sft
+from tests import short_memory
 
+FACTS = "Facts_accuracy"  # in metrics.jsonl
 FLAGS = (
     *("--device-type=cpu", "--dtype=float32", "--compile=off", "--depth=1", "--max_seq_len=64"),
     *("--device_batch_size=2", "--total_batch_size=128", "--num_iterations=4"),
@@ -158,23 +160,56 @@ def test_a_dry_run_needs_no_bundle_and_writes_none(base_dir: Path, data: str) ->
     assert [path.name for path in base_dir.iterdir()] == ["tokenizer"]
 
 
-def test_an_accuracy_that_cannot_be_measured_does_not_end_finetuning(
-    base_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+SFT_FLAGS = (
+    *("--device-type=cpu", "--dtype=float32", "--compile=off", "--num_iterations=2"),
+    *("--device_batch_size=2", "--target_examples_per_step=2", "--eval_steps=1"),
+    *("--eval_metrics_every=1", "--eval_metrics_max_problems=2", "--bpb_limit=99"),
+)
+
+
+@pytest.fixture
+def mid_model() -> None:
     sizes = GPTConfig(1024, byte_tokenizer().vocab_size, n_layer=1, n_head=2, n_embd=16)
     model = GPT(sizes)
     model.init_weights(torch.Generator().manual_seed(0))
     save("mid", model)
 
-    def fail(*arguments: Any, **options: Any) -> task_eval.TaskResult:
-        raise NotScoredError("the logits are not numbers")
 
-    monkeypatch.setattr(task_eval, "run_categorical", fail)
-    flags = (
-        *("--device-type=cpu", "--dtype=float32", "--compile=off", "--num_iterations=2"),
-        *("--device_batch_size=2", "--target_examples_per_step=2", "--eval_steps=1"),
-        *("--eval_metrics_every=1", "--eval_metrics_max_problems=2", "--bpb_limit=99"),
-    )
-    assert chat_sft.main(parse(chat_sft.Config, [*flags])) == 0
+@pytest.mark.usefixtures("mid_model")
+def test_an_accuracy_that_cannot_be_measured_does_not_end_finetuning(
+    base_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, steps = task_eval.run_categorical, iter((1, 2))
+
+    def fail_at_the_end(*arguments: Any, **options: Any) -> task_eval.TaskResult:
+        if next(steps) == 2:
+            raise NotScoredError("the logits are not numbers")
+        return run(*arguments, **options)
+
+    monkeypatch.setattr(task_eval, "run_categorical", fail_at_the_end)
+    assert chat_sft.main(parse(chat_sft.Config, [*SFT_FLAGS])) == 0
     assert "step 2 has no Facts: the logits are not numbers" in caplog.text
+    folder = base_dir / "chatsft_checkpoints/d1"
+    assert [row["step"] for row in read_metrics(folder / "metrics.jsonl") if FACTS in row] == [1]
+    # What is left of step 1 is not the accuracy of the model that was saved.
+    state = json.loads((folder / "step_000002/state.json").read_text())
+    assert set(state["loop"]["evaluations"]) == {"val_bpb"}
+
+
+@pytest.mark.usefixtures("mid_model")
+def test_tasks_that_the_device_has_no_memory_for_do_not_end_finetuning(
+    base_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*arguments: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError(short_memory.REASON)
+
+    monkeypatch.setattr(task_eval, "_last_logits", fail)
+    short_memory.allow_rows(monkeypatch, 0)
+    monkeypatch.setattr(conversation_stage, "sample_answers", lambda *arguments: [])
+    scores = ("--chatcore_every=2", "--chatcore_max_cat=2", "--chatcore_max_sample=1")
+    assert chat_sft.main(parse(chat_sft.Config, [*SFT_FLAGS, *scores])) == 0
+    reason = f"out of memory with a single answer ({short_memory.REASON})"
+    assert f"step 1 has no Facts: task Facts: {reason}" in caplog.text
+    assert f"step 2 has no SpellingBee: task SpellingBee: {reason}" in caplog.text
+    assert "step 2 has no ChatCORE: it needs a score of" in caplog.text
     assert (base_dir / "chatsft_checkpoints/d1/step_000002").is_dir()

@@ -127,6 +127,29 @@ def test_logits_that_are_no_numbers_choose_no_letter() -> None:
         run_categorical(Letters(), TOKENIZER, model)
 
 
+def test_choices_are_made_in_smaller_batches_when_memory_is_short(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = random_model()
+    expected = run_categorical(Letters(), TOKENIZER, model)
+    short_memory.allow_prompts(monkeypatch, 3)
+    result = run_categorical(Letters(), TOKENIZER, model, batch_size=8)
+    assert result.records == expected.records
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [
+        f"out of memory with {rows} answers at once: going on with {fewer}; {short_memory.REASON}"
+        for rows, fewer in ((8, 4), (4, 2))
+    ]
+
+
+def test_a_choice_that_has_no_room_even_alone_gives_no_score(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    short_memory.allow_prompts(monkeypatch, 0)
+    with pytest.raises(NotScoredError, match=r"letters: out of memory with a single answer \(CUDA"):
+        run_categorical(Letters(), TOKENIZER, random_model())
+
+
 # ---- generative ----------------------------------------------------------------------------------
 
 
@@ -196,10 +219,20 @@ def test_answers_are_written_in_smaller_batches_when_memory_is_short(
     ]
 
 
-def test_an_answer_that_has_no_room_even_alone_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_whose_answers_have_no_room_even_alone_has_no_score(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     short_memory.allow_rows(monkeypatch, 0)
-    with pytest.raises(UserError, match=r"out of memory with a single answer \(CUDA"):
+    with pytest.raises(NotScoredError, match=r"vowels: out of memory with a single answer \(CUDA"):
         run_generative(Vowels(), TOKENIZER, random_model(), batch_size=4)
+
+
+def test_a_task_whose_answers_do_not_fit_what_is_left_has_no_score(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("nanochat.scheduler.affordable_tokens", lambda decoder, max_rows: 5)
+    with pytest.raises(NotScoredError, match=r"vowels: .* than the 5 tokens of cache memory"):
+        run_generative(Vowels(), TOKENIZER, random_model())
 
 
 def test_one_right_sample_of_several_passes_a_problem() -> None:
@@ -351,6 +384,22 @@ class OneBroken(Letters):
 def test_what_one_rank_cannot_read_ends_all_with_its_reason() -> None:
     reason = "NotScoredError: task letters, problem 3: row 3 has no answer"
     assert run_ranks(records_or_reason, 2, OneBroken()) == [reason, reason]
+
+
+def reason_with_a_full_device(runtime: Runtime, task: Any) -> tuple[Record, ...] | str:
+    """What a rank ends with where the device of rank 1 has no memory left."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if runtime.world.rank == 1:
+            short_memory.allow_prompts(monkeypatch, 0)
+            short_memory.allow_rows(monkeypatch, 0)
+        return records_or_reason(runtime, task)
+
+
+@pytest.mark.parametrize("task", [Letters(), Vowels()])
+def test_a_full_device_of_one_rank_costs_all_of_them_the_score(task: Any) -> None:
+    first, second = run_ranks(reason_with_a_full_device, 2, task)
+    assert first == second
+    assert str(first).startswith(f"NotScoredError: task {task.name}: out of memory")
 
 
 class Faulty(Vowels):

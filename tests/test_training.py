@@ -221,6 +221,17 @@ def test_hooks_run_at_start_every_and_end_and_their_values_are_kept(
     json.dumps(checkpoint.state)
 
 
+def test_two_hooks_of_a_step_may_not_write_one_name(runtime: Runtime, tmp_path: Path) -> None:
+    hooks = [
+        Hook("all", 1, lambda trainer: {"share": 0.5, "val_bpb": 2.0}),
+        Hook("some", 2, lambda trainer: {"share": 0.25}, at_start=False),
+    ]
+    trainer = make_trainer(tmp_path, runtime, hooks=hooks)
+    with pytest.raises(AssertionError, match="hook some measures share, as an earlier one does"):
+        trainer.run()
+    assert trainer.state.step == 2
+
+
 def test_the_garbage_collector_rests_while_steps_are_made(
     runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
