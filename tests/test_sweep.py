@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import shlex
 import signal
@@ -218,6 +219,26 @@ def test_a_damaged_file_is_named_with_its_line(base: Path) -> None:
         read_rows(path)
 
 
+def test_a_file_that_is_no_csv_is_named(base: Path) -> None:
+    path = base / "results.csv"
+    write_rows(path, [make_row(1)])
+    whole = path.read_bytes()
+    path.write_bytes(b'"depth"x,' + whole)
+    with pytest.raises(UserError, match=r"results\.csv, line 1: .*move it away"):
+        read_rows(path)
+    for damaged in (b"\xff" + whole, whole.replace(b"embedded", b"\xe9")):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"results\.csv is not UTF-8 .*save it as"):
+            read_rows(path)
+
+
+def test_a_file_that_a_spreadsheet_has_saved_is_read(base: Path) -> None:
+    path = base / "results.csv"
+    write_rows(path, [make_row(1)])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert read_rows(path) == [make_row(1)]
+
+
 def run_series(*flags: str, depths: str = "1,2") -> int:
     arguments = ("--name=series", f"--depths={depths}", "--target_param_data_ratio=2")
     return sweep.main(parse("miniseries", *arguments, "--launch=false", "--", *flags))
@@ -353,6 +374,19 @@ def test_curves_without_a_minimum_say_so(tmp_path: Path) -> None:
     down = fit_budget(bent, 1e18)
     assert down.problem.startswith("no minimum: the curve over depths 1 to 4 does not bend upwards")
     draw_isoflops([few, down], tmp_path / "plot.svg")
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_validation_that_is_no_number_is_named_and_not_fitted(
+    broken: float, tmp_path: Path
+) -> None:
+    rows = iso_rows(1e18, list(np.geomspace(1e8, 2e9, 4)), 5e8)
+    rows[2] = dataclasses.replace(rows[2], val_bpb=broken)
+    fit = fit_budget(rows, 1e18)
+    assert fit.problem.startswith(f"val_bpb of series_d3 is {broken}")
+    assert growth([fit]) is None
+    assert fits_text([fit]) == f"- budget 1e18: {fit.problem}"
+    draw_isoflops([fit], tmp_path / "plot.svg")
 
 
 def test_a_miniseries_is_drawn_with_core_where_all_have_one(base: Path) -> None:
