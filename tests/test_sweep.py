@@ -139,11 +139,25 @@ def test_a_budget_below_one_step_names_its_run(base: Path) -> None:
         sweep.main(parse("scaling_laws", "--flops_budgets=1e6", "--depths=4", "--dry_run"))
 
 
+def test_sizes_that_do_not_fit_name_their_run_and_a_remedy(base: Path) -> None:
+    message = (
+        r"default_d5: n_embd 320 is not a multiple of n_head 3; .*--head_dim or --aspect_ratio.*"
+        "or leave depth 5 out"
+    )
+    with pytest.raises(UserError, match=message):
+        sweep.main(parse("miniseries", "--depths=4,5", "--dry_run"))
+
+
+def test_a_value_behind_the_dashes_may_be_called_like_a_flag_of_the_sweep(base: Path) -> None:
+    asked = Sweep("miniseries", "series", (3,), (), None, ("--run", "depth"))
+    assert "--run=depth" in asked.flags(None, 3)
+
+
 def test_a_dry_run_prints_commands_and_true_sizes_and_writes_nothing(
     base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ("miniseries", "--depths=1,2", "--target_param_data_ratio=20", "--dry_run")
-    assert sweep.main(parse(*arguments, "--launch=torchrun -m", "--", *TINY)) == 0
+    assert sweep.main(parse(*arguments, "--launch=bash -c", "--", *TINY)) == 0
     lines = capsys.readouterr().out.splitlines()
     # Vocabulary 298, width 32: two tables of 298 x 32, 12 x 32^2 in each block; 6 FLOPs for all but
     # the first table, and 12 x 32 for each of 64 positions in each layer.
