@@ -24,6 +24,7 @@ from nanochat.gpt import GPT
 from nanochat.gpt_config import GPTConfig
 from nanochat.pretraining import CORE, CORE_PARTIAL, DEFAULT_DATA, PretrainingConfig
 from nanochat.resuming import differences
+from nanochat.run_folder import lock_holder
 from nanochat.scaling import scaling_parameters
 from nanochat.stage import setting
 from nanochat.sweep_results import Row, short
@@ -201,6 +202,15 @@ class PlannedRun:
                 f"the row of {row.model_tag} in {path} was made with "
                 f"{'; '.join(different.values())}. Give the same flags, or another --name for "
                 "another sweep"
+            )
+
+    def check_unused(self) -> None:
+        """Raise UserError when a process trains this run."""
+        holder = lock_holder(self.run_dir)
+        if holder is not None:
+            raise UserError(
+                f"{self.run_dir} is in use by process {holder}, which a sweep that was killed may "
+                "have left behind; wait for it or stop it, then start the same command again"
             )
 
     def earlier_checkpoint(self) -> Checkpoint | None:
