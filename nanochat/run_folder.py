@@ -29,6 +29,7 @@ LATER = "later."  # of sound ones, when a run goes on from an earlier step
 PREVIOUS = "previous"  # folder of the run that was started over
 _STEP_FOLDER = re.compile(r"step_(\d{6,})")
 _LOCK = ".lock"
+_WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of some cluster file systems
 
 
 def step_name(step: int) -> str:
@@ -73,9 +74,9 @@ def lock_run(run_dir: Path, world: World | None = None) -> Iterator[None]:
                     "or give this run another --model-tag"
                 )
             except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                if error.errno not in _WITHOUT_LOCKS:
                     raise
-                # Some cluster file systems have no locks; without one a single run is still right.
+                # Without a lock a single run is still right.
                 logger.warning("%s cannot be locked (%s); start one run in it", run_dir, error)
             if problem is None:
                 file.truncate(0)
@@ -86,6 +87,23 @@ def lock_run(run_dir: Path, world: World | None = None) -> Iterator[None]:
         if problem:
             raise UserError(problem)
         yield
+
+
+def lock_holder(run_dir: Path) -> str | None:
+    """Who holds a run's folder for writing, as "PROCESS on HOST"; None when nobody does."""
+    try:
+        file = (run_dir / _LOCK).open(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.read().strip()
+        except OSError as error:
+            if error.errno not in _WITHOUT_LOCKS:
+                raise
+    return None
 
 
 def _clean_up(run_dir: Path) -> None:

@@ -24,6 +24,7 @@ from nanochat.gpt import GPT
 from nanochat.gpt_config import GPTConfig
 from nanochat.pretraining import CORE, CORE_PARTIAL, DEFAULT_DATA, PretrainingConfig
 from nanochat.resuming import differences
+from nanochat.run_folder import lock_holder
 from nanochat.scaling import scaling_parameters
 from nanochat.stage import setting
 from nanochat.sweep_results import Row, short
@@ -97,16 +98,18 @@ class Sweep:
         """Budget and depth of every run, the cheapest first."""
         return [(budget, depth) for budget in self.budgets or (None,) for depth in self.depths]
 
+    def tag(self, budget: float | None, depth: int) -> str:
+        """The model tag of one run."""
+        of_budget = "" if budget is None else f"{short(budget)}_"
+        return f"{self.name}_{of_budget}d{depth}"
+
     def flags(self, budget: float | None, depth: int) -> tuple[str, ...]:
         """The flags of one run's base_train. They stand by themselves: no file is named in them."""
-        own = [f"--depth={depth}"]
+        own = [f"--depth={depth}", f"--model_tag={self.tag(budget, depth)}"]
         if budget is not None:
-            own.append(f"--model_tag={self.name}_{short(budget)}_d{depth}")
             own.append(f"--target_flops={budget:.15g}")
-        else:
-            own.append(f"--model_tag={self.name}_d{depth}")
-            if self.ratio is not None:
-                own.append(f"--target_param_data_ratio={self.ratio}")
+        elif self.ratio is not None:
+            own.append(f"--target_param_data_ratio={self.ratio}")
         return (*own, *self._spelled_out())
 
     def _spelled_out(self) -> list[str]:
@@ -116,8 +119,11 @@ class Sweep:
         return [f"--{f.name}={value}" for f, value in values.items() if value != f.default]
 
 
-def _name_of(flag: str) -> str:
-    return flag.partition("=")[0].removeprefix("--").replace("-", "_")
+def _name_of(word: str) -> str | None:
+    """The name of the setting that a word sets, --no-name as well; None for a value."""
+    if not word.startswith("--"):
+        return None
+    return word.partition("=")[0].removeprefix("--").replace("-", "_").removeprefix("no_")
 
 
 @dataclass(frozen=True)
@@ -198,6 +204,15 @@ class PlannedRun:
                 "another sweep"
             )
 
+    def check_unused(self) -> None:
+        """Raise UserError when a process trains this run."""
+        holder = lock_holder(self.run_dir)
+        if holder is not None:
+            raise UserError(
+                f"{self.run_dir} is in use by process {holder}, which a sweep that was killed may "
+                "have left behind; wait for it or stop it, then start the same command again"
+            )
+
     def earlier_checkpoint(self) -> Checkpoint | None:
         """The newest sound checkpoint in this run's folder; UserError when it is another run's.
 
@@ -265,13 +280,12 @@ def plan_run(sweep: Sweep, budget: float | None, depth: int, tokenizer: Tokenize
             f"--eval-every is {asked.eval_every}: without validation there is nothing to compare; "
             "give 0 for one at the end, or steps between them"
         )
-    with torch.device("meta"):
-        model = GPT(pretraining.sizes_at(asked, depth, tokenizer.vocab_size))
-    config = pretraining.settle(asked, model)
     try:
+        model = _unfilled_model(asked, tokenizer.vocab_size)
+        config = pretraining.settle(asked, model)
         num_iterations = pretraining.planned_iterations(config, model)
     except UserError as error:
-        raise UserError(f"{config.model_tag}: {error}") from error
+        raise UserError(f"{sweep.tag(budget, depth)}: {error}") from error
     counts = model.count_parameters()
     return PlannedRun(
         budget=budget,
@@ -289,6 +303,19 @@ def plan_run(sweep: Sweep, budget: float | None, depth: int, tokenizer: Tokenize
     )
 
 
+def _unfilled_model(asked: PretrainingConfig, vocab_size: int) -> GPT:
+    """The model of a run without weights; UserError with a remedy where there can be none."""
+    try:
+        sizes = pretraining.sizes_at(asked, asked.depth, vocab_size)
+    except UserError as error:
+        raise UserError(
+            f"{error}; change the model behind -- (its sizes with --head_dim or --aspect_ratio), "
+            f"or leave depth {asked.depth} out of --depths"
+        ) from error
+    with torch.device("meta"):
+        return GPT(sizes)
+
+
 def check_rows(sweep: Sweep, rows: Iterable[Row], path: Path, tokenizer: Tokenizer) -> None:
     """Raise UserError unless all rows, also those of other depths, come from these flags."""
     for row in rows:
@@ -302,6 +329,10 @@ def parse_numbers(
     flag: str, text: str, kind: Callable[[str], Number], least: Number
 ) -> tuple[Number, ...]:
     """Different numbers separated by commas, in ascending order. UserError naming the flag."""
+    if not text.strip():
+        raise UserError(
+            f"--{flag} is empty; give numbers with commas between them, or leave it out"
+        )
     numbers = []
     for word in text.split(","):
         try:

@@ -24,6 +24,7 @@ Values = npt.NDArray[np.float64]
 
 BUDGET = "flops_budget"  # a column of scaling laws only
 POINTS_OF_A_PARABOLA = 3
+_AWAY = "move it away to start over: runs that are finished are not trained again"
 
 
 @dataclass(frozen=True)
@@ -80,26 +81,32 @@ def read_rows(path: Path) -> list[Row]:
     """The rows of a sweep's CSV, none when it is not there; UserError where it is damaged."""
     if not path.exists():
         return []
+    try:
+        text = path.read_bytes().decode("utf-8-sig")  # spreadsheets begin with a byte order mark
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 ({error}); save it as CSV in UTF-8, or {_AWAY}"
+        ) from None
     rows: list[Row] = []
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
-        missing = [name for name in _COLUMNS if name not in {BUDGET, *(reader.fieldnames or ())}]
-        if missing:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        names = {BUDGET, *(reader.fieldnames or ())}
+    except csv.Error as error:
+        raise UserError(f"{path}, line 1: {error}; {_AWAY}") from None
+    missing = [name for name in _COLUMNS if name not in names]
+    if missing:
+        raise UserError(f"{path} has no column {', '.join(missing)}; {_AWAY}")
+    while True:
+        try:
+            cells = next(reader, None)
+            if cells is None:
+                return rows
+            rows.append(_parse(cells))
+        except (csv.Error, TypeError, ValueError) as error:
             raise UserError(
-                f"{path} has no column {', '.join(missing)}; move it away to start over: runs that "
-                "are finished are not trained again"
-            )
-        while True:
-            try:
-                cells = next(reader, None)
-                if cells is None:
-                    return rows
-                rows.append(_parse(cells))
-            except (csv.Error, TypeError, ValueError) as error:
-                raise UserError(
-                    f"{path}, line {reader.line_num}: {error}; delete that line, a finished run "
-                    "gets its row again without being trained again"
-                ) from None
+                f"{path}, line {reader.line_num}: {error}; delete that line, a finished run "
+                "gets its row again without being trained again"
+            ) from None
 
 
 def _parse(cells: Mapping[str, str | None]) -> Row:
@@ -211,7 +218,8 @@ def fit_budgets(rows: Sequence[Row]) -> list[IsoFlop]:
 def fit_budget(rows: Sequence[Row], budget: float) -> IsoFlop:
     """Where validation is best over the sizes of one budget.
 
-    A minimum outside of the sizes is no finding: the fit says so, and gives no optimum.
+    A minimum outside of the sizes is no finding: the fit says so, and gives no optimum. Nor does
+    it leave out a run whose validation is no number: that run is named.
     """
     rows = sorted(rows, key=lambda row: row.num_scaling_params)
     params = np.array([row.num_scaling_params for row in rows], float)
@@ -220,6 +228,13 @@ def fit_budget(rows: Sequence[Row], budget: float) -> IsoFlop:
     if len(rows) < POINTS_OF_A_PARABOLA:
         problem = f"{len(rows)} of the {POINTS_OF_A_PARABOLA} sizes that a parabola needs"
         return IsoFlop(budget, params, bpb, None, problem)
+    for row in rows:
+        if not math.isfinite(row.val_bpb):
+            problem = (
+                f"val_bpb of {row.model_tag} is {row.val_bpb:g}: no parabola goes through that; "
+                "try other learning rates under another --name"
+            )
+            return IsoFlop(budget, params, bpb, None, problem)
     # Around the mean, where the powers of a logarithm near 20 do not cancel.
     logs, centre = np.log(params), float(np.log(params).mean())
     a, b, c = (float(value) for value in np.polyfit(logs - centre, bpb, 2))

@@ -9,7 +9,10 @@ What follows the bare -- goes to every scripts.base_train. Start the same comman
 from __future__ import annotations
 
 import logging
+import math
+import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,8 +48,14 @@ from nanochat.tokenizer import get_tokenizer
 logger = logging.getLogger(__name__)
 
 CSV_FILE, PLOT_FILE = "results.csv", "plot.svg"
+# What saves a run, and the exit code that then is the sweep's.
 STOP_CODES = {signal.SIGUSR1: EXIT_STOPPED, signal.SIGINT: 130, signal.SIGTERM: 143}
+# Not SIGINT: a second Ctrl-C ends a run without saving, and a terminal sends the first one itself.
+PASSED_ON = {"TERM": signal.SIGTERM, "USR1": signal.SIGUSR1}
 POLL_SECONDS = 0.2  # how long a signal may wait before it is passed on
+# Time to write the checkpoint of a large model after a signal, as in scripts/ranks.sh; torchrun's
+# own default is 30 s.
+ENVIRONMENT = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300"}
 
 
 @dataclass(frozen=True)
@@ -57,62 +66,106 @@ class Config:
     """miniseries: depths at equal tokens per parameter. scaling_laws: depths at equal FLOPs."""
     name: str = "default"
     """Begins the model tags and names the folder of results."""
-    depths: str = ""
+    depths: str | None = None
     """Layers, joined with commas; default: 12 to 26, of scaling_laws 10 to 20, in steps of 2."""
-    flops_budgets: str = ""
+    flops_budgets: str | None = None
     """Training FLOPs of scaling_laws, joined with commas; default: 1e18,2.15e18,4.64e18,1e19."""
     target_param_data_ratio: float | None = None
     """Tokens per parameter of a miniseries; default: the optimizer's."""
-    launch: str = ""
+    launch: str | None = None
     """Words in front of the module's name, as torchrun's; default: this Python, one process."""
     dry_run: bool = False
     """Print commands and sizes, run none."""
     training_flags: configurator.Rest = ()
 
 
+@dataclass(frozen=True)
+class Launcher:
+    """How a run is started and stopped."""
+
+    words: tuple[str, ...]
+    """In front of the module's name; empty for this Python."""
+    stop_signal: signal.Signals
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """What runs a module."""
+        return self.words or (sys.executable, "-m")
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The same, as one types it."""
+        return self.words or ("python", "-m")
+
+
 def main(config: Config) -> int:
     """Train what has no row yet; then a table, a plot and a section of the report."""
-    sweep = asked_sweep(config)
+    sweep, launcher = asked_sweep(config), asked_launcher(config.launch)
     tokenizer = get_tokenizer()
     runs, path = plan(sweep, tokenizer), sweep.folder / CSV_FILE
     if config.dry_run:
         rows = read_rows(path)
         check_rows(sweep, rows, path, tokenizer)
-        announce(runs, {row.model_tag for row in rows}, config.launch)
+        announce(runs, {row.model_tag for row in rows}, launcher)
         return 0
     with locked(sweep.folder):
         rows = read_rows(path)
         check_rows(sweep, rows, path, tokenizer)
-        return Progress(sweep, runs, rows, config.launch).run()
+        return Progress(sweep, runs, rows, launcher).run()
 
 
 def asked_sweep(config: Config) -> Sweep:
     """The sweep that the flags describe."""
     is_series = config.kind == "miniseries"
-    if is_series and config.flops_budgets:
+    ratio = config.target_param_data_ratio
+    if is_series and config.flops_budgets is not None:
         raise UserError("--flops-budgets belongs to scaling_laws; leave it out of a miniseries")
-    if not is_series and config.target_param_data_ratio is not None:
+    if not is_series and ratio is not None:
         raise UserError(
             "--target-param-data-ratio belongs to a miniseries; in scaling_laws it follows from "
             "the budgets"
         )
+    if ratio is not None and not 0 < ratio < math.inf:
+        raise UserError(
+            f"--target-param-data-ratio is {ratio:g}; give tokens per parameter above 0, or leave "
+            "it out for the optimizer's own"
+        )
     budgets: tuple[float, ...] = () if is_series else BUDGETS
-    if config.flops_budgets:
+    if config.flops_budgets is not None:
         budgets = parse_numbers("flops-budgets", config.flops_budgets, float, 1.0)
     depths = DEPTHS[config.kind]
-    if config.depths:
+    if config.depths is not None:
         depths = parse_numbers("depths", config.depths, int, 1)
     return Sweep(
         kind=config.kind,
         name=config.name,
         depths=depths,
         budgets=budgets,
-        ratio=config.target_param_data_ratio,
+        ratio=ratio,
         training_flags=config.training_flags,
     )
 
 
-def announce(runs: Sequence[PlannedRun], done: set[str], launch: str) -> None:
+def asked_launcher(launch: str | None) -> Launcher:
+    """What --launch and STOP_SIGNAL, which a SLURM job sets, say; UserError naming them."""
+    name = os.environ.get("STOP_SIGNAL") or "TERM"
+    stop_signal = PASSED_ON.get(name.removeprefix("SIG"))
+    if stop_signal is None:
+        raise UserError(f"STOP_SIGNAL is {name!r}; use {' or '.join(PASSED_ON)}, or unset it")
+    if launch is None:
+        return Launcher((), stop_signal)
+    try:
+        words = tuple(shlex.split(launch))
+    except ValueError as error:
+        raise UserError(f"--launch is {launch!r}: {error}") from error
+    if not words:
+        raise UserError("--launch is empty; give a command such as torchrun's, or leave it out")
+    if shutil.which(words[0]) is None:
+        raise UserError(f"cannot run {words[0]!r}, with which --launch begins: no such program")
+    return Launcher(words, stop_signal)
+
+
+def announce(runs: Sequence[PlannedRun], done: set[str], launcher: Launcher) -> None:
     """What a dry run says: every command that would be run, and how large it is."""
     flops = 0.0
     for run in runs:
@@ -122,7 +175,7 @@ def announce(runs: Sequence[PlannedRun], done: set[str], launch: str) -> None:
         checkpoint = run.earlier_checkpoint()
         goes_on = f"; goes on from step {checkpoint.step:,}" if checkpoint else ""
         print(f"# {run.describe()}{goes_on}")
-        print(shlex.join([*(shlex.split(launch) or ["python", "-m"]), *words(run)]))
+        print(shlex.join([*launcher.shown, *words(run)]))
         flops += run.flops
     left = sum(run.tag not in done for run in runs)
     print(f"# {left} of {len(runs)} runs to train, {flops:.2e} FLOPs")
@@ -137,11 +190,11 @@ class Progress:
     """The runs of a sweep, one after the other, and what has become of them."""
 
     def __init__(
-        self, sweep: Sweep, runs: Sequence[PlannedRun], rows: Sequence[Row], launch: str
+        self, sweep: Sweep, runs: Sequence[PlannedRun], rows: Sequence[Row], launcher: Launcher
     ) -> None:
         self._sweep, self._runs = sweep, runs
         self._rows = {row.model_tag: row for row in rows}
-        self._launch = shlex.split(launch) or [sys.executable, "-m"]
+        self._launcher = launcher
         self._path = sweep.folder / CSV_FILE
         self._failed: dict[str, str] = {}
         self._stop = StopRequest()
@@ -181,9 +234,11 @@ class Progress:
         code = self._stop_code()
         if code:
             return code
-        command = [*self._launch, *words(run)]
+        for other in self._runs:  # one that is left over would train beside this one
+            other.check_unused()
+        command = [*self._launcher.command, *words(run)]
         logger.info("%s: %s", run.tag, shlex.join(command))
-        code = run_process(command, self._stop)
+        code = run_process(command, self._stop, stop_signal=self._launcher.stop_signal)
         # Whether a run is finished its records say: a launcher may hide an exit code.
         is_finished = self._note(run)
         if stopped := self._stop_code():
@@ -213,14 +268,16 @@ class Progress:
         return STOP_CODES[signal.Signals(received[0])] if received else 0
 
 
-def run_process(command: Sequence[str], stop: StopRequest) -> int:
-    """The exit code of a command, as a shell counts it; a stop is passed on as SIGTERM.
+def run_process(
+    command: Sequence[str], stop: StopRequest, *, stop_signal: signal.Signals = signal.SIGTERM
+) -> int:
+    """The exit code of a command, as a shell counts it; a stop is passed on as `stop_signal`.
 
-    SIGTERM for Ctrl-C, too: the terminal has sent that to the command as well, and a second one
-    would end it without saving.
+    So is Ctrl-C: the terminal has sent that to the command as well, and a second one would end it
+    without saving.
     """
     try:
-        process = subprocess.Popen(command)
+        process = subprocess.Popen(command, env=ENVIRONMENT | os.environ)
     except OSError as error:
         raise UserError(f"cannot run {command[0]!r} ({error.strerror}); see --launch") from error
     passed_on = 0
@@ -232,7 +289,7 @@ def run_process(command: Sequence[str], stop: StopRequest) -> int:
             except subprocess.TimeoutExpired:
                 if len(stop.received) > passed_on:
                     passed_on = len(stop.received)
-                    process.terminate()
+                    process.send_signal(stop_signal)
     finally:
         if process.poll() is None:  # a second Ctrl-C
             process.terminate()

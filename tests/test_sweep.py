@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ from nanochat.tokenizer import Tokenizer, get_tokenizer
 from nanochat.tracking import read_metrics
 from scripts import sweep
 from tests import stage_processes
+from tests.distributed import free_port
 
 REPOSITORY = Path(__file__).parents[1]
 SECONDS = 300
@@ -120,6 +123,17 @@ def test_defaults_are_those_of_the_public_scripts() -> None:
         (["miniseries", "--name=a/b"], "--name is 'a/b'"),
         (["miniseries", "--", "--depth=3"], "--depth=3 behind -- is what the sweep itself sets"),
         (["miniseries", "--", "--num-iterations", "3"], "--num-iterations behind --"),
+        (["miniseries", "--", "--no-resume"], "--no-resume behind -- is what the sweep itself"),
+        (["miniseries", "--", "--no_dry_run"], "--no_dry_run behind --"),
+        (["miniseries", "--depths="], "--depths is empty; give numbers with commas"),
+        (["scaling_laws", "--flops_budgets= "], "--flops-budgets is empty; give numbers"),
+        (["miniseries", "--launch="], "--launch is empty"),
+        (["miniseries", "--launch= "], "--launch is empty"),
+        (["miniseries", "--launch=bash -c 'x"], "--launch is .*: No closing quotation"),
+        (["miniseries", "--launch=nowhere -m", "--dry_run"], "cannot run 'nowhere'"),
+        (["miniseries", "--target_param_data_ratio=0"], "--target-param-data-ratio is 0"),
+        (["miniseries", "--target_param_data_ratio=-2"], "--target-param-data-ratio is -2"),
+        (["miniseries", "--target_param_data_ratio=nan"], "--target-param-data-ratio is nan"),
         (["miniseries", "--", "--dpeth=3"], "unknown flag --dpeth; did you mean --depth"),
         (["miniseries", "--", "--eval_every=-1"], "--eval-every is -1: without validation"),
         (["miniseries", "--", "--spike_limit=-1"], "--spike-limit is -1"),
@@ -138,11 +152,25 @@ def test_a_budget_below_one_step_names_its_run(base: Path) -> None:
         sweep.main(parse("scaling_laws", "--flops_budgets=1e6", "--depths=4", "--dry_run"))
 
 
+def test_sizes_that_do_not_fit_name_their_run_and_a_remedy(base: Path) -> None:
+    message = (
+        r"default_d5: n_embd 320 is not a multiple of n_head 3; .*--head_dim or --aspect_ratio.*"
+        "or leave depth 5 out"
+    )
+    with pytest.raises(UserError, match=message):
+        sweep.main(parse("miniseries", "--depths=4,5", "--dry_run"))
+
+
+def test_a_value_behind_the_dashes_may_be_called_like_a_flag_of_the_sweep(base: Path) -> None:
+    asked = Sweep("miniseries", "series", (3,), (), None, ("--run", "depth"))
+    assert "--run=depth" in asked.flags(None, 3)
+
+
 def test_a_dry_run_prints_commands_and_true_sizes_and_writes_nothing(
     base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ("miniseries", "--depths=1,2", "--target_param_data_ratio=20", "--dry_run")
-    assert sweep.main(parse(*arguments, "--launch=torchrun -m", "--", *TINY)) == 0
+    assert sweep.main(parse(*arguments, "--launch=bash -c", "--", *TINY)) == 0
     lines = capsys.readouterr().out.splitlines()
     # Vocabulary 298, width 32: two tables of 298 x 32, 12 x 32^2 in each block; 6 FLOPs for all but
     # the first table, and 12 x 32 for each of 64 positions in each layer.
@@ -151,7 +179,7 @@ def test_a_dry_run_prints_commands_and_true_sizes_and_writes_nothing(
         "872,960 tokens, 2.22e+11 FLOPs, 20.0 tokens per parameter"
     )
     words = shlex.split(lines[3])
-    assert words[:3] == ["torchrun", "-m", "scripts.base_train"]
+    assert words[:3] == ["bash", "-c", "scripts.base_train"]
     config = configurator.parse(PretrainingConfig, words[3:])
     assert (config.depth, config.model_tag, config.resume) == (2, "default_d2", True)
     assert config.core_metric_every == -1  # what is given comes before what a sweep begins with
@@ -218,6 +246,26 @@ def test_a_damaged_file_is_named_with_its_line(base: Path) -> None:
         read_rows(path)
 
 
+def test_a_file_that_is_no_csv_is_named(base: Path) -> None:
+    path = base / "results.csv"
+    write_rows(path, [make_row(1)])
+    whole = path.read_bytes()
+    path.write_bytes(b'"depth"x,' + whole)
+    with pytest.raises(UserError, match=r"results\.csv, line 1: .*move it away"):
+        read_rows(path)
+    for damaged in (b"\xff" + whole, whole.replace(b"embedded", b"\xe9")):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"results\.csv is not UTF-8 .*save it as"):
+            read_rows(path)
+
+
+def test_a_file_that_a_spreadsheet_has_saved_is_read(base: Path) -> None:
+    path = base / "results.csv"
+    write_rows(path, [make_row(1)])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert read_rows(path) == [make_row(1)]
+
+
 def run_series(*flags: str, depths: str = "1,2") -> int:
     arguments = ("--name=series", f"--depths={depths}", "--target_param_data_ratio=2")
     return sweep.main(parse("miniseries", *arguments, "--launch=false", "--", *flags))
@@ -253,6 +301,93 @@ def test_a_row_of_other_flags_is_refused(base: Path, depths: str) -> None:
     with pytest.raises(UserError, match="tokenizer_hash"):
         run_series(*TINY, depths=depths)
     assert len(read_rows(path)) == 1
+
+
+def test_data_that_is_named_later_is_the_same_data(base: Path) -> None:
+    flags = tuple(flag for flag in TINY if not flag.startswith("--data="))
+    unnamed = Sweep("miniseries", "series", (1,), (), 2.0, flags).flags(None, 1)
+    command = shlex.join(["python", "-m", "scripts.base_train", *unnamed])
+    path = base / "series_miniseries_results" / "results.csv"
+    write_rows(path, [make_row(1, data="fineweb-edu", command=command)])
+    assert run_series(*flags, depths="1") == 0
+    assert run_series(*flags, "--data=fineweb-edu", depths="1") == 0
+    with pytest.raises(UserError, match="data 'fineweb-edu', not 'climbmix'"):
+        run_series(*flags, "--data=climbmix", depths="1")
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from nanochat.run_folder import lock_run
+with lock_run(Path(sys.argv[1])):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("tag", ["series_d1", "series_d2"])
+def test_no_run_is_started_beside_one_that_a_killed_sweep_left_behind(base: Path, tag: str) -> None:
+    run_dir, started = checkpoints_dir("base") / tag, base / "started"
+    asked = ("miniseries", "--name=series", "--depths=1,2", f"--launch=bash -c 'touch {started}'")
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, run_dir],
+        cwd=REPOSITORY,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as orphan:
+        assert orphan.stdout is not None
+        assert orphan.stdout.readline() == b"locked\n"
+        with pytest.raises(
+            UserError, match=f"{tag} is in use by process {orphan.pid} on .*stop it"
+        ):
+            sweep.main(parse(*asked, "--", *TINY))
+        orphan.kill()
+    assert not started.exists()
+    sweep.main(parse(*asked, "--", *TINY))
+    assert started.exists()
+
+
+SLEEPER = """
+trap 'echo USR1 > "$0"; exit 85' USR1
+trap 'echo TERM > "$0"; exit 143' TERM
+echo "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT" > "$0.started"
+for ((i = 0; i < 600; i++)); do sleep 0.1; done
+"""
+
+
+@pytest.mark.parametrize(("asked", "sent"), [(None, "TERM"), ("USR1", "USR1"), ("SIGUSR1", "USR1")])
+def test_a_stop_is_passed_on_as_the_signal_that_the_launcher_takes(
+    base: Path, monkeypatch: pytest.MonkeyPatch, asked: str | None, sent: str
+) -> None:
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
+    monkeypatch.delenv("STOP_SIGNAL", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("STOP_SIGNAL", asked)
+    told, started = base / "told", base / "told.started"
+    launch = f"--launch={shlex.join(['bash', '-c', SLEEPER, str(told)])}"
+    stopper = threading.Thread(target=stop_when_there, args=(started,))
+    stopper.start()
+    code = sweep.main(parse("miniseries", "--depths=1", launch, "--", *TINY))
+    stopper.join()
+    assert code == 143
+    assert told.read_text() == f"{sent}\n"
+    assert started.read_text() == "300\n"
+
+
+def stop_when_there(path: Path) -> None:
+    """Send this process SIGTERM once a file has its text."""
+    while not (path.exists() and path.read_text()):
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("name", ["KILL", "INT", "nonsense"])
+def test_a_stop_signal_that_does_not_save_is_refused(
+    base: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("STOP_SIGNAL", name)
+    with pytest.raises(UserError, match=f"STOP_SIGNAL is '{name}'; use TERM or USR1"):
+        sweep.main(parse("miniseries", "--depths=1", "--", *TINY))
 
 
 def test_failed_runs_are_named_and_the_others_are_tried(
@@ -355,6 +490,19 @@ def test_curves_without_a_minimum_say_so(tmp_path: Path) -> None:
     draw_isoflops([few, down], tmp_path / "plot.svg")
 
 
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_validation_that_is_no_number_is_named_and_not_fitted(
+    broken: float, tmp_path: Path
+) -> None:
+    rows = iso_rows(1e18, list(np.geomspace(1e8, 2e9, 4)), 5e8)
+    rows[2] = dataclasses.replace(rows[2], val_bpb=broken)
+    fit = fit_budget(rows, 1e18)
+    assert fit.problem.startswith(f"val_bpb of series_d3 is {broken}")
+    assert growth([fit]) is None
+    assert fits_text([fit]) == f"- budget 1e18: {fit.problem}"
+    draw_isoflops([fit], tmp_path / "plot.svg")
+
+
 def test_a_miniseries_is_drawn_with_core_where_all_have_one(base: Path) -> None:
     rows = [make_row(1, core_score=0.1), make_row(2, core_score=0.2)]
     draw_miniseries(rows, base / "two.svg")
@@ -428,6 +576,32 @@ def test_a_killed_sweep_goes_on_to_the_rows_of_an_undisturbed_one(
     assert said.count("resumed from step") == 2
     assert "series_d1: done before, skipped" in said
     assert rows_of(killed, monkeypatch) == undisturbed
+
+
+@pytest.mark.slow
+def test_a_sweep_of_two_ranks_is_stopped_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    stage_processes.prepare(base)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    words = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2")
+    place = ("--master_addr=127.0.0.1", f"--master_port={free_port()}")
+    asked = ("miniseries", "--name=series", "--depths=1", "--target_param_data_ratio=1")
+    launch = f"--launch={shlex.join([*words, *place, '-m'])}"
+    line = ("scripts.sweep", *asked, launch, "--", *TINY, "--device_batch_size=2")
+    process = start(base, *line, "--save_every=1")
+    wait_for(base, "series_d1", 5, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(SECONDS) == 143
+    assert rows_of(base, monkeypatch) == []
+    process = start(base, *line)
+    said = stage_processes.log_of(base)
+    assert process.wait(SECONDS) == 0, said.read_text()[-3000:]
+    assert said.read_text().count("resumed from step") == 1
+    assert [row.depth for row in rows_of(base, monkeypatch)] == [1]
 
 
 def rows_of(base: Path, monkeypatch: pytest.MonkeyPatch) -> list[Row]:
