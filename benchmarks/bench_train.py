@@ -7,8 +7,8 @@ Each run is a process of its own, and the sides take turns: with every seed all 
 A side sees rows of the same tokenizer (16 x 512 tokens a step, vocabulary 8,192, depth 4, if its
 flags say nothing else) and is judged by bits per byte on the first 131,072 tokens of the
 validation shard. The peer is a checkout of its repository outside this one, compiled; it sees rows
-that begin with documents, fitted as its own loader does (our best-fit packing), which suits it
-better than a stream cut anywhere.
+that begin with documents, fitted as its own loader does (our best-fit packing), or with
+`--peer_packings` others of ours as well.
 
 All train for `--seconds` of stepping: start-up, compiling (two passes before the clock starts) and
 evaluation do not count. How many steps that makes shows on the way, so schedules follow the clock:
@@ -61,6 +61,8 @@ class Config:
     """Checkout of karpathy/nanochat; leave out to measure this project alone."""
     peer_dtypes: str = "bfloat16"
     """Compute dtypes of the peer, joined with commas."""
+    peer_packings: str = "best-fit"
+    """Packings of the peer's rows, joined with commas."""
     seconds: float = 165.0
     """Time of stepping."""
     steps: int = 0
@@ -80,7 +82,7 @@ class Config:
     work: str = "bench_train"
     """Folder for tokens, tokenizer and checkpoints."""
     side: str = ""
-    """Internal: what this process measures, the peer's dtype or our flags."""
+    """Internal: what this process measures, our flags or the peer's dtype and packing."""
 
 
 def main(config: Config) -> int:
@@ -98,7 +100,11 @@ def main(config: Config) -> int:
     prepare(config, work)
     sides = [f"ours {flags.strip()}" for flags in config.ours.split(SEPARATOR)]
     if config.peer is not None:
-        sides += [f"{PEER} {dtype}" for dtype in config.peer_dtypes.split(",")]
+        sides += [
+            f"{PEER} {dtype} {packing}"
+            for dtype in config.peer_dtypes.split(",")
+            for packing in config.peer_packings.split(",")
+        ]
     rows = []
     for turn, seed in enumerate(config.seeds.split(",")):
         # Every other turn backwards, so that a machine that slows down treats all alike.
@@ -118,8 +124,8 @@ def prepare(config: Config, work: Path) -> None:
 
     All of it again where an earlier PEER_STEPS has laid out fewer rows.
     """
-    target = work / "train_rows.npy"
-    if target.exists() and len(np.load(target, mmap_mode="r")) >= PEER_STEPS * ROWS:
+    packings = config.peer_packings.split(",")
+    if all(_are_enough(_rows_file(work, packing)) for packing in packings):
         return
     environment = os.environ | {"NANOCHAT_BASE_DIR": str(work / "base")}
     flags = [f"--data={config.data}", f"--vocab_size={config.vocab_size}"]
@@ -135,20 +141,30 @@ def prepare(config: Config, work: Path) -> None:
     documents = source.documents("val", endless=False)
     parts = [tokenizer.encode_batch(texts, prepend=tokenizer.bos_id)[0] for texts, _ in documents]
     np.save(work / "val.npy", np.concatenate(parts))
-    loader = DocumentLoader(
-        source,
-        tokenizer,
-        rows_per_step=ROWS,
-        sequence_len=LENGTH,
-        world=World(),
-        packing="best-fit",
-    )
-    steps = []
-    for _ in range(PEER_STEPS):
-        batch = loader.next_step()
-        last = batch.targets[:, -1:]
-        steps.append(np.concatenate([batch.inputs, last], axis=1).astype(np.uint16))
-    np.save(target, np.concatenate(steps))
+    for packing in packings:
+        loader = DocumentLoader(
+            source,
+            tokenizer,
+            rows_per_step=ROWS,
+            sequence_len=LENGTH,
+            world=World(),
+            packing=packing,  # type: ignore[arg-type]
+        )
+        steps = []
+        for _ in range(PEER_STEPS):
+            batch = loader.next_step()
+            last = batch.targets[:, -1:]
+            steps.append(np.concatenate([batch.inputs, last], axis=1).astype(np.uint16))
+        loader.close()
+        np.save(_rows_file(work, packing), np.concatenate(steps))
+
+
+def _rows_file(work: Path, packing: str) -> Path:
+    return work / f"train_rows_{packing}.npy"
+
+
+def _are_enough(rows: Path) -> bool:
+    return rows.exists() and len(np.load(rows, mmap_mode="r")) >= PEER_STEPS * ROWS
 
 
 def measured(config: Config, side: str, seed: int) -> dict[str, Any]:
@@ -161,7 +177,7 @@ def measured(config: Config, side: str, seed: int) -> dict[str, Any]:
     if config.threads:
         environment["OMP_NUM_THREADS"] = str(config.threads)
     if side.startswith(PEER):
-        environment["NANOCHAT_DTYPE"] = side.removeprefix(PEER).strip()
+        environment["NANOCHAT_DTYPE"] = side.split()[1]
     output = _run([sys.executable, str(Path(__file__).absolute()), *flags], environment)
     row: dict[str, Any] = json.loads(output.splitlines()[-1])
     return row
@@ -353,7 +369,7 @@ def _measure_peer(config: Config, work: Path) -> None:
         unembedding_lr=0.008, embedding_lr=0.3, scalar_lr=0.5, matrix_lr=0.02, weight_decay=0.28
     )
     compiled = torch.compile(model, dynamic=False)
-    rows = _packed(np.load(work / "train_rows.npy"))
+    rows = _packed(np.load(_rows_file(work, config.side.split()[2])))
     clock = Clock(config.seconds, config.steps, config.clock)
 
     def step() -> None:

@@ -32,6 +32,7 @@ from nanochat.packing import (
     Ids,
     Packer,
     SequentialPacker,
+    ShuffledPacker,
     State,
     Task,
     evaluation_rows,
@@ -49,6 +50,7 @@ STEPS_AHEAD = 2
 # Documents and conversations that wait for a place in best-fit packing; both are the newest
 # nanochat's.
 WAITING_DOCUMENTS = 1000
+WAITING_ROWS = 1000  # rows of several hundred documents, that wait to be drawn in shuffled packing
 WAITING_CONVERSATIONS = 100
 # Steps in a row without any target after which the data, not bad luck, is to blame.
 MAX_STEPS_WITHOUT_TARGET = 1000
@@ -139,8 +141,9 @@ class Loader:
 class DocumentLoader(Loader):
     """Pretraining: documents behind a BOS, every token a target.
 
-    packing: "stream" wastes nothing; "best-fit" begins every row with the beginning of a document
-    and loses the ends of some (about a third of the tokens at T = 2,048).
+    packing: "stream" wastes nothing; "shuffled" draws its rows in random order; "best-fit" begins
+    every row with the beginning of a document and loses the ends of some (about a third of the
+    tokens at T = 2,048).
     """
 
     def __init__(
@@ -151,7 +154,7 @@ class DocumentLoader(Loader):
         rows_per_step: int,
         sequence_len: int,
         world: World,
-        packing: Literal["stream", "best-fit"] = "stream",
+        packing: Literal["stream", "shuffled", "best-fit"] = "stream",
         split: Split = "train",
         steps_ahead: int = STEPS_AHEAD,
         pin_memory: bool = False,
@@ -161,7 +164,7 @@ class DocumentLoader(Loader):
             sequence_len,
             packing=packing,
             overflow="crop",
-            buffer_size=WAITING_DOCUMENTS,
+            buffer_size=WAITING_ROWS if packing == "shuffled" else WAITING_DOCUMENTS,
         )
         super().__init__(
             packer,
@@ -319,9 +322,11 @@ def _packer(
 ) -> Packer:
     if packing == "best-fit":
         return BestFitPacker(feed, sequence_len, overflow=overflow, buffer_size=buffer_size)
+    if packing == "shuffled":
+        return ShuffledPacker(feed, sequence_len, buffer_size=buffer_size)
     if packing in ("stream", "rows"):
         return SequentialPacker(feed, sequence_len, one_document_a_row=packing == "rows")
-    raise UserError(f"unknown packing {packing!r}; use stream, rows or best-fit")
+    raise UserError(f"unknown packing {packing!r}; use stream, shuffled, rows or best-fit")
 
 
 def _limit(rows: Iterator[Ids], num_targets: int, what: str) -> Iterator[Ids]:

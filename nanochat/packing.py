@@ -245,6 +245,63 @@ class SequentialPacker:
             self._start = chunk.stop
 
 
+class ShuffledPacker:
+    """Rows cut from the stream, drawn at random from a buffer of waiting ones.
+
+    A long document fills several rows in succession; shuffled, those of a step come from as many
+    documents, so that its gradient is less noisy. Every row is seen, and once an epoch.
+    """
+
+    def __init__(self, feed: Feed, sequence_len: int, *, buffer_size: int) -> None:
+        self._rows = SequentialPacker(feed, sequence_len, one_document_a_row=False)
+        self._sequence_len, self._buffer_size = sequence_len, buffer_size
+        self._waiting: list[Ids] = []
+        self._taken = 0
+
+    @property
+    def progress(self) -> float:
+        """Epochs taken, as if rows were taken in the order of the stream."""
+        read = self._taken + len(self._waiting)
+        return self._rows.progress * self._taken / read if read else 0.0
+
+    def take(self, num_rows: int) -> Ids:
+        """The next rows, (R, T + 1) signed ids."""
+        if not self._waiting:
+            self._waiting = self._read(self._buffer_size)
+        rows = []
+        for following in self._read(num_rows):
+            # The n-th row is drawn by n alone: no random state to save.
+            draw = np.random.Generator(np.random.Philox(key=self._taken))
+            index = int(draw.integers(self._buffer_size))
+            rows.append(self._waiting[index])
+            self._waiting[index] = following
+            self._taken += 1
+        return np.stack(rows)
+
+    def snapshot(self) -> Callable[[], State]:
+        """The place in the stream, the waiting rows in their order, and how many were taken."""
+        place, waiting, taken = self._rows.snapshot(), list(self._waiting), self._taken
+        none = np.empty((0, self._sequence_len + 1), np.int32)
+        # Joined only when somebody saves: several MB, and every step has a snapshot.
+        return lambda: {
+            **place(),
+            "waiting_rows": np.stack(waiting) if waiting else none,
+            "taken": taken,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put the waiting rows back and read on."""
+        rows = np.asarray(state["waiting_rows"], np.int32)
+        if rows.shape[1] != self._sequence_len + 1:
+            raise _other_length(self._sequence_len)
+        self._rows.load_state_dict(state)
+        self._waiting, self._taken = list(rows), int(state["taken"])
+
+    def _read(self, num_rows: int) -> list[Ids]:
+        # Copies, because a view would keep its whole chunk in memory while it waits.
+        return [row.copy() for row in self._rows.take(num_rows)]
+
+
 class BestFitPacker:
     """Whole documents, the largest that still fits first, out of a buffer of waiting ones.
 
@@ -291,10 +348,7 @@ class BestFitPacker:
         ids = np.asarray(state["waiting_ids"], np.int32)
         ends = np.cumsum(np.minimum(lengths, self._sequence_len + 1))
         if len(ids) != (ends[-1] if len(ends) else 0):
-            raise UserError(
-                f"the saved place in the data belongs to rows of another length than "
-                f"{self._sequence_len}; resume with the sequence length of the first run"
-            )
+            raise _other_length(self._sequence_len)
         waiting = np.split(ids, ends[:-1]) if len(ends) else []
         self._restart(_position_of(state), waiting, lengths)
 
@@ -371,6 +425,13 @@ def split_rows(rows: Ids) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
     context = rows[:, :-1].astype(np.int64)
     targets = rows[:, 1:].astype(np.int64)
     return np.where(context < 0, ~context, context), np.maximum(targets, -1)
+
+
+def _other_length(sequence_len: int) -> UserError:
+    return UserError(
+        f"the saved place in the data belongs to rows of another length than {sequence_len}; "
+        "resume with the sequence length of the first run"
+    )
 
 
 def _chunk(documents: Sequence[Ids], start: Position, stop: Position) -> Chunk:

@@ -62,7 +62,7 @@ class PretrainingConfig(StageConfig):
     """Horizon by training FLOPs, if --num-iterations is -1."""
     target_param_data_ratio: float | None = None
     """Horizon by tokens per parameter, if no other is given; default: 20 (modern: see docs)."""
-    packing: Literal["stream", "best-fit"] = "stream"
+    packing: Literal["stream", "shuffled", "best-fit"] = "stream"
     """How documents fill rows."""
     eval_every: int = 250
     """Steps between validations; 0 = only at the end, -1 = never."""

@@ -256,7 +256,7 @@ check_size() {
     case "$1" in
     DATA) ;;
     TASKS) check_choice "$2" "$3" embedded public auto ;;
-    PACKING) check_choice "$2" "$3" stream best-fit ;;
+    PACKING) check_choice "$2" "$3" stream shuffled best-fit ;;
     SFT_PACKING) check_choice "$2" "$3" stream rows best-fit ;;
     TOKEN_SHIFT | *_LIMIT | *_LR | *_FRACTION)
         [[ "$3" =~ ^[0-9]*\.?[0-9]+$ ]] || usage_error "$2 needs a number, got '$3'" ;;

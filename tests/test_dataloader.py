@@ -22,7 +22,7 @@ from nanochat.dataloader import (
     evaluation_batches,
 )
 from nanochat.dataset import DocumentSource, Position, open_source
-from nanochat.packing import BestFitPacker, Chunk
+from nanochat.packing import BestFitPacker, Chunk, SequentialPacker, ShuffledPacker
 from nanochat.runtime import World
 from nanochat.sources.parquet import shard_name, write_shard
 from tests.reference.byte_tokenizer import ByteTokenizer
@@ -198,7 +198,35 @@ def test_best_fit_rows_begin_with_a_document_and_have_no_padding(source: Documen
     assert all(batch.num_targets == 4 * LENGTH for batch in batches)
 
 
-@pytest.mark.parametrize("packing", ["stream", "best-fit"])
+def test_shuffled_rows_are_those_of_the_stream_each_once_in_another_order() -> None:
+    lengths = [10 * 23] * 40  # ten rows of 23 each
+    stream = SequentialPacker(NumberedFeed(lengths), 23, one_document_a_row=False).take(60 + 240)
+    packer = ShuffledPacker(NumberedFeed(lengths), 23, buffer_size=60)
+    taken = packer.take(240)
+    waiting = packer.snapshot()()["waiting_rows"]
+    assert waiting.shape == (60, 24)
+    assert sorted([*taken.tolist(), *waiting.tolist()]) == sorted(stream.tolist())
+    # Of sixteen rows the stream takes two documents; six wait here, and more come meanwhile.
+    documents_of_steps = [len(set(step[:, 0])) for step in np.split(taken, 15)]
+    assert min(documents_of_steps) >= 5
+    numbers = taken[:, 0]
+    assert (np.diff(numbers) < 0).any()
+
+
+def test_progress_of_shuffled_rows_begins_at_none_taken(source: DocumentSource) -> None:
+    loader, steps = documents(source, packing="shuffled"), []
+    assert loader.progress == 0.0
+    while loader.progress < 2.0:
+        loader.next_step()
+        steps.append(loader.progress)
+    loader.close()
+    stream = documents(source)
+    take(stream, len(steps))
+    assert steps == sorted(steps)
+    assert stream.progress == pytest.approx(2.0, rel=0.05)
+
+
+@pytest.mark.parametrize("packing", ["stream", "shuffled", "best-fit"])
 @pytest.mark.parametrize("steps_ahead", [0, 2])
 def test_ranks_share_the_rows_of_one_process(
     source: DocumentSource, packing: str, steps_ahead: int
@@ -213,7 +241,7 @@ def test_ranks_share_the_rows_of_one_process(
         assert whole.num_targets == a.num_targets == b.num_targets
 
 
-@pytest.mark.parametrize("packing", ["stream", "best-fit"])
+@pytest.mark.parametrize("packing", ["stream", "shuffled", "best-fit"])
 def test_rows_do_not_depend_on_how_many_make_a_step(source: DocumentSource, packing: str) -> None:
     small = take(documents(source, packing=packing, rows_per_step=2), 12)
     large = take(documents(source, packing=packing, rows_per_step=8), 3)
@@ -230,7 +258,7 @@ def saved(loader: Loader) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("packing", ["stream", "best-fit"])
+@pytest.mark.parametrize("packing", ["stream", "shuffled", "best-fit"])
 @pytest.mark.parametrize("steps_ahead", [0, 2])
 def test_resuming_at_any_step_goes_on_exactly(
     source: DocumentSource, packing: str, steps_ahead: int
@@ -276,11 +304,12 @@ def test_epochs_are_counted(source: DocumentSource) -> None:
     assert len(progress) == -(-2 * total // (16 * LENGTH))
 
 
-def test_a_state_of_another_row_length_is_refused(source: DocumentSource) -> None:
-    loader = documents(source, packing="best-fit", sequence_len=50)
+@pytest.mark.parametrize("packing", ["shuffled", "best-fit"])
+def test_a_state_of_another_row_length_is_refused(source: DocumentSource, packing: str) -> None:
+    loader = documents(source, packing=packing, sequence_len=50)
     take(loader, 1)
     with pytest.raises(UserError, match="rows of another length than 10"):
-        documents(source, packing="best-fit", sequence_len=10).load_state_dict(saved(loader))
+        documents(source, packing=packing, sequence_len=10).load_state_dict(saved(loader))
 
 
 def test_rows_that_can_not_be_dealt_equally_are_refused(source: DocumentSource) -> None:
@@ -289,7 +318,7 @@ def test_rows_that_can_not_be_dealt_equally_are_refused(source: DocumentSource) 
 
 
 def test_an_unknown_packing_is_refused(source: DocumentSource) -> None:
-    with pytest.raises(UserError, match="unknown packing 'tight'; use stream, rows or best-fit"):
+    with pytest.raises(UserError, match="unknown packing 'tight'; use stream, shuffled, rows"):
         documents(source, packing="tight")
 
 
