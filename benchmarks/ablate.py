@@ -24,8 +24,8 @@ from nanochat.common import UserError
 
 BASELINE = "baseline"
 # What bench_train measures against the peer: each variant changes one thing of it.
-RECIPE = "--token_shift=0.5 --value_embeddings --total_batch_size=4096 --device_batch_size=8"
-RECIPE += " --packing=best-fit --embedding_lr=0.4 --unembedding_lr=0.008"
+RECIPE = "--token_shift=1 --value_embeddings --total_batch_size=8192 --device_batch_size=16"
+RECIPE += " --packing=shuffled --embedding_lr=0.4 --unembedding_lr=0.008"
 RECIPE += " --warmdown_ratio=0.7 --final_lr_frac=0"
 # Modern without its scaling of learning rates, which is made for far larger batches.
 _MODERN = "--preset=modern --embedding_lr=0.3 --unembedding_lr=0.008 --matrix_lr=0.02"
@@ -39,17 +39,23 @@ VARIANTS: dict[str, dict[str, str]] = {
         "modern": f"{_MODERN} --token_shift=0",
         "portable (SwiGLU)": "--preset=portable",
     },
-    "packing": {"rows cut from the stream": "--packing=stream"},
+    "packing": {
+        "rows cut from the stream": "--packing=stream",
+        "best-fit rows": "--packing=best-fit",
+    },
     "rates": {
         "matrices x0.5": "--matrix_lr=0.01",
         "matrices x2": "--matrix_lr=0.04",
         "tables x0.5": "--embedding_lr=0.2 --unembedding_lr=0.004",
         "tables x2": "--embedding_lr=0.8 --unembedding_lr=0.016",
     },
-    "batch": {"8,192 tokens": "--total_batch_size=8192 --device_batch_size=16"},
+    "batch": {
+        "4,096 tokens": "--total_batch_size=4096 --device_batch_size=8",
+        "16,384 tokens": "--total_batch_size=16384",
+    },
     "heads": {"heads of 64": "--head_dim=64"},
     "window": {"SSSL": "--window_pattern=SSSL"},
-    "shift": {"no token shift": "--token_shift=0"},
+    "shift": {"no token shift": "--token_shift=0", "token shift of 0.5": "--token_shift=0.5"},
     "values": {"no value embeddings": "--no-value_embeddings"},
     "vocabulary": {"4,096 ids": "", "16,384 ids": ""},
     "average": {"average of 0.98": ""},

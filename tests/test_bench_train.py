@@ -87,7 +87,8 @@ def test_rows_are_laid_out_again_where_there_are_too_few(
     monkeypatch.setattr(bench_train, "ROWS", 2)
     monkeypatch.setattr(bench_train, "LENGTH", 16)
     monkeypatch.setattr(bench_train, "_run", lambda *arguments: byte_tokenizer().save(tokenizer))
-    tokenizer, data, target = tmp_path / "base/tokenizer", tmp_path / "data", "train_rows_best-fit.npy"
+    tokenizer, data = tmp_path / "base/tokenizer", tmp_path / "data"
+    target = "train_rows_best-fit.npy"
     data.mkdir()
     for number in range(2):
         texts = [f"Document {number} {i} tells of birds and trees. " for i in range(9)]
