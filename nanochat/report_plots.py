@@ -194,11 +194,12 @@ def _draw_validation(axes: Axes, values: tuple[Values, Values], key: str) -> Non
     axes.annotate(
         f"{measured[-1]:.3f}",
         (steps[-1], measured[-1]),
-        xytext=(0, 7),
+        xytext=(5, 0),
         textcoords="offset points",
-        ha="right",
+        va="center",
         fontsize=9,
     )
+    axes.margins(x=0.2)  # room for the number, beside the line and not on it
 
 
 def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[Values, Values]:
