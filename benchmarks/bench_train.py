@@ -47,6 +47,7 @@ WARM_UP_PASSES = 2  # before the clock starts: they compile
 ENDLESS = 1_000_000_000  # steps, of a horizon that no speed is known for yet
 SEPARATOR = ";"  # between variants
 PEER = "peer"
+PACKINGS = ("stream", "shuffled", "best-fit")  # of pretraining's rows
 
 
 @dataclass(frozen=True)
@@ -122,9 +123,12 @@ def main(config: Config) -> int:
 def prepare(config: Config, work: Path) -> None:
     """Train the tokenizer and lay out the peer's rows and validation tokens, once.
 
-    All of it again where an earlier PEER_STEPS has laid out fewer rows.
+    All of it again where an earlier PEER_STEPS has laid out fewer rows, or not of every packing.
     """
     packings = config.peer_packings.split(",")
+    for packing in packings:
+        if packing not in PACKINGS:
+            raise UserError(f"--peer_packings names {packing!r}; there are {', '.join(PACKINGS)}")
     if all(_are_enough(_rows_file(work, packing)) for packing in packings):
         return
     environment = os.environ | {"NANOCHAT_BASE_DIR": str(work / "base")}

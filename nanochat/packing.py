@@ -248,8 +248,8 @@ class SequentialPacker:
 class ShuffledPacker:
     """Rows cut from the stream, drawn at random from a buffer of waiting ones.
 
-    A long document fills several rows in succession; shuffled, those of a step come from as many
-    documents, so that its gradient is less noisy. Every row is seen, and once an epoch.
+    A long document fills several rows in succession; shuffled, those of a step come from many
+    documents. No row is dropped or repeated; some wait until the next epoch has begun.
     """
 
     def __init__(self, feed: Feed, sequence_len: int, *, buffer_size: int) -> None:

@@ -107,6 +107,12 @@ def test_rows_are_laid_out_again_where_there_are_too_few(
     assert len(np.load(tmp_path / target)) == 10
 
 
+def test_an_unknown_packing_of_the_peer_is_refused(tmp_path: Path) -> None:
+    config = bench_train.Config(data=str(tmp_path), peer_packings="best-fit,rows")
+    with pytest.raises(UserError, match="--peer_packings names 'rows'; there are stream, shuffled"):
+        bench_train.prepare(config, tmp_path)
+
+
 def test_an_average_of_weights_is_that_of_its_formula() -> None:
     model = torch.nn.Linear(1, 1, bias=False)
     average = bench_train._Average(model, 0.5)
