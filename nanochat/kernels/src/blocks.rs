@@ -3,7 +3,8 @@
 //! Operands lie in tiles of 16 rows of 64 bytes, two for a step of 32 numbers of the contraction. A
 //! tile of the left operand has 16 rows of 32 numbers; one of the right has pairs: row r holds, for
 //! each of 16 columns, the numbers 2r and 2r + 1 of the contraction. Both AMX and AVX-512's dot
-//! products of bf16 pairs take them as they are.
+//! products of bf16 pairs take them as they are; the latter takes pairs on the left as well, which
+//! saves it an exchange of rows and columns where the left operand is the transpose of a matrix.
 
 use std::arch::x86_64::*;
 
@@ -54,6 +55,28 @@ impl Unit {
             pairs::multiply(left, right, steps, c, stride, add);
         }
     }
+
+    /// Pack 32 columns from `column` on as the rows of a left operand of a product over rows: the
+    /// transpose of (contraction, rows of the product). `left` takes them.
+    ///
+    /// # Safety
+    /// As `pack_pairs`.
+    pub unsafe fn pack_columns(&self, x: &View, column: usize, out: *mut u16) {
+        if self.0.is_some() {
+            pack_columns(x, column, out);
+        } else {
+            pack_pairs(x, column, out);
+        }
+    }
+
+    /// What `pack_columns` has written.
+    pub fn left(&self, packed: *const u16) -> Left {
+        if self.0.is_some() {
+            Left::packed(packed)
+        } else {
+            Left::pairs(packed)
+        }
+    }
 }
 
 /// 32 rows of the left operand: two tiles for each step.
@@ -62,6 +85,8 @@ pub struct Left {
     pub start: *const u16,
     /// Bytes from a tile's row to the next.
     pub row_bytes: usize,
+    /// Bytes from a pair of numbers of a row to its next one.
+    pub pair_bytes: usize,
     /// Bytes from the upper tile to the lower, and from a step's tiles to the next one's.
     pub lower: usize,
     pub step: usize,
@@ -70,12 +95,18 @@ pub struct Left {
 impl Left {
     /// Rows as they lie in memory, `stride` numbers from one to the next.
     pub fn rows(start: *const u16, stride: usize) -> Self {
-        Self { start, row_bytes: 2 * stride, lower: 2 * TILE * stride, step: 2 * BLOCK }
+        let (row_bytes, lower) = (2 * stride, 2 * TILE * stride);
+        Self { start, row_bytes, pair_bytes: 4, lower, step: 2 * BLOCK }
     }
 
     /// Tiles one after the other, as `pack_columns` writes them.
-    pub fn packed(start: *const u16) -> Self {
-        Self { start, row_bytes: 64, lower: 2 * TILE_LEN, step: 2 * STEP_LEN }
+    fn packed(start: *const u16) -> Self {
+        Self { start, row_bytes: 64, pair_bytes: 4, lower: 2 * TILE_LEN, step: 2 * STEP_LEN }
+    }
+
+    /// The same as `pack_pairs` writes them: not for AMX.
+    fn pairs(start: *const u16) -> Self {
+        Self { start, row_bytes: 4, pair_bytes: 64, lower: 2 * TILE_LEN, step: 2 * STEP_LEN }
     }
 }
 
@@ -237,20 +268,50 @@ pub unsafe fn pack_rows(x: &View, row: usize, out: *mut u16) {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 pub unsafe fn pack_pairs(x: &View, column: usize, out: *mut u16) {
     for step in 0..x.rows.div_ceil(BLOCK) {
+        let (row, out) = (BLOCK * step, out.add(STEP_LEN * step));
+        if row + BLOCK <= x.rows && column + BLOCK <= x.columns {
+            pack_whole_pairs(x, row, column, out);
+            continue;
+        }
         for half in 0..2 {
-            let tile = load_pairs(x, BLOCK * step, column + TILE * half);
-            store(&tile, out.add(STEP_LEN * step + TILE_LEN * half));
+            store(&load_pairs(x, row, column + TILE * half), out.add(TILE_LEN * half));
         }
     }
 }
 
-/// Pack 32 columns from `column` on as the rows of a left operand of a product over rows:
-/// the transpose of (contraction, rows of the product).
+/// A step of `pack_pairs` that has all its rows and columns.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn pack_whole_pairs(x: &View, row: usize, column: usize, out: *mut u16) {
+    const fn places(first: u16) -> [u16; BLOCK] {
+        let mut places = [0; BLOCK];
+        let mut i = 0;
+        while i < TILE as u16 {
+            // A place of the second operand has bit 5 set.
+            (places[2 * i as usize], places[2 * i as usize + 1]) = (first + i, 32 + first + i);
+            i += 1;
+        }
+        places
+    }
+    const HALVES: [[u16; BLOCK]; 2] = [places(0), places(TILE as u16)];
+    let halves = HALVES.map(|half| _mm512_loadu_si512(half.as_ptr() as *const __m512i));
+    for pair in 0..TILE {
+        let line = x.at(row + 2 * pair, column);
+        let upper = _mm512_loadu_si512(line as *const __m512i);
+        let lower = _mm512_loadu_si512(line.add(x.stride) as *const __m512i);
+        for (i, half) in halves.iter().enumerate() {
+            let both = _mm512_permutex2var_epi16(upper, *half, lower);
+            _mm512_storeu_si512(out.add(TILE_LEN * i + 32 * pair) as *mut __m512i, both);
+        }
+    }
+}
+
+/// `Unit::pack_columns`, as AMX takes it.
 ///
 /// # Safety
 /// As `pack_pairs`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-pub unsafe fn pack_columns(x: &View, column: usize, out: *mut u16) {
+unsafe fn pack_columns(x: &View, column: usize, out: *mut u16) {
     for step in 0..x.rows.div_ceil(BLOCK) {
         for half in 0..2 {
             let tile = transpose(load_pairs(x, BLOCK * step, column + TILE * half));
@@ -277,8 +338,6 @@ pub unsafe fn widen(x: __m256i) -> __m512 {
 mod tests {
     use super::*;
 
-    type Multiply = unsafe fn(Left, *const u16, usize, *mut f32, usize, bool);
-
     fn random(count: usize, seed: u32) -> Vec<u16> {
         let mut state = seed;
         let mut next = || {
@@ -294,7 +353,7 @@ mod tests {
     }
 
     /// Rows as they lie in memory, and packed from columns, times packed rows of weights.
-    unsafe fn check(multiply: Multiply) {
+    unsafe fn check(unit: Unit) {
         const ROWS_STRIDE: usize = 136;
         const STRIDE: usize = 40;
         const STEPS: usize = 3;
@@ -304,12 +363,12 @@ mod tests {
         let turned: Vec<u16> =
             (0..depth * BLOCK).map(|i| a[i % BLOCK * ROWS_STRIDE + i / BLOCK]).collect();
         let (mut left, mut right) = (vec![0; STEPS * STEP_LEN], vec![0; STEPS * STEP_LEN]);
-        pack_columns(&View::new(turned.as_ptr(), depth, BLOCK), 0, left.as_mut_ptr());
+        unit.pack_columns(&View::new(turned.as_ptr(), depth, BLOCK), 0, left.as_mut_ptr());
         pack_rows(&View::new(weights.as_ptr(), BLOCK, depth), 0, right.as_mut_ptr());
-        for left in [Left::rows(a.as_ptr(), ROWS_STRIDE), Left::packed(left.as_ptr())] {
+        for left in [Left::rows(a.as_ptr(), ROWS_STRIDE), unit.left(left.as_ptr())] {
             let mut c = vec![f32::NAN; BLOCK * STRIDE];
-            multiply(left, right.as_ptr(), STEPS, c.as_mut_ptr(), STRIDE, false);
-            multiply(left, right.as_ptr(), STEPS - 1, c.as_mut_ptr(), STRIDE, true);
+            unit.multiply(left, right.as_ptr(), STEPS, c.as_mut_ptr(), STRIDE, false);
+            unit.multiply(left, right.as_ptr(), STEPS - 1, c.as_mut_ptr(), STRIDE, true);
             for row in 0..BLOCK {
                 for column in 0..BLOCK {
                     let product = |k: usize| {
@@ -325,16 +384,38 @@ mod tests {
         }
     }
 
+    /// Whole blocks take a way of their own.
+    #[test]
+    fn pairs_are_those_of_their_rows_also_beyond_the_matrix() {
+        if !pairs::are_there() {
+            return;
+        }
+        const STRIDE: usize = 100;
+        let x = random(70 * STRIDE, 3);
+        for (rows, columns, column) in [(64, 96, 32), (70, 96, 0), (33, 50, 32), (64, 40, 32)] {
+            let view = View { start: x.as_ptr(), stride: STRIDE, rows, columns };
+            let mut packed = vec![u16::MAX; rows.div_ceil(BLOCK) * STEP_LEN];
+            // SAFETY: the processor has AVX-512; there is room for every step.
+            unsafe { pack_pairs(&view, column, packed.as_mut_ptr()) };
+            for (i, &found) in packed.iter().enumerate() {
+                let (step, tile, rest) = (i / STEP_LEN, i % STEP_LEN / TILE_LEN, i % TILE_LEN);
+                let row = step * BLOCK + rest / 32 * 2 + rest % 2;
+                let at = column + tile * TILE + rest % 32 / 2;
+                let inside = row < rows && at < columns;
+                assert_eq!(found, if inside { x[row * STRIDE + at] } else { 0 }, "{row} {at}");
+            }
+        }
+    }
+
     #[test]
     fn both_ways_to_multiply_give_the_sums() {
         // SAFETY: each is called where it is there.
         unsafe {
             if pairs::are_there() {
-                check(pairs::multiply);
+                check(Unit(None));
             }
             if amx::is_there() {
-                let _tiles = amx::Tiles::configure();
-                check(amx::multiply);
+                check(Unit::start());
             }
         }
     }

@@ -6,9 +6,7 @@
 
 use std::arch::x86_64::*;
 
-use crate::blocks::{
-    pack_columns, pack_pairs, pack_rows, round, Left, Unit, View, BLOCK, STEP_LEN,
-};
+use crate::blocks::{pack_pairs, pack_rows, round, Left, Unit, View, BLOCK, STEP_LEN};
 use crate::linear::round_row;
 use crate::memory::{with_local, Shared};
 use crate::rows::dot;
@@ -320,7 +318,7 @@ pub unsafe fn backward(
                         let rows = View::new(*rounded, BLOCK, length);
                         for panel in 0..count {
                             let place = (first + panel) * waiting + block - first_waiting;
-                            pack_columns(&rows, panel * BLOCK, turned.add(place * STEP_LEN));
+                            unit.pack_columns(&rows, panel * BLOCK, turned.add(place * STEP_LEN));
                         }
                     }
                 }
@@ -340,7 +338,7 @@ pub unsafe fn backward(
                     }
                     for ((turned, pairs), sums) in turned.iter().zip(pairs).zip(sums) {
                         let place = block * waiting + from - first_waiting;
-                        let rows = Left::packed(turned.add(place * STEP_LEN));
+                        let rows = unit.left(turned.add(place * STEP_LEN));
                         for panel in 0..steps {
                             let at = panel * count + from - first_waiting;
                             let sums = sums.add(block * BLOCK * s.size + panel * BLOCK);

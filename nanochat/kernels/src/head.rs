@@ -11,9 +11,7 @@
 use std::arch::x86_64::*;
 use std::cell::RefCell;
 
-use crate::blocks::{
-    pack_columns, pack_pairs, pack_rows, round, widen, Left, Unit, View, BLOCK, STEP_LEN,
-};
+use crate::blocks::{pack_pairs, pack_rows, round, widen, Left, Unit, View, BLOCK, STEP_LEN};
 use crate::linear::round_row;
 use crate::memory::{with_local, Buffer, Shared};
 use crate::team;
@@ -241,7 +239,7 @@ unsafe fn rows_of_chunk(
                 for panel in 0..GROUP_PANELS {
                     let step = rows.start / BLOCK + block;
                     let place = (group * GROUP_PANELS + panel) * (chunk_rows / BLOCK) + step;
-                    pack_columns(&view, panel * BLOCK, places.u.at(place * STEP_LEN));
+                    unit.pack_columns(&view, panel * BLOCK, places.u.at(place * STEP_LEN));
                 }
                 let left = Left::rows(u, GROUP);
                 for panel in 0..steps {
@@ -342,7 +340,7 @@ unsafe fn weights_of_chunk(
                 let left = places.u.at((block * (chunk_rows / BLOCK) + step) * STEP_LEN);
                 let sums = places.sums.at(block * BLOCK * s.width + panel * BLOCK);
                 let add = chunk.start > 0 || step > 0;
-                unit.multiply(Left::packed(left), right, num_steps, sums, s.width, add);
+                unit.multiply(unit.left(left), right, num_steps, sums, s.width, add);
             }
         }
     }

@@ -5,9 +5,7 @@
 
 use std::arch::x86_64::*;
 
-use crate::blocks::{
-    pack_columns, pack_pairs, pack_rows, round, widen, Left, Unit, View, BLOCK, STEP_LEN,
-};
+use crate::blocks::{pack_pairs, pack_rows, round, widen, Unit, View, BLOCK, STEP_LEN};
 use crate::memory::{with_local, with_shared, Shared};
 use crate::team;
 
@@ -67,7 +65,9 @@ unsafe fn finish(
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn twice_root(h: __m512) -> __m512 {
-    let root = _mm512_sqrt_ps(h);
+    let positive = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(h, _mm512_setzero_ps());
+    let inverse = _mm512_maskz_rsqrt14_ps(positive, h);
+    let root = _mm512_mul_ps(h, inverse);
     _mm512_add_ps(root, root)
 }
 
@@ -119,15 +119,19 @@ unsafe fn product(
                 // A block of rows at a time: its outputs are written line after line.
                 for row in (first..last).step_by(BLOCK) {
                     for panel in 0..panels {
+                        let (column, at) = (panel * BLOCK, row * outputs + panel * BLOCK);
+                        if let Then::Relu2Gradient(h) = then {
+                            for r in 0..BLOCK.min(last - row) {
+                                _mm_prefetch::<_MM_HINT_T0>(h.at(at + r * outputs) as *const i8);
+                            }
+                        }
                         let mut right = packed.at(panel * panel_len) as *const u16;
                         for (i, ((left, _), &steps)) in pairs.iter().zip(&steps).enumerate() {
                             let left = left.left(row, spare.add(i * BLOCK * widest));
                             unit.multiply(left, right, steps, sums, BLOCK, i > 0);
                             right = right.add(steps * STEP_LEN);
                         }
-                        let column = panel * BLOCK;
-                        let size = (last - row, outputs - column);
-                        finish(sums, size, then, out, row * outputs + column, outputs);
+                        finish(sums, (last - row, outputs - column), then, out, at, outputs);
                     }
                 }
             });
@@ -166,7 +170,7 @@ pub unsafe fn backward_weight(threads: usize, dy: View, x: View, dw: Shared<u16>
                         let view = dy.rows_from(row, BLOCK);
                         for block in 0..blocks {
                             let out = left.add((block * CHUNK_STEPS + step) * STEP_LEN);
-                            pack_columns(&view, block * BLOCK, out);
+                            unit.pack_columns(&view, block * BLOCK, out);
                         }
                         let view = x.rows_from(row, BLOCK);
                         for panel in 0..panels {
@@ -175,23 +179,26 @@ pub unsafe fn backward_weight(threads: usize, dy: View, x: View, dw: Shared<u16>
                         }
                     }
                     for block in 0..blocks {
-                        let rows = Left::packed(left.add(block * CHUNK_STEPS * STEP_LEN));
+                        let rows = unit.left(left.add(block * CHUNK_STEPS * STEP_LEN));
                         for panel in 0..panels {
                             let right = right.add(panel * CHUNK_STEPS * STEP_LEN);
-                            let c = sums.add(block * BLOCK * stride + panel * BLOCK);
-                            unit.multiply(rows, right, count, c, stride, first > start);
+                            let c = sums.add((block * panels + panel) * BLOCK * BLOCK);
+                            unit.multiply(rows, right, count, c, BLOCK, first > start);
                         }
                     }
                 }
             });
         });
         team::run(threads, blocks, &|block| unsafe {
-            for row in block * BLOCK..outputs.min((block + 1) * BLOCK) {
-                let own = sums.at(row * stride);
-                for part in 1..parts {
-                    add_row(own, sums.at((part * height + row) * stride), stride);
-                }
-                round_row(own, inputs, dw.at(row * inputs));
+            let own = sums.at(block * BLOCK * stride);
+            for part in 1..parts {
+                add_row(own, sums.at((part * height + block * BLOCK) * stride), BLOCK * stride);
+            }
+            for panel in 0..panels {
+                let (row, column) = (block * BLOCK, panel * BLOCK);
+                let size = (outputs - row, inputs - column);
+                let own = own.add(panel * BLOCK * BLOCK);
+                finish(own, size, Then::Round, dw, row * inputs + column, inputs);
             }
         });
     });

@@ -19,8 +19,25 @@ pub fn are_there() -> bool {
 ///
 /// # Safety
 /// `are_there`; as there.
-#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 pub unsafe fn multiply(
+    left: Left,
+    right: *const u16,
+    steps: usize,
+    c: *mut f32,
+    stride: usize,
+    add: bool,
+) {
+    // Distances that the compiler knows.
+    if left.pair_bytes == 4 {
+        multiply_by::<4>(left, right, steps, c, stride, add);
+    } else {
+        debug_assert!(left.pair_bytes == 64 && left.row_bytes == 4);
+        multiply_by::<64>(Left { row_bytes: 4, ..left }, right, steps, c, stride, add);
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn multiply_by<const PAIR_BYTES: usize>(
     left: Left,
     right: *const u16,
     steps: usize,
@@ -45,7 +62,7 @@ pub unsafe fn multiply(
             for pair in 0..TILE {
                 let columns = [line(right.add(32 * pair)), line(right.add(TILE_LEN + 32 * pair))];
                 for (r, sums) in sums.iter_mut().enumerate() {
-                    let both = (rows.add(r * left.row_bytes) as *const i32).add(pair);
+                    let both = rows.add(r * left.row_bytes + pair * PAIR_BYTES) as *const i32;
                     let both = bf16(_mm512_set1_epi32(both.read_unaligned()));
                     for (sum, columns) in sums.iter_mut().zip(columns) {
                         *sum = _mm512_dpbf16_ps(*sum, both, columns);
