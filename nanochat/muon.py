@@ -209,8 +209,12 @@ def orthogonalize(
     1 / margin on.
     """
     norm = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)
-    x: Tensor = (matrices / (norm * margin + epsilon)).to(dtype)
-    is_tall = matrices.shape[-2] > matrices.shape[-1]
+    return _iterate((matrices / (norm * margin + epsilon)).to(dtype), coefficients)
+
+
+def _iterate(x: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
+    """The iterations of `orthogonalize` on matrices (K, M, N) of norms up to 1, in their dtype."""
+    is_tall = x.shape[-2] > x.shape[-1]
     if is_tall:  # the smaller of the two Gram matrices is cheaper
         x = x.mT
     for a, b, c in coefficients:
@@ -223,33 +227,35 @@ def orthogonalize(
 def refined_direction(
     matrices: Tensor, variance: Tensor, *, beta2: float, dtype: torch.dtype
 ) -> Tensor:
-    """Orthogonalised matrices (K, M, N) whose rows, norms and entries are evened out.
+    """Orthogonalised matrices (K, M, N) whose rows, norms and lines are evened out.
+
+    In this order: each row is brought to the root mean square of all rows' norms
+    (arXiv:2603.28254); the matrix is orthogonalised, and scaled to the norm of an orthogonal one,
+    sqrt(min(M, N)) (arXiv:2602.21545); each line is divided by its running root mean square, and
+    the norm restored (arXiv:2510.05491). All but the second are factors of lines, found from the
+    lines' norms alone: what this costs on a CPU is passes over the matrices.
 
     variance: (K, M, 1) or (K, 1, N), see `variance_shape`; updated in place.
     """
-    orthogonal = orthogonalize(
-        equal_rows(matrices),
-        coefficients=POLAR_EXPRESS,
-        dtype=dtype,
-        margin=_POLAR_MARGIN,
-        epsilon=_POLAR_EPSILON,
-    ).to(matrices.dtype)
-    return equal_variance(renormalized(orthogonal), variance, beta2=beta2)
-
-
-def equal_rows(matrices: Tensor) -> Tensor:
-    """Each row brought to the root mean square of all rows' norms (arXiv:2603.28254)."""
     norms = torch.linalg.vector_norm(matrices, dim=-1, keepdim=True)
     common = norms.square().mean(dim=-2, keepdim=True).sqrt()
-    even: Tensor = matrices * (common / norms.clamp_min(_LEAST_NORM))
-    return even
+    even = common / norms.clamp_min(_LEAST_NORM)
+    scale = even / (_norm(norms * even) * _POLAR_MARGIN + _POLAR_EPSILON)
+    orthogonal = _iterate((matrices * scale).to(dtype), POLAR_EXPRESS)
+
+    along = -1 if variance.size(-1) == 1 else -2
+    norms = torch.linalg.vector_norm(orthogonal, dim=along, keepdim=True, dtype=matrices.dtype)
+    scale = min(matrices.shape[-2:]) ** 0.5 / _norm(norms).clamp_min(_LEAST_NORM)
+    norms = norms * scale
+    variance.lerp_(norms.square() / matrices.size(along), 1.0 - beta2)
+    even = variance.clamp_min(_LEAST_VARIANCE).rsqrt()
+    restored = _norm(norms) / _norm(norms * even).clamp_min(_LEAST_VARIANCE)
+    return orthogonal * (scale * even * restored)  # in the dtype of the factors
 
 
-def renormalized(matrices: Tensor) -> Tensor:
-    """Scaled to the norm of an orthogonal matrix, sqrt(min(M, N)) (arXiv:2602.21545)."""
-    norms = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)
-    scaled: Tensor = matrices * (min(matrices.shape[-2:]) ** 0.5 / norms.clamp_min(_LEAST_NORM))
-    return scaled
+def _norm(of_lines: Tensor) -> Tensor:
+    """Norms of whole matrices (K, 1, 1), from those of their lines."""
+    return torch.linalg.vector_norm(of_lines, dim=(-2, -1), keepdim=True)
 
 
 def variance_shape(shape: Sequence[int]) -> tuple[int, ...]:
@@ -258,23 +264,10 @@ def variance_shape(shape: Sequence[int]) -> tuple[int, ...]:
     return (*batch, rows, 1) if rows >= columns else (*batch, 1, columns)
 
 
-def equal_variance(matrices: Tensor, variance: Tensor, *, beta2: float) -> Tensor:
-    """Divide each line by its running root mean square; the norm stays (arXiv:2510.05491).
-
-    variance: of `variance_shape`, updated in place.
-    """
-    along = -1 if variance.size(-1) == 1 else -2
-    variance.lerp_(matrices.square().mean(dim=along, keepdim=True), 1.0 - beta2)
-    scaled = matrices * variance.clamp_min(_LEAST_VARIANCE).rsqrt()
-    before = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)
-    after = torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True)
-    even: Tensor = scaled * (before / after.clamp_min(_LEAST_VARIANCE))
-    return even
-
-
 def with_cautious_decay(update: Tensor, weights: Tensor, decay: float) -> Tensor:
     """The update plus the decay of those weights that it shrinks (arXiv:2510.12402)."""
-    return update + decay * weights * (update * weights >= 0)
+    shrinks = (update * weights).ge_(0.0)
+    return torch.addcmul(update, weights, shrinks, value=decay)
 
 
 def _stack_matrices(matrices: list[Tensor], count: int, like: Tensor | None = None) -> Tensor:
