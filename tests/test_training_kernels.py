@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -148,6 +149,38 @@ def test_head_loss(rows: int, width: int, vocabulary: int, used: int, weighted: 
     for found, leaf in zip(gradients, leaves, strict=True):
         assert leaf.grad is not None
         assert_near(found, leaf.grad)
+
+
+@pytest.mark.parametrize("where", ["hidden", "weight"])
+def test_a_loss_of_what_is_not_a_number_is_none_either(where: str) -> None:
+    operands = {"hidden": numbers(40, 64), "weight": numbers(300, 64, seed=1)}
+    operands[where][7, 5] = torch.nan
+    targets = torch.zeros(40, dtype=torch.int64)
+    loss, dhidden, dweight = training.head_loss(
+        operands["hidden"], operands["weight"], targets, None, cap=15.0, vocab_size=300
+    )
+    assert math.isnan(loss)
+    assert dhidden[7].isnan().all()
+    assert dweight.isnan().any()
+
+
+def test_what_is_not_a_number_stays_visible_in_the_mlp_and_in_attention() -> None:
+    x, weight = numbers(40, 64), numbers(70, 64, seed=1)
+    x[7, 5] = torch.nan
+    hidden = training.linear(x, weight, relu2=True)
+    assert hidden.isnan().nonzero()[:, 0].unique().tolist() == [7]
+    assert hidden[7].isnan().all()
+    gradient = training.linear_input_gradient([numbers(40, 32)], [numbers(32, 70)], hidden)
+    assert gradient.isnan().nonzero()[:, 0].unique().tolist() == [7]
+
+    q, k, v = (numbers(1, 100, 1, 32, seed=i) for i in range(3))
+    q[0, 60, 0, 5] = torch.nan
+    out, lse = training.attention(q, k, v, None)
+    assert out.isnan().nonzero()[:, 1].unique().tolist() == [60]
+    dq, dk, dv = training.attention_gradient(q, k, v, out, lse, numbers(1, 100, 1, 32), None)
+    assert dq[0, 60].isnan().all()
+    for gradient in (dk, dv):  # of all that position 60 attends to
+        assert gradient[0, :61].isnan().all()
 
 
 def test_a_target_beyond_the_vocabulary_is_refused() -> None:

@@ -46,7 +46,8 @@ unsafe fn finish(
         match then {
             Then::Round => {}
             Then::Relu2 => {
-                (low, high) = (_mm512_max_ps(low, zero), _mm512_max_ps(high, zero));
+                // Of what is not a number the second operand is returned.
+                (low, high) = (_mm512_max_ps(zero, low), _mm512_max_ps(zero, high));
                 (low, high) = (_mm512_mul_ps(low, low), _mm512_mul_ps(high, high));
             }
             Then::Relu2Gradient(h) => {
@@ -62,12 +63,13 @@ unsafe fn finish(
     }
 }
 
+/// 2 sqrt(h) to 14 bits, more than bf16 has; the processor's own root takes many times as long.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn twice_root(h: __m512) -> __m512 {
-    let positive = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(h, _mm512_setzero_ps());
-    let inverse = _mm512_maskz_rsqrt14_ps(positive, h);
-    let root = _mm512_mul_ps(h, inverse);
+    // 1 / sqrt(0) is infinite; what is not a number stays none.
+    let not_zero = _mm512_cmp_ps_mask::<_CMP_NEQ_UQ>(h, _mm512_setzero_ps());
+    let root = _mm512_mul_ps(h, _mm512_maskz_rsqrt14_ps(not_zero, h));
     _mm512_add_ps(root, root)
 }
 

@@ -2,11 +2,12 @@
 
 use std::arch::x86_64::*;
 
-/// 2^x to about 3e-7 of its value, for x in [-126, 127]; as at the nearer end outside.
+/// 2^x to about 3e-7 of its value, for x in [-126, 127]; as at the nearer end outside. Not a number
+/// stays none: of two operands, minimum and maximum return the second if one of them is not.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn exp2(x: __m512) -> __m512 {
-    let x = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(127.0)), _mm512_set1_ps(-126.0));
+    let x = _mm512_max_ps(_mm512_set1_ps(-126.0), _mm512_min_ps(_mm512_set1_ps(127.0), x));
     let n = _mm512_roundscale_ps::<0x08>(x);
     let r = _mm512_sub_ps(x, n);
     // Least squares of the relative error on [-1/2, 1/2].
@@ -40,6 +41,19 @@ pub fn tanh(x: __m512) -> __m512 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_not_a_number_stays_none() {
+        if !std::arch::is_x86_feature_detected!("avx512f") {
+            return;
+        }
+        // SAFETY: the processor has AVX-512.
+        unsafe {
+            let nan = _mm512_set1_ps(f32::NAN);
+            assert!(_mm512_cvtss_f32(exp(nan)).is_nan());
+            assert!(_mm512_cvtss_f32(tanh(nan)).is_nan());
+        }
+    }
 
     #[test]
     fn exp_and_tanh_are_close() {
