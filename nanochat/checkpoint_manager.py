@@ -3,7 +3,7 @@
     <stage folder>/<tag>/step_000050/
         model.safetensors                   weights
         optimizer_rank00_of01.safetensors   optimizer state, one file per rank
-        extra_rank00.safetensors            loader and random state, one file per rank
+        extra_rank00.safetensors            arrays of the loader's place, the same for all ranks
         state.json                          step, model config, user's config, metrics
         tokenizer.json, token_bytes.npy     the tokenizer the model was trained with
         sharded/                            instead of optimizer_*: weights and optimizer of a run

@@ -50,8 +50,8 @@ STEPS_AHEAD = 2
 # Documents and conversations that wait for a place in best-fit packing; both are the newest
 # nanochat's.
 WAITING_DOCUMENTS = 1000
-WAITING_ROWS = 1000  # rows of several hundred documents, that wait to be drawn in shuffled packing
 WAITING_CONVERSATIONS = 100
+WAITING_ROWS = 1000  # that wait to be drawn in shuffled packing: together of hundreds of documents
 # Steps in a row without any target after which the data, not bad luck, is to blame.
 MAX_STEPS_WITHOUT_TARGET = 1000
 
@@ -141,9 +141,9 @@ class Loader:
 class DocumentLoader(Loader):
     """Pretraining: documents behind a BOS, every token a target.
 
-    packing: "stream" wastes nothing; "shuffled" draws its rows in random order; "best-fit" begins
-    every row with the beginning of a document and loses the ends of some (about a third of the
-    tokens at T = 2,048).
+    packing: "stream" wastes nothing; "shuffled" draws its rows in an order that follows from
+    `seed`; "best-fit" begins every row with the beginning of a document and loses the ends of some
+    (about a third of the tokens at T = 2,048).
     """
 
     def __init__(
@@ -155,6 +155,7 @@ class DocumentLoader(Loader):
         sequence_len: int,
         world: World,
         packing: Literal["stream", "shuffled", "best-fit"] = "stream",
+        seed: int = 0,
         split: Split = "train",
         steps_ahead: int = STEPS_AHEAD,
         pin_memory: bool = False,
@@ -165,6 +166,7 @@ class DocumentLoader(Loader):
             packing=packing,
             overflow="crop",
             buffer_size=WAITING_ROWS if packing == "shuffled" else WAITING_DOCUMENTS,
+            seed=seed,
         )
         super().__init__(
             packer,
@@ -319,11 +321,12 @@ def _packer(
     packing: str,
     overflow: Literal["crop", "pad"],
     buffer_size: int,
+    seed: int = 0,
 ) -> Packer:
     if packing == "best-fit":
         return BestFitPacker(feed, sequence_len, overflow=overflow, buffer_size=buffer_size)
     if packing == "shuffled":
-        return ShuffledPacker(feed, sequence_len, buffer_size=buffer_size)
+        return ShuffledPacker(feed, sequence_len, buffer_size=buffer_size, seed=seed)
     if packing in ("stream", "rows"):
         return SequentialPacker(feed, sequence_len, one_document_a_row=packing == "rows")
     raise UserError(f"unknown packing {packing!r}; use stream, shuffled, rows or best-fit")

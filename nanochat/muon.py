@@ -250,12 +250,14 @@ def refined_direction(
     variance.lerp_(norms.square() / matrices.size(along), 1.0 - beta2)
     even = variance.clamp_min(_LEAST_VARIANCE).rsqrt()
     restored = _norm(norms) / _norm(norms * even).clamp_min(_LEAST_VARIANCE)
-    return orthogonal * (scale * even * restored)  # in the dtype of the factors
+    refined: Tensor = orthogonal * (scale * even * restored)  # in the dtype of the factors
+    return refined
 
 
 def _norm(of_lines: Tensor) -> Tensor:
     """Norms of whole matrices (K, 1, 1), from those of their lines."""
-    return torch.linalg.vector_norm(of_lines, dim=(-2, -1), keepdim=True)
+    norms: Tensor = torch.linalg.vector_norm(of_lines, dim=(-2, -1), keepdim=True)
+    return norms
 
 
 def variance_shape(shape: Sequence[int]) -> tuple[int, ...]:

@@ -249,12 +249,14 @@ class ShuffledPacker:
     """Rows cut from the stream, drawn at random from a buffer of waiting ones.
 
     A long document fills several rows in succession; shuffled, those of a step come from many
-    documents. No row is dropped or repeated; some wait until the next epoch has begun.
+    documents. No row is dropped or repeated, but a row may wait for long, into the next epoch, and
+    `buffer_size` rows are waiting when a run ends. The order follows from `seed`.
     """
 
-    def __init__(self, feed: Feed, sequence_len: int, *, buffer_size: int) -> None:
+    def __init__(self, feed: Feed, sequence_len: int, *, buffer_size: int, seed: int) -> None:
         self._rows = SequentialPacker(feed, sequence_len, one_document_a_row=False)
         self._sequence_len, self._buffer_size = sequence_len, buffer_size
+        self._seed = seed % 2**64
         self._waiting: list[Ids] = []
         self._taken = 0
 
@@ -270,8 +272,9 @@ class ShuffledPacker:
             self._waiting = self._read(self._buffer_size)
         rows = []
         for following in self._read(num_rows):
-            # The n-th row is drawn by n alone: no random state to save.
-            draw = np.random.Generator(np.random.Philox(key=self._taken))
+            # The n-th row is drawn by the seed and n alone: no random state to save.
+            key = np.array([self._taken, self._seed], np.uint64)
+            draw = np.random.Generator(np.random.Philox(key=key))
             index = int(draw.integers(self._buffer_size))
             rows.append(self._waiting[index])
             self._waiting[index] = following
@@ -294,6 +297,11 @@ class ShuffledPacker:
         rows = np.asarray(state["waiting_rows"], np.int32)
         if rows.shape[1] != self._sequence_len + 1:
             raise _other_length(self._sequence_len)
+        if len(rows) not in (0, self._buffer_size):
+            raise UserError(
+                f"the saved place in the data has {len(rows)} waiting rows where "
+                f"{self._buffer_size} are shuffled: another version's; start a new run"
+            )
         self._rows.load_state_dict(state)
         self._waiting, self._taken = list(rows), int(state["taken"])
 

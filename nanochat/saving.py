@@ -74,7 +74,7 @@ class CheckpointSaver:
         model: Mapping[str, Tensor],
         optimizer: Mapping[str, Tensor] | None,
         state: Mapping[str, Any],
-        extra: Mapping[str, Extra],
+        extra: Mapping[str, Extra] | None,
         write_shards: Callable[[Path], None] | None = None,
         keep_last: int | None,
         keep: Collection[int] = (),

@@ -439,7 +439,7 @@ class Trainer:
             model=weights,
             optimizer=self.optimizer.state_dict() if shards is None else None,
             state=self.facts | {"step": state.step, "loop": asdict(state), "loader": numbers},
-            extra=arrays,
+            extra=arrays if self.runtime.world.is_main else None,  # the same on every rank
             write_shards=None if shards is None else shards.save,
             keep_last=None if state.is_suspect(self.plan.spike_limit) else self.plan.keep_last,
             keep={state.best_step} if self.plan.keep_best else (),

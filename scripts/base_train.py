@@ -98,6 +98,7 @@ def main(config: Config) -> int:
             sequence_len=config.max_seq_len,
             world=rt.world,
             packing=config.packing,
+            seed=config.seed,
             pin_memory=rt.device.type == "cuda",
         )
         return train_stage(

@@ -201,7 +201,7 @@ def test_best_fit_rows_begin_with_a_document_and_have_no_padding(source: Documen
 def test_shuffled_rows_are_those_of_the_stream_each_once_in_another_order() -> None:
     lengths = [10 * 23] * 40  # ten rows of 23 each
     stream = SequentialPacker(NumberedFeed(lengths), 23, one_document_a_row=False).take(60 + 240)
-    packer = ShuffledPacker(NumberedFeed(lengths), 23, buffer_size=60)
+    packer = ShuffledPacker(NumberedFeed(lengths), 23, buffer_size=60, seed=1)
     taken = packer.take(240)
     waiting = packer.snapshot()()["waiting_rows"]
     assert waiting.shape == (60, 24)
@@ -211,6 +211,16 @@ def test_shuffled_rows_are_those_of_the_stream_each_once_in_another_order() -> N
     assert min(documents_of_steps) >= 5
     numbers = taken[:, 0]
     assert (np.diff(numbers) < 0).any()
+
+
+def test_the_order_of_shuffled_rows_follows_from_the_seed(source: DocumentSource) -> None:
+    def rows(seed: int) -> torch.Tensor:
+        batches = take(documents(source, packing="shuffled", seed=seed), 12)
+        return torch.cat([batch.inputs for batch in batches])
+
+    assert torch.equal(rows(3), rows(3))
+    assert not torch.equal(rows(3), rows(4))
+    assert not torch.equal(rows(3), rows(-3))
 
 
 def test_progress_of_shuffled_rows_begins_at_none_taken(source: DocumentSource) -> None:
@@ -310,6 +320,18 @@ def test_a_state_of_another_row_length_is_refused(source: DocumentSource, packin
     take(loader, 1)
     with pytest.raises(UserError, match="rows of another length than 10"):
         documents(source, packing=packing, sequence_len=10).load_state_dict(saved(loader))
+
+
+def test_a_state_with_another_number_of_waiting_rows_is_refused() -> None:
+    def packer(buffer_size: int) -> ShuffledPacker:
+        return ShuffledPacker(NumberedFeed([50] * 40), 23, buffer_size=buffer_size, seed=1)
+
+    packer(60).load_state_dict(packer(50).snapshot()())  # none waits before the first row
+    before = packer(60)
+    before.take(4)
+    for other in (50, 70):
+        with pytest.raises(UserError, match=f"has 60 waiting rows where {other} are shuffled"):
+            packer(other).load_state_dict(before.snapshot()())
 
 
 def test_rows_that_can_not_be_dealt_equally_are_refused(source: DocumentSource) -> None:

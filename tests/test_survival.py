@@ -685,6 +685,9 @@ def test_world_size_goes_from_two_to_one_and_back(runtime: Runtime, tmp_path: Pa
         "optimizer_rank00_of02.safetensors",
         "optimizer_rank01_of02.safetensors",
     }
+    # The place in the data is one for all ranks: kept once, however many there are.
+    extras = newest(tmp_path / "parts").path.glob("extra_*")
+    assert [path.name for path in extras] == ["extra_rank00.safetensors"]
     # Random rows cost log(50) = 3.9 nats; another order of summation is worth a few thousandths.
     for step, loss in whole.items():
         assert parts[step] == pytest.approx(loss, abs=0.02), step
