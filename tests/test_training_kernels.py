@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from nanochat.attention import causal_attention
 from nanochat.blocks import NORM_EPS, rms_norm, rotary_tables, rotate
 from nanochat.gpt import GPT, GPTConfig, softcap
 from nanochat.kernels import training
+from nanochat.muon import NEWTON_SCHULZ, POLAR_EXPRESS, orthogonalize
 from nanochat.objectives import next_token_loss_sum
 from nanochat.precision import MasterWeights
 from nanochat.presets import MODELS
@@ -149,6 +150,53 @@ def test_head_loss(rows: int, width: int, vocabulary: int, used: int, weighted: 
     for found, leaf in zip(gradients, leaves, strict=True):
         assert leaf.grad is not None
         assert_near(found, leaf.grad)
+
+
+@pytest.mark.parametrize("coefficients", [NEWTON_SCHULZ, POLAR_EXPRESS])
+@pytest.mark.parametrize("shape", [(1, 32, 32), (3, 32, 160), (2, 96, 96), (5, 64, 256)])
+def test_newton_schulz(
+    shape: tuple[int, int, int], coefficients: Sequence[tuple[float, float, float]]
+) -> None:
+    stack = numbers(*shape)
+    stack /= stack.float().norm(dim=(1, 2), keepdim=True).mul(1.01).to(torch.bfloat16)
+    expected, rounded = stack.float(), stack.clone()
+    for a, b, c in coefficients:
+        expected, rounded = (
+            a * x + (b * (x @ x.mT) + c * (x @ x.mT) @ (x @ x.mT)) @ x for x in (expected, rounded)
+        )
+    found = training.newton_schulz_(stack, coefficients)
+    assert found is stack
+    # Rounding every product, as it is done without a kernel, is what it may differ by.
+    error = (rounded.float() - expected).norm() / expected.norm()
+    assert_near(found, expected, relative=1.5 * float(error))
+
+
+@pytest.mark.parametrize("shape", [(64, 32), (48, 64), (32, 40)])
+def test_matrices_that_newton_schulz_would_misread_are_refused(shape: tuple[int, int]) -> None:
+    with pytest.raises(training.kernels.KernelError, match=r"taller than wide|no multiple of 32"):
+        training.newton_schulz_(numbers(2, *shape), NEWTON_SCHULZ)
+
+
+@pytest.mark.parametrize("shape", [(4, 64, 96), (4, 96, 64), (4, 60, 64), (4, 64, 12)])
+def test_muon_orthogonalises_alike_with_and_without_the_kernels(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int]
+) -> None:
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    before, seen = matrices.clone(), []
+    kernel = training.newton_schulz_
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            training, "newton_schulz_", lambda *given: seen.append(given) or kernel(*given)
+        )
+        found = orthogonalize(matrices)
+    assert len(seen) == all(size % 32 == 0 for size in shape[1:])
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "load", lambda: None)
+        expected = orthogonalize(matrices)
+    assert found.shape == expected.shape == shape
+    assert_near(found, expected, relative=0.03)
+    assert torch.equal(matrices, before)
 
 
 @pytest.mark.parametrize("where", ["hidden", "weight"])

@@ -44,6 +44,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
         *(c_uint64, *(c_void_p,) * 4, *(c_uint64,) * 4),
         *(c_float, POINTER(c_double), c_void_p, c_void_p),
     ),
+    "nck_newton_schulz": (c_uint64, c_void_p, *(c_uint64,) * 3, POINTER(c_float), c_uint64),
 }
 
 
@@ -226,6 +227,21 @@ def head_loss(
         *(x.data_ptr() for x in gradients),
     )
     return loss.value, *gradients
+
+
+def newton_schulz_(stack: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
+    """In place, for each (a, b, c): X = a X + (b G + c G G) X, G = X X^T, of matrices (K, M, N).
+
+    M is at most N. G and the sum of its powers are rounded to bf16.
+    """
+    count, rows, columns = stack.shape
+    if rows > columns:
+        raise kernels.KernelError(f"matrices of {rows} x {columns} are taller than wide")
+    place = _place(stack, (count, _width(rows), _width(columns)))
+    numbers = [number for of_iteration in coefficients for number in of_iteration]
+    values = (c_float * len(numbers))(*numbers)
+    _call("nck_newton_schulz", place, count, rows, columns, values, len(coefficients))
+    return stack
 
 
 def _sizes(x: Tensor, window: int | None) -> Any:

@@ -193,6 +193,25 @@ fn transpose(rows: Tile) -> Tile {
     out
 }
 
+/// Exchange rows and columns of a block of sums.
+///
+/// # Safety
+/// AVX-512.
+#[target_feature(enable = "avx512f")]
+pub unsafe fn transposed(block: &[f32; BLOCK * BLOCK]) -> [f32; BLOCK * BLOCK] {
+    let mut out = [0.0; BLOCK * BLOCK];
+    for (row, column) in [(0, 0), (0, TILE), (TILE, 0), (TILE, TILE)] {
+        let from = block.as_ptr().add(row * BLOCK + column);
+        let tile =
+            std::array::from_fn(|r| _mm512_loadu_si512(from.add(r * BLOCK) as *const __m512i));
+        let to = out.as_mut_ptr().add(column * BLOCK + row);
+        for (r, line) in transpose(tile).iter().enumerate() {
+            _mm512_storeu_si512(to.add(r * BLOCK) as *mut __m512i, *line);
+        }
+    }
+    out
+}
+
 #[inline]
 #[target_feature(enable = "avx512f")]
 unsafe fn store(tile: &Tile, out: *mut u16) {
@@ -381,6 +400,19 @@ mod tests {
                 }
                 assert!(c[row * STRIDE + BLOCK..(row + 1) * STRIDE].iter().all(|x| x.is_nan()));
             }
+        }
+    }
+
+    #[test]
+    fn a_block_of_sums_is_transposed() {
+        if !pairs::are_there() {
+            return;
+        }
+        let block: [f32; BLOCK * BLOCK] = std::array::from_fn(|i| i as f32);
+        // SAFETY: the processor has AVX-512.
+        let found = unsafe { transposed(&block) };
+        for (i, &number) in found.iter().enumerate() {
+            assert_eq!(number, (i % BLOCK * BLOCK + i / BLOCK) as f32);
         }
     }
 

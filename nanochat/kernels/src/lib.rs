@@ -37,6 +37,8 @@ mod pool;
 #[cfg(target_arch = "x86_64")]
 mod rows;
 mod sampling;
+#[cfg(target_arch = "x86_64")]
+mod schulz;
 mod scratch;
 mod stream;
 #[cfg(target_arch = "x86_64")]

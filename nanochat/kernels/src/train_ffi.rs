@@ -9,6 +9,7 @@ use crate::head;
 use crate::linear::{self, Then};
 use crate::memory::Shared;
 use crate::rows::{self, Turned};
+use crate::schulz;
 use crate::team;
 
 type View = blocks::View;
@@ -302,6 +303,29 @@ pub unsafe extern "C" fn nck_head_loss(
             weight_gradient: shared(weight_gradient),
         };
         *loss = head::loss(threads as usize, sizes, data);
+        Ok(())
+    })
+}
+
+/// Newton-Schulz iterations in place on a stack (count, rows, columns) of matrices, not taller than
+/// wide; coefficients (iterations, 3) fp32.
+///
+/// # Safety
+/// The arrays have these sizes; rows and columns are multiples of 32.
+#[no_mangle]
+pub unsafe extern "C" fn nck_newton_schulz(
+    threads: u64,
+    stack: *mut u16,
+    count: u64,
+    rows: u64,
+    columns: u64,
+    coefficients: *const [f32; 3],
+    iterations: u64,
+) -> i32 {
+    guarded(|| {
+        let coefficients = std::slice::from_raw_parts(coefficients, iterations as usize);
+        let shape = (rows as usize, columns as usize);
+        schulz::iterate(threads as usize, shared(stack), count as usize, shape, coefficients);
         Ok(())
     })
 }
