@@ -147,7 +147,7 @@ class Checkpoint:
         return whole
 
     def load_extra(self, rank: int) -> dict[str, Extra]:
-        """What this rank saved as `extra`, in the types it was given; rank 0's for a new rank."""
+        """The `extra` of this rank, in the types it was given; rank 0's where it saved none."""
         names = self._files_by_rank("extra_")
         if not names:
             return {}

@@ -220,6 +220,10 @@ def test_what_is_not_a_number_stays_visible_in_the_mlp_and_in_attention() -> Non
     assert hidden[7].isnan().all()
     gradient = training.linear_input_gradient([numbers(40, 32)], [numbers(32, 70)], hidden)
     assert gradient.isnan().nonzero()[:, 0].unique().tolist() == [7]
+    hidden = torch.full((1, 32), torch.inf, dtype=torch.bfloat16)
+    weight = torch.eye(32, dtype=torch.bfloat16).abs() + 1
+    gradient = training.linear_input_gradient([torch.ones_like(hidden)], [weight], hidden)
+    assert gradient.isposinf().all()
 
     q, k, v = (numbers(1, 100, 1, 32, seed=i) for i in range(3))
     q[0, 60, 0, 5] = torch.nan

@@ -67,9 +67,11 @@ unsafe fn finish(
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn twice_root(h: __m512) -> __m512 {
-    // 1 / sqrt(0) is infinite; what is not a number stays none.
-    let not_zero = _mm512_cmp_ps_mask::<_CMP_NEQ_UQ>(h, _mm512_setzero_ps());
-    let root = _mm512_mul_ps(h, _mm512_maskz_rsqrt14_ps(not_zero, h));
+    // Zero and infinity are their own roots; what is not a number stays none.
+    let infinity = _mm512_set1_ps(f32::INFINITY);
+    let has_inverse = _mm512_cmp_ps_mask::<_CMP_NEQ_UQ>(h, _mm512_setzero_ps())
+        & _mm512_cmp_ps_mask::<_CMP_NEQ_UQ>(h, infinity);
+    let root = _mm512_mask_mul_ps(h, has_inverse, h, _mm512_rsqrt14_ps(h));
     _mm512_add_ps(root, root)
 }
 

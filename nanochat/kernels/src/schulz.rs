@@ -1,4 +1,5 @@
-//! Newton-Schulz iterations for a stack of matrices: each one on one thread, in that core's cache.
+//! Newton-Schulz iterations for a stack of matrices: each one on one thread, small ones in that core's
+//! cache.
 //!
 //! Legend: M, N = rows and columns of a matrix, M at most N.
 
