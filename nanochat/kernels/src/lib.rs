@@ -29,6 +29,8 @@ mod math;
 mod matmul;
 mod memory;
 mod model;
+#[cfg(target_arch = "x86_64")]
+mod newton_schulz;
 mod options;
 #[cfg(target_arch = "x86_64")]
 mod pairs;
@@ -37,8 +39,6 @@ mod pool;
 #[cfg(target_arch = "x86_64")]
 mod rows;
 mod sampling;
-#[cfg(target_arch = "x86_64")]
-mod schulz;
 mod scratch;
 mod stream;
 #[cfg(target_arch = "x86_64")]

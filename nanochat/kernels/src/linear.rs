@@ -153,15 +153,15 @@ unsafe fn product(
 pub unsafe fn backward_weight(threads: usize, dy: View, x: View, dw: Shared<u16>) {
     let (rows, outputs, inputs) = (dy.rows, dy.columns, x.columns);
     let (blocks, panels) = (outputs.div_ceil(BLOCK), inputs.div_ceil(BLOCK));
-    let (height, stride) = (blocks * BLOCK, panels * BLOCK);
+    let (height, width) = (blocks * BLOCK, panels * BLOCK);
     let parts = (PARTS_PER_THREAD * threads).min(rows.div_ceil(CHUNK_ROWS));
     let per_part = rows.div_ceil(parts).next_multiple_of(CHUNK_ROWS);
     let parts = rows.div_ceil(per_part);
-    with_shared(parts * height * stride, |sums: *mut f32| {
+    with_shared(parts * height * width, |sums: *mut f32| {
         let sums = Shared::new(sums);
         team::run(threads, parts, &|part| unsafe {
             let unit = Unit::start();
-            let sums = sums.at(part * height * stride);
+            let sums = sums.at(part * height * width);
             let (start, end) = (part * per_part, rows.min((part + 1) * per_part));
             with_local(2 * (blocks + panels) * CHUNK_STEPS * STEP_LEN, |packed: *mut u8| {
                 let left = packed as *mut u16;
@@ -194,9 +194,9 @@ pub unsafe fn backward_weight(threads: usize, dy: View, x: View, dw: Shared<u16>
             });
         });
         team::run(threads, blocks, &|block| unsafe {
-            let own = sums.at(block * BLOCK * stride);
+            let own = sums.at(block * BLOCK * width);
             for part in 1..parts {
-                add_row(own, sums.at((part * height + block * BLOCK) * stride), BLOCK * stride);
+                add_row(own, sums.at((part * height + block * BLOCK) * width), BLOCK * width);
             }
             for panel in 0..panels {
                 let (row, column) = (block * BLOCK, panel * BLOCK);

@@ -8,8 +8,8 @@ use crate::flash;
 use crate::head;
 use crate::linear::{self, Then};
 use crate::memory::Shared;
+use crate::newton_schulz;
 use crate::rows::{self, Turned};
-use crate::schulz;
 use crate::team;
 
 type View = blocks::View;
@@ -325,7 +325,13 @@ pub unsafe extern "C" fn nck_newton_schulz(
     guarded(|| {
         let coefficients = std::slice::from_raw_parts(coefficients, iterations as usize);
         let shape = (rows as usize, columns as usize);
-        schulz::iterate(threads as usize, shared(stack), count as usize, shape, coefficients);
+        newton_schulz::iterate(
+            threads as usize,
+            shared(stack),
+            count as usize,
+            shape,
+            coefficients,
+        );
         Ok(())
     })
 }

@@ -1,6 +1,8 @@
 //! Newton-Schulz iterations for a stack of matrices: each one on one thread, small ones in that core's
 //! cache.
 //!
+//! A thread keeps 2 (2 M^2 + M N) bytes of scratch memory for the largest.
+//!
 //! Legend: M, N = rows and columns of a matrix, M at most N.
 
 use std::arch::x86_64::*;
@@ -45,10 +47,10 @@ pub unsafe fn iterate(
                 for panel in 0..panels {
                     pack_pairs(&of_x, panel * BLOCK, packed.add(panel * steps * STEP_LEN));
                 }
+                let mut sums: Sums = [0.0; BLOCK * BLOCK];
                 for row in (0..rows).step_by(BLOCK) {
                     let left = Left::rows(polynomial.add(row * rows), rows);
                     for panel in 0..panels {
-                        let mut sums: Sums = [0.0; BLOCK * BLOCK];
                         let right = packed.add(panel * steps * STEP_LEN);
                         unit.multiply(left, right, steps, sums.as_mut_ptr(), BLOCK, false);
                         let column = panel * BLOCK;
@@ -97,10 +99,10 @@ unsafe fn symmetric(
     for panel in 0..size / BLOCK {
         pack_rows(&x, panel * BLOCK, packed.add(panel * steps * STEP_LEN));
     }
+    let mut sums: Sums = [0.0; BLOCK * BLOCK];
     for row in (0..size).step_by(BLOCK) {
         let left = Left::rows(x.start.add(row * x.stride), x.stride);
         for column in (0..=row).step_by(BLOCK) {
-            let mut sums: Sums = [0.0; BLOCK * BLOCK];
             let right = packed.add(column * steps * BLOCK);
             unit.multiply(left, right, steps, sums.as_mut_ptr(), BLOCK, false);
             then(Place { sums: &mut sums, row, column });
