@@ -52,6 +52,9 @@ from nanochat.run_folder import (
     lock_run,
     prune,
     publish_folder,
+    reject_step,
+    rejected_folder,
+    rejected_steps,
     remove_folder,
     step_folders,
     step_name,
@@ -72,6 +75,7 @@ __all__ = [
     "open_checkpoint",
     "open_step",
     "prune",
+    "reject",
     "save_checkpoint",
     "saved_steps",
 ]
@@ -445,6 +449,14 @@ def save_checkpoint(
     return final
 
 
+def reject(run_dir: Path, step: int) -> None:
+    """Rename a step that has turned out unsound; the stage's links go back to the one before."""
+    reject_step(run_dir, step)
+    remaining = step_folders(run_dir)
+    if remaining:
+        _refresh_links(remaining[-1])
+
+
 def _on_all_ranks(action: Callable[[], _Result], world: World) -> list[_Result]:
     """Run a file operation on every rank; the results of all, or one OSError on all."""
     result, problem = None, None
@@ -463,7 +475,14 @@ def _on_all_ranks(action: Callable[[], _Result], world: World) -> list[_Result]:
 
 
 def _set_aside(stage: str, tag: str | None) -> str:
-    """Where a run lies that was started over by one which came to no checkpoint; "" for none."""
+    """Where a run lies that is no checkpoint of the stage any more; "" for none.
+
+    It was started over by one which came to no checkpoint, or its model was rejected.
+    """
+    for run_dir in sorted(checkpoints_dir(stage).glob(glob.escape(tag or "") + "*")):
+        if tag in (None, run_dir.name) and not step_folders(run_dir):
+            for step in rejected_steps(run_dir):
+                return f"; {rejected_folder(run_dir, step)} was found unsound when it was validated"
     for previous in sorted(checkpoints_dir(stage).glob(f"{glob.escape(tag or '')}*/{PREVIOUS}")):
         run_dir = previous.parent
         if tag in (None, run_dir.name) and step_folders(previous) and not step_folders(run_dir):

@@ -6,6 +6,7 @@ all of that arrives here as settings.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 import tyro
 
 from nanochat import checkpoint_manager, report, task_eval
 from nanochat.answers import plain_text
-from nanochat.common import UserError
+from nanochat.common import UserError, sha256_file
 from nanochat.conversation import Conversation
 from nanochat.dataloader import Batch, ConversationLoader, conversation_evaluation_batches
 from nanochat.engine import Engine
@@ -196,6 +198,7 @@ def train_on_conversations(
         facts={
             "data": config.data or parent.state["data"],
             "tasks": task_set,
+            "conversations": _digest(train_task, tokenizer, sequence_len, chats),
             "parent": origin(parent, source),
             LINEAGE: lineage(
                 parent,
@@ -267,6 +270,17 @@ def _score_hooks(
         )
         hooks.append(Hook("ChatCORE", config.chatcore_every, core, at_start=False))
     return hooks
+
+
+def _digest(task: Task, tokenizer: Tokenizer, sequence_len: int, chats: Sequence[str]) -> str:
+    """Eight digits by which to recognise the conversations: of a sample, and of all own files."""
+    digest = hashlib.sha256(str(len(task)).encode())
+    for index in range(0, len(task), max(1, len(task) // LENGTH_SAMPLE)):
+        rendered = tokenizer.render_conversation(task[index], max_tokens=sequence_len)
+        digest.update(np.array(rendered, np.int32).tobytes())
+    for path in chats:
+        digest.update(sha256_file(Path(path)).encode())
+    return digest.hexdigest()[:8]
 
 
 def _steps_per_epoch(

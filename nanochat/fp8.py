@@ -86,8 +86,11 @@ def quantize(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def product(left: Tensor, right: Tensor, dtype: torch.dtype, kinds: Any) -> Tensor:
     """Left @ right.T in fp8, sums in fp32: (n, k) and (m, k) to (n, m) in `dtype`.
 
-    kinds: the fp8 formats of both.
+    kinds: the fp8 formats of both. Where k is no multiple of what the kernel takes, zeros fill up.
     """
+    lacking = -left.size(1) % _STEP
+    if lacking:
+        left, right = F.pad(left, (0, lacking)), F.pad(right, (0, lacking))
     (a, a_factor), (b, b_factor) = quantize(left, kinds[0]), quantize(right, kinds[1])
     if left.device.type != "cuda":  # the same numbers without the kernel
         return ((a.float() @ b.float().t()) * (a_factor * b_factor)).to(dtype)

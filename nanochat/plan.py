@@ -61,7 +61,7 @@ class Plan:
     keep_last: int = 1
     """Checkpoints kept."""
     keep_best: bool = False
-    """Keep the saved step with the best evaluation as well."""
+    """Save a step whose evaluation is the best so far, and keep it."""
     background_save: bool = True
     """Write checkpoints while training goes on."""
     write: bool = True

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
 from nanochat import checkpoint_manager
 from nanochat.common import UserError
 from nanochat.lineage import LINEAGE
-from nanochat.run_folder import DAMAGED, LATER, PREVIOUS, pass_over
+from nanochat.run_folder import (
+    DAMAGED,
+    LATER,
+    PREVIOUS,
+    REJECTED,
+    pass_over,
+    reject_step,
+    rejected_steps,
+    restore_step,
+)
 from nanochat.runtime import World
 from nanochat.sources import changed_data
 
 logger = logging.getLogger(__name__)
 
-_RUN_FILES = ("step_*", f"{DAMAGED}*", f"{LATER}*", "metrics.jsonl", "tensorboard")
+_RUN_FILES = (
+    *("step_*", f"{DAMAGED}*", f"{LATER}*", f"{REJECTED}*"),
+    *("metrics.jsonl", "tensorboard"),
+)
 
 # Settings that say how a run is carried out, not what it computes: a resumed run may differ. Those
 # that `scripts/stages.sh` calls free are among them.
@@ -48,6 +59,7 @@ _NOT_COMPARED = frozenset({DATA_FINGERPRINT, LINEAGE})
 _CHANGEABLE = frozenset(
     {
         "compile",
+        "compute_dtype",
         "embedding_lr",
         "unembedding_lr",
         "matrix_lr",
@@ -103,6 +115,21 @@ def _look(
     if not resume:
         _set_aside(run_dir)
         return None
+    rejected = rejected_steps(run_dir)
+    for number in rejected:
+        restore_step(run_dir, number)
+    try:
+        return _sound(run_dir, facts, step)
+    except UserError:
+        for number in rejected:
+            reject_step(run_dir, number)
+        raise
+
+
+def _sound(
+    run_dir: Path, facts: dict[str, Any], step: int | None
+) -> checkpoint_manager.Checkpoint | None:
+    """The checkpoint to go on from, those behind it renamed; None if there is none."""
     if step is None:
         newest = checkpoint_manager.newest_checkpoint(run_dir)
     else:
@@ -142,15 +169,20 @@ def _check_data(newest: checkpoint_manager.Checkpoint, facts: dict[str, Any]) ->
 
 
 def _set_aside(run_dir: Path) -> None:
-    if not checkpoint_manager.saved_steps(run_dir):
+    """Move a run to `previous`; what is there already gets a number, for it may be a long one."""
+    if not (checkpoint_manager.saved_steps(run_dir) or rejected_steps(run_dir)):
         return  # nothing worth the place of what may lie there already
     files = [path for pattern in _RUN_FILES for path in run_dir.glob(pattern)]
-    aside = run_dir / PREVIOUS
-    shutil.rmtree(aside, ignore_errors=True)
+    aside, older = run_dir / PREVIOUS, ""
+    if aside.exists():
+        numbers = (path.name.removeprefix(f"{PREVIOUS}.") for path in run_dir.glob(f"{PREVIOUS}.*"))
+        number = 1 + max((int(name) for name in numbers if name.isdecimal()), default=0)
+        aside.rename(run_dir / f"{PREVIOUS}.{number}")
+        older = f", the one before it {PREVIOUS}.{number}; delete what you no longer need"
     aside.mkdir()
     for path in files:
         path.rename(aside / path.name)
-    logger.info("the earlier run in %s is now %s", run_dir, aside)
+    logger.info("the earlier run in %s is now %s%s", run_dir, aside, older)
 
 
 def differences(saved: dict[str, Any], facts: dict[str, Any]) -> dict[str, str]:

@@ -26,7 +26,8 @@ TEMPORARY = "tmp."  # prefix of folders being written or removed; `step_folders`
 REPLACED = f"{TEMPORARY}replaced."  # of a step while a newer folder takes its name
 DAMAGED = "damaged."  # of steps that a run has passed over
 LATER = "later."  # of sound ones, when a run goes on from an earlier step
-PREVIOUS = "previous"  # folder of the run that was started over
+REJECTED = "rejected."  # of one whose model is not worth building on
+PREVIOUS = "previous"  # folder of the run that was started over last; earlier ones have numbers
 _STEP_FOLDER = re.compile(r"step_(\d{6,})")
 _LOCK = ".lock"
 _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of some cluster file systems
@@ -131,6 +132,30 @@ def pass_over(run_dir: Path, newest: int, *, prefix: str = DAMAGED) -> None:
             os.replace(path, aside)
             why = prefix.removesuffix(".")
             logger.warning("%s is %s and was renamed to %s", path, why, aside.name)
+
+
+def rejected_folder(run_dir: Path, step: int) -> Path:
+    """Where a step lies that was rejected."""
+    return run_dir / f"{REJECTED}{step_name(step)}"
+
+
+def rejected_steps(run_dir: Path) -> list[int]:
+    """Steps that were rejected and not saved again since."""
+    steps = (path.name.removeprefix(REJECTED) for path in run_dir.glob(f"{REJECTED}*"))
+    matches = (_STEP_FOLDER.fullmatch(name) for name in steps if not (run_dir / name).exists())
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def reject_step(run_dir: Path, step: int) -> None:
+    """Rename a step so that no reader takes it for a model to build on."""
+    aside = rejected_folder(run_dir, step)
+    remove_folder(aside)
+    os.replace(run_dir / step_name(step), aside)
+
+
+def restore_step(run_dir: Path, step: int) -> None:
+    """Give a rejected step its name back, so that a run goes on from it."""
+    os.replace(rejected_folder(run_dir, step), run_dir / step_name(step))
 
 
 def prune(run_dir: Path, keep_last: int, *, keep: Collection[int] = ()) -> list[Path]:

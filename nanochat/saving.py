@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat.checkpoint_manager import Extra, prune, save_checkpoint
+from nanochat.checkpoint_manager import Extra, prune, reject, save_checkpoint
+from nanochat.run_folder import rejected_folder
 from nanochat.runtime import World
 
 logger = logging.getLogger(__name__)
@@ -114,6 +115,13 @@ class CheckpointSaver:
             return
         self._thread = threading.Thread(target=self._try, args=(write,), name=f"save {step}")
         self._thread.start()
+
+    def reject(self, step: int) -> Path:
+        """Keep a saved step, which has turned out unsound, where no reader takes it."""
+        self.wait()
+        if self._world.is_main:
+            reject(self.run_dir, step)
+        return rejected_folder(self.run_dir, step)
 
     @property
     def has_failed(self) -> bool:

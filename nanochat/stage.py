@@ -96,10 +96,10 @@ class StageConfig:
     """Validation tokens."""
     save_every: int = -1
     """Steps between checkpoints; 0 or -1 = only at the end."""
-    keep_last: int = 1
-    """Checkpoints kept."""
+    keep_last: int = 2
+    """Checkpoints kept; the one before the newest is for a damaged disk."""
     keep_best: bool = False
-    """Keep the checkpoint with the best validation, too."""
+    """Save each validated step that is better than all before, and keep the best, too."""
     background_save: bool = True
     """Write checkpoints while training goes on."""
     max_minutes: float = 0.0
@@ -133,6 +133,8 @@ class StageConfig:
         """
         chosen = self.optimizer or optimizer
         values: dict[str, Any] = TRAINING[chosen] | defaults
+        if self.warmup_ratio:  # given, so that the optimizer's own steps do not come before it
+            values["warmup_steps"] = 0
         missing = {name: value for name, value in values.items() if getattr(self, name) is None}
         return dataclasses.replace(self, optimizer=chosen, **missing)
 
@@ -230,6 +232,7 @@ def train_stage(
     facts = facts | {
         "stage": stage,
         "optimizer": config.optimizer,
+        "compute_dtype": str(runtime.compute_dtype).removeprefix("torch."),
         "model_config": model.config.to_json(),
         "config": dataclasses.asdict(config),
         "num_iterations": num_iterations,
@@ -397,7 +400,7 @@ def _report(title: str, trainer: Trainer, facts: dict[str, Any]) -> None:
         "Number of training tokens": state.tokens,
         "Data": facts["data"],
         "DDP world size": trainer.runtime.world.size,
-        "Compute dtype": str(trainer.runtime.compute_dtype).removeprefix("torch."),
+        "Compute dtype": facts["compute_dtype"],
         "Training seconds": state.seconds,
         "Tokens per second": trainer.progress.speed.tokens_per_second
         or state.tokens / max(state.seconds, 1e-9),

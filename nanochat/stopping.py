@@ -89,7 +89,11 @@ def _tell(message: str) -> None:
 
 @contextmanager
 def catch_signals(request: StopRequest) -> Iterator[None]:
-    """Note SIGTERM, SIGUSR1 and the first Ctrl-C in `request` instead of ending the process."""
+    """Note signals in `request` instead of ending the process.
+
+    SIGTERM, SIGUSR1, the first Ctrl-C, and SIGHUP: a terminal that has gone, as when a connection
+    breaks. Under nohup, which ignores it, the run goes on.
+    """
     previous: dict[int, Any] = {}
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -98,7 +102,9 @@ def catch_signals(request: StopRequest) -> Iterator[None]:
         if number == signal.SIGINT:  # a second Ctrl-C stops at once
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    for caught in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for caught in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+        if caught == signal.SIGHUP and signal.getsignal(caught) is signal.SIG_IGN:
+            continue
         previous[caught] = signal.signal(caught, note)
     try:
         yield

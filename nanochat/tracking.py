@@ -165,8 +165,15 @@ def start_wandb(run: str, *, project: str, config: Mapping[str, Any]) -> Mirror 
             run,
         )
         return None
+    except Exception as error:  # such as the TypeError of a protobuf of another version
+        logger.warning("wandb could not be imported: %s", _one_line(error))
+        return None
     folder = Path(os.environ.get("WANDB_DIR") or base_dir() / "wandb")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        logger.warning("wandb could not start: %s", _one_line(error))
+        return None
     mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
     if mode == "offline":
         logger.info("wandb keeps this run in %s; send it later with `wandb sync`", folder)

@@ -24,6 +24,10 @@ LOSS_SCALE_STEPS = 2000  # sound steps in a row after which twice the scale is t
 LEAST_LOSS_SCALE = 1.0
 
 
+class UnsoundModelError(UserError):
+    """An evaluation has shown that a model is not worth building on."""
+
+
 @dataclass
 class TrainState:
     """Progress of a run. Travels in every checkpoint; all values survive JSON."""
@@ -122,14 +126,24 @@ class TrainState:
             if _is_smaller_better(name):
                 self.best[name] = min(value, self.best.get(name, math.inf))
 
+    @property
+    def is_best(self) -> bool:
+        """Whether this step was evaluated and no saved one was better."""
+        value = self._judged
+        return value is not None and (self.best_value is None or value <= self.best_value)
+
     def note_save(self) -> None:
         """Remember this step, which is about to be saved, if no saved one was better."""
+        if self.is_best:
+            self.best_step, self.best_value = self.step, self._judged
+
+    @property
+    def _judged(self) -> float | None:
+        """What decides between steps, smaller is better; None if this one was not evaluated."""
+        if self.measured_step != self.step:
+            return None
         costs = (_cost(name, value) for name, value in self.evaluations.items())
-        value = next((cost for cost in costs if cost is not None), None)
-        if self.measured_step != self.step or value is None:
-            return
-        if self.best_value is None or value <= self.best_value:
-            self.best_step, self.best_value = self.step, value
+        return next((cost for cost in costs if cost is not None), None)
 
 
 def _corrected(average: float, step: int) -> float:

@@ -42,7 +42,7 @@ from nanochat.runtime import (
 from nanochat.saving import CheckpointSaver, not_finite
 from nanochat.stopping import StoppedError, StopRequest
 from nanochat.tracking import MetricWriter
-from nanochat.train_state import TrainState
+from nanochat.train_state import TrainState, UnsoundModelError
 
 if TYPE_CHECKING:
     from nanochat.fullshard import FullShard
@@ -66,7 +66,7 @@ class Hook:
     """
     at_start: bool = True
     judges: bool = False
-    """Whether it raises when the model is not worth keeping; such hooks come first."""
+    """Whether it raises UnsoundModelError when the model is none to build on; such come first."""
 
     def is_due(self, step: int, is_last: bool) -> bool:
         """Whether to act at this boundary."""
@@ -206,11 +206,13 @@ class Trainer:
             for index, hook in enumerate(due):
                 if index:
                     self._stop_if_asked()  # what was measured so far is measured again
-                if step > 0 and not hook.judges and (is_last or self._may_exceed_limit(hook)):
-                    self.save()  # nothing that goes wrong in it costs what was trained
+                may_end_here = self._may_exceed_limit(hook) and not hook.judges
+                if step > 0 and (is_last or may_end_here):
+                    # Nothing that goes wrong in it costs what was trained; and what is not judged
+                    # yet costs nothing that was saved before.
+                    self.save(replaces=not hook.judges)
                 self._acted.add(hook.name)
-                with self.weights.gathered(), fp8.paused(self.model):
-                    found = hook.action(self)
+                found = self._act(hook)
                 repeated = ", ".join(sorted(found.keys() & values.keys()))
                 assert not repeated, f"hook {hook.name} measures {repeated}, as an earlier one does"
                 values |= found
@@ -223,9 +225,10 @@ class Trainer:
                 self._saved_step = -1  # a checkpoint of this step does not know them yet
         self.state.evaluated_step = step
         every = self.plan.save_every
+        is_due = (every > 0 and step % every == 0) or (self.plan.keep_best and self.state.is_best)
         if is_last:
             self.save()
-        elif every > 0 and step > 0 and step % every == 0:
+        elif step > 0 and is_due:
             self._flush()
             if self.state.is_suspect(self.plan.spike_limit):
                 logger.warning(
@@ -233,6 +236,17 @@ class Trainer:
                 )
             else:
                 self.save()
+
+    def _act(self, hook: Hook) -> dict[str, float]:
+        """What a hook measures. A saved step that it finds unsound is kept where none takes it."""
+        try:
+            with self.weights.gathered(), fp8.paused(self.model):
+                return hook.action(self)
+        except UnsoundModelError as error:
+            if self._saved_step != self.state.step:
+                raise
+            kept = self.saver.reject(self.state.step)
+            raise UserError(f"{error}. It is kept as {kept}; --resume judges it again") from error
 
     def _may_exceed_limit(self, hook: Hook) -> bool:
         """Whether time is limited and nobody knows yet how much of it the hook takes."""
@@ -418,8 +432,11 @@ class Trainer:
 
     # ---- saving and resuming ------------------------------------------------------------------
 
-    def save(self) -> None:
-        """Save this boundary, once; nothing unsound is ever written over something good."""
+    def save(self, *, replaces: bool = True) -> None:
+        """Save this boundary, once; nothing unsound is ever written over something good.
+
+        replaces: whether older checkpoints beyond those to keep go.
+        """
         self._flush()
         state = self.state
         if self._saved_step == state.step or not self.plan.write:
@@ -432,6 +449,7 @@ class Trainer:
                 f"step {state.step}, first of them {broken[0]}"
             )
         state.note_save()
+        is_suspect = state.is_suspect(self.plan.spike_limit)
         numbers, arrays = _split_state(self.loader.state_dict())
         shards = self._full_shard
         self.saver.save(
@@ -441,7 +459,7 @@ class Trainer:
             state=self.facts | {"step": state.step, "loop": asdict(state), "loader": numbers},
             extra=arrays if self.runtime.world.is_main else None,  # the same on every rank
             write_shards=None if shards is None else shards.save,
-            keep_last=None if state.is_suspect(self.plan.spike_limit) else self.plan.keep_last,
+            keep_last=self.plan.keep_last if replaces and not is_suspect else None,
             keep={state.best_step} if self.plan.keep_best else (),
         )
         self._saved_step = state.step

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from nanochat.common import UserError
 from nanochat.loss_eval import LossTotals, TargetBatch, sum_losses
 from nanochat.runtime import World
-from nanochat.train_state import SPIKE_FROM_STEP
+from nanochat.train_state import SPIKE_FROM_STEP, UnsoundModelError
 
 if TYPE_CHECKING:
     from nanochat.training import Trainer
@@ -32,7 +31,7 @@ LEARNED = 0.9  # share of guessing's loss below which something has been learned
 
 @dataclass(frozen=True)
 class Validation:
-    """The action of a hook: measures the trainer's model, lets it pass or raises UserError."""
+    """The action of a hook: measures the trainer's model and raises UnsoundModelError, or not."""
 
     batches: Callable[[], Iterable[TargetBatch]]
     """This rank's part of the validation set, each time anew."""
@@ -57,7 +56,7 @@ class Validation:
             is_last=state.step >= trainer.plan.schedule.num_iterations,
         )
         if reason:
-            raise UserError(
+            raise UnsoundModelError(
                 f"the model has {bpb:.3f} bits per byte of validation text at step {state.step}, "
                 f"{reason}; nothing should be built on it. Look at the loss (python -m "
                 "scripts.watch), lower --matrix-lr and --embedding-lr or mend the data, and train "

@@ -401,6 +401,18 @@ def test_missing_public_files_are_named_before_anything_is_read(tmp_path: Path) 
     finetune(*MERGED, *NO_SCORES, "--tasks=public", own)
 
 
+def test_conversations_that_changed_under_a_run_are_refused(tmp_path: Path) -> None:
+    save_base()
+    own = place_public(tmp_path)
+    flags = (*MERGED, *NO_SCORES, "--tasks=public", own, "--save-every=1", "--num-iterations=2")
+    finetune(*flags)
+    finetune(*flags, "--resume")
+    path = tmp_path / "own.jsonl"
+    path.write_text(path.read_text().replace("!", "#"))
+    with pytest.raises(UserError, match=r"made with conversations '\w{8}', not '\w{8}'"):
+        finetune(*flags, "--resume")
+
+
 def test_the_merged_recipe_trains_on_public_tasks_and_conversations_of_ones_own(
     base_dir: Path, tmp_path: Path
 ) -> None:

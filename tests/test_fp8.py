@@ -39,19 +39,33 @@ def test_a_quantised_tensor_is_within_half_a_step(dtype: torch.dtype, error: flo
     assert zero.float().abs().max() == 0
 
 
-def test_product_and_gradients_are_near_those_of_the_plain_one() -> None:
+@pytest.mark.parametrize("tokens", [48, 51])
+def test_product_and_gradients_are_near_those_of_the_plain_one(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of a number of tokens that the kernel does not take (its inner size: 16, 32, ...)."""
+    inner: list[int] = []
+    quantize = fp8.quantize
+
+    def noted(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        inner.append(x.size(1))
+        return quantize(x, dtype)
+
+    monkeypatch.setattr(fp8, "quantize", noted)
     generator = torch.Generator().manual_seed(2)
     plain = torch.nn.Linear(128, 160, bias=False)
     torch.nn.init.normal_(plain.weight, std=0.1, generator=generator)
     holder = torch.nn.Sequential(torch.nn.Linear(128, 160, bias=False))
     holder[0].weight.data.copy_(plain.weight.data)
     assert fp8.convert(holder) == 1
-    x = torch.randn(2, 48, 128, generator=generator)
+    x = torch.randn(1, tokens, 128, generator=generator)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
     outputs = [module(value) for module, value in zip((plain, holder), inputs, strict=True)]
-    gradient = torch.randn(2, 48, 160, generator=generator)
+    gradient = torch.randn(1, tokens, 160, generator=generator)
     for out in outputs:
         out.backward(gradient)
+    assert len(inner) == 6
+    assert all(size % 16 == 0 for size in inner)
     pairs = [outputs, [value.grad for value in inputs], [plain.weight.grad, holder[0].weight.grad]]
     for exact, rounded in pairs:
         assert exact.shape == rounded.shape

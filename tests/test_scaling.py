@@ -125,6 +125,9 @@ def test_flags_come_before_what_the_preset_would_choose() -> None:
     assert (config.total_batch_size, config.matrix_lr) == (8192, 0.02)
     assert config.embedding_lr == pytest.approx(0.3 * 0.125)
     assert settled("--preset=modern", "--weight_decay=0").weight_decay == 0.0
+    assert settled("--preset=modern", "--warmup_ratio=0.1").schedule(200).warmup_steps == 20
+    both = settled("--preset=modern", "--warmup_ratio=0.1", "--warmup_steps=7")
+    assert both.schedule(200).warmup_steps == 7
     assert settled("--preset=modern", "--optimizer=classic").embedding_lr == 0.2
     assert settled("--total_batch_size=-1", depth=20).total_batch_size == 2**20
     with pytest.raises(UserError, match="--total-batch-size is 0; use at least 1, or -1"):

@@ -94,6 +94,22 @@ def test_ranks_that_are_not_heard_do_not_tell_of_a_signal(
     assert capfd.readouterr().err == ""
 
 
+def test_a_terminal_that_has_gone_asks_to_stop_but_for_nohup() -> None:
+    request = StopRequest()
+    with catch_signals(request):
+        signal.raise_signal(signal.SIGHUP)
+    assert request.received == [signal.SIGHUP]
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        request = StopRequest()
+        with catch_signals(request):
+            signal.raise_signal(signal.SIGHUP)
+        assert request.received == []
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_stop_before_an_evaluation_does_not_wait_for_it(runtime: Runtime, tmp_path: Path) -> None:
     seen: list[int] = []
 
@@ -201,14 +217,16 @@ def test_killed_during_an_evaluation_it_ends_as_if_undisturbed(
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("judges", [False, True])
 def test_an_evaluation_that_fails_at_the_end_costs_nothing_that_was_trained(
-    runtime: Runtime, tmp_path: Path
+    runtime: Runtime, tmp_path: Path, judges: bool
 ) -> None:
     def fail(trainer: Trainer) -> dict[str, float]:
-        raise UserError("no bundle")
+        raise UserError("cannot be read")
 
-    with pytest.raises(UserError, match="no bundle"):
-        make_trainer(tmp_path / "failed", runtime, hooks=[Hook("CORE", 0, fail)]).run()
+    hooks = [Hook("evaluate", 0, fail, judges=judges)]
+    with pytest.raises(UserError, match="cannot be read"):
+        make_trainer(tmp_path / "failed", runtime, hooks=hooks).run()
     make_trainer(tmp_path / "whole", runtime).run()
     assert newest(tmp_path / "failed").step == 6
     assert newest(tmp_path / "failed").weights_hash == newest(tmp_path / "whole").weights_hash
@@ -482,6 +500,16 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(runtime: Runtime, tmp_pat
     assert saved_steps(tmp_path / "cut" / "run") == [2, 6]
 
 
+def test_the_best_step_is_saved_also_where_no_save_is_due(runtime: Runtime, tmp_path: Path) -> None:
+    values = {0: 1.0, 2: 5.0, 4: 3.0, 6: 4.0, 7: 9.0}
+    hooks = [Hook("evaluate", 2, lambda trainer: {"val_bpb": values[trainer.state.step]})]
+    settings: dict[str, Any] = {"save_every": 3, "keep_last": 1, "hooks": hooks, "steps": 7}
+    make_trainer(tmp_path / "best", runtime, keep_best=True, **settings).run()
+    assert saved_steps(tmp_path / "best" / "run") == [4, 7]
+    make_trainer(tmp_path / "newest", runtime, **settings).run()
+    assert saved_steps(tmp_path / "newest" / "run") == [7]
+
+
 def test_the_best_checkpoint_of_reinforcement_learning_solves_most(
     runtime: Runtime, tmp_path: Path
 ) -> None:
@@ -559,6 +587,17 @@ def test_a_changed_learning_rate_goes_on_and_is_named(
     assert "matrix_lr 0.02, not 0.01" in caplog.text
 
 
+def test_another_compute_dtype_goes_on_and_is_named(
+    runtime: Runtime, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make_trainer(tmp_path, runtime)
+    trainer.facts = FACTS | {"compute_dtype": "bfloat16"}
+    trainer.run()
+    facts = FACTS | {"compute_dtype": "float32"}
+    assert resuming.previous_run(tmp_path / "run", facts, resume=True, world=World()) is not None
+    assert "compute_dtype 'bfloat16', not 'float32'" in caplog.text
+
+
 def test_data_that_changed_under_a_run_is_refused_and_named(
     runtime: Runtime, tmp_path: Path
 ) -> None:
@@ -590,6 +629,19 @@ def test_a_run_that_starts_over_keeps_the_one_before_until_it_has_saved_somethin
     assert look(run_dir, False) is None
     assert saved_steps(run_dir) == []
     assert saved_steps(run_dir / "previous") == [6]
+
+
+def test_starting_over_twice_loses_neither_run(
+    runtime: Runtime, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for steps in (6, 2, 4):  # a long run, and two starts that forgot --resume
+        make_trainer(tmp_path, runtime, steps=steps).run()
+        run_dir = tmp_path / "run"
+        with caplog.at_level(logging.INFO):
+            assert look(run_dir, False) is None
+    found = {path.name: saved_steps(path) for path in run_dir.glob("previous*")}
+    assert found == {"previous": [4], "previous.1": [6], "previous.2": [2]}
+    assert "the one before it previous.2; delete what you no longer need" in caplog.text
 
 
 @pytest.mark.parametrize("best", [False, True])

@@ -157,6 +157,32 @@ def test_a_missing_package_is_one_notice(
     assert "wandb is not installed" in caplog.text
 
 
+def test_a_package_that_cannot_be_imported_is_one_notice(
+    no_key: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(name: str) -> None:
+        raise TypeError("Descriptors cannot be created directly.\nRegenerate")
+
+    monkeypatch.setattr(tracking.importlib, "import_module", fail)
+    assert start("night") is None
+    assert len(caplog.records) == 1
+    assert "could not be imported: Descriptors cannot be created directly. Reg" in caplog.text
+
+
+def test_a_folder_that_cannot_be_made_is_one_notice(
+    no_key: None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "file" / "wandb"))
+    install(FakeWandb(), monkeypatch)
+    assert start("night") is None
+    assert len(caplog.records) == 1
+    assert "wandb could not start: [Errno 20]" in caplog.text
+
+
 def test_without_a_key_the_run_is_kept_offline_under_the_base_folder(
     no_key: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat import checkpoint_manager
-from nanochat.common import UserError
+from nanochat import checkpoint_manager, resuming
+from nanochat.common import UserError, sha256_file
 from nanochat.loss_eval import LossTotals
 from nanochat.runtime import Runtime, World
 from nanochat.train_state import TrainState
-from nanochat.training import Hook
+from nanochat.training import Hook, Trainer
 from nanochat.validation import Validation, unsound
 from tests.tiny_run import SIZES, make_trainer
 
@@ -75,14 +75,38 @@ def test_what_was_measured_first_is_remembered() -> None:
     assert TrainState(**before).first == {}  # of a checkpoint from before
 
 
-def test_a_stage_that_has_failed_ends_without_its_last_checkpoint(tmp_path: Path) -> None:
-    """Random rows cannot be learned; of the others, those before it stay."""
+def test_a_stage_that_has_failed_keeps_its_last_checkpoint_where_none_takes_it(
+    tmp_path: Path,
+) -> None:
+    """Random rows cannot be learned. Resumed, the last step is judged again, not trained again."""
     runtime = Runtime(torch.device("cpu"), torch.float32, World(), 42)
     rows = torch.randint(0, SIZES.vocab_size, (2, SIZES.sequence_len + 1))
     batch = SimpleNamespace(inputs=rows[:, :-1], targets=rows[:, 1:])
-    action = Validation(lambda: [batch], torch.ones(SIZES.vocab_size), runtime.world, limit=0.01)
-    hooks = [Hook("validation", 2, action, judges=True)]
-    trainer = make_trainer(tmp_path, runtime, hooks=hooks, steps=4, save_every=2)
-    with pytest.raises(UserError, match=r"bits per byte .* at step 4, above --bpb-limit=0\.01"):
-        trainer.run()
-    assert checkpoint_manager.saved_steps(tmp_path / "run") == [2]
+    run_dir, facts = tmp_path / "run", {"stage": "base", "config": {"depth": 2}}
+
+    def trainer_of(limit: float, resume: bool = False) -> Trainer:
+        action = Validation(lambda: [batch], torch.ones(SIZES.vocab_size), World(), limit=limit)
+        hooks = [Hook("validation", 2, action, judges=True)]
+        trainer = make_trainer(tmp_path, runtime, hooks=hooks, steps=4, save_every=2, keep_last=1)
+        trainer.facts = facts
+        if resume:
+            found = resuming.previous_run(run_dir, facts, resume=True, world=World())
+            assert found is not None
+            assert found.step == 4
+            trainer.resume(found)
+        return trainer
+
+    rejected = r"at step 4, above --bpb-limit=0\.01.* kept as .*/rejected.step_000004"
+    for resume in (False, True):
+        with pytest.raises(UserError, match=rejected):
+            trainer_of(0.01, resume).run()
+        assert checkpoint_manager.saved_steps(run_dir) == [2]
+    other = {"stage": "base", "config": {"depth": 4}}
+    with pytest.raises(UserError, match="made with depth 2, not 4"):
+        resuming.previous_run(run_dir, other, resume=True, world=World())
+    assert checkpoint_manager.saved_steps(run_dir) == [2]
+    weights = sha256_file(run_dir / "rejected.step_000004" / "model.safetensors")
+    trainer_of(99.0, resume=True).run()
+    assert checkpoint_manager.saved_steps(run_dir) == [4]
+    assert sha256_file(run_dir / "step_000004" / "model.safetensors") == weights
+    assert not [*run_dir.glob("rejected.*")]
