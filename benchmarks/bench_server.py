@@ -120,7 +120,7 @@ def _make_model(config: Config) -> None:
     """Save a model with random weights and a tokenizer of random words as the newest base model."""
     import torch
 
-    from nanochat import checkpoint_manager
+    from nanochat.checkpoint_writing import save_checkpoint
     from nanochat.common import checkpoints_dir
     from nanochat.gpt import GPT, GPTConfig
     from nanochat.runtime import World
@@ -143,7 +143,7 @@ def _make_model(config: Config) -> None:
     with tempfile.TemporaryDirectory() as words_of:
         tokenizer.save(words_of)
         state = {"stage": "base", "model_config": model.config.to_json(), "data": "none"}
-        checkpoint_manager.save_checkpoint(
+        save_checkpoint(
             folder, 0, model=model.state_dict(), optimizer=None, state=state, extra=None,
             tokenizer_dir=Path(words_of), world=World(),
         )  # fmt: skip

@@ -11,28 +11,24 @@
         manifest.json                       size and SHA-256 of every file above, written last
 
 A folder is written under a temporary name, flushed to disk and renamed. No pickle, but for the
-table of contents in sharded/, whose format is PyTorch's.
+table of contents in sharded/, whose format is PyTorch's. Here they are read and found;
+`checkpoint_writing` writes them.
 """
 
 from __future__ import annotations
 
-import errno
 import glob
-import hashlib
 import json
 import logging
-import os
 import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from nanochat.common import (
@@ -40,56 +36,29 @@ from nanochat.common import (
     UserError,
     base_dir,
     checkpoints_dir,
-    point_link,
     read_json,
     sha256_file,
-    write_json,
 )
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.run_folder import (
     PREVIOUS,
-    TEMPORARY,
-    lock_run,
-    prune,
-    publish_folder,
-    reject_step,
     rejected_folder,
     rejected_steps,
-    remove_folder,
     step_folders,
     step_name,
     step_of,
 )
-from nanochat.runtime import World
 from nanochat.tokenizer import Tokenizer
-
-__all__ = [
-    "Checkpoint",
-    "DamagedCheckpointError",
-    "Extra",
-    "find_checkpoint",
-    "list_checkpoints",
-    "load_model",
-    "lock_run",
-    "newest_checkpoint",
-    "open_checkpoint",
-    "open_step",
-    "prune",
-    "reject",
-    "save_checkpoint",
-    "saved_steps",
-]
 
 logger = logging.getLogger(__name__)
 
-_Result = TypeVar("_Result")
 Extra: TypeAlias = "Tensor | np.ndarray[Any, Any] | int | float"
 
-_MODEL = "model.safetensors"
-_STATE = "state.json"
-_MANIFEST = "manifest.json"
-_TOKENIZER_FILES = ("tokenizer.json", "token_bytes.npy")
-_SHARDED = "sharded"
+MODEL_FILE = "model.safetensors"
+STATE_FILE = "state.json"
+MANIFEST_FILE = "manifest.json"
+TOKENIZER_FILES = ("tokenizer.json", "token_bytes.npy")
+SHARDED_FOLDER = "sharded"
 _TRAINING_FILES = re.compile(r"(optimizer|extra)_rank\d+(_of\d+)?\.safetensors|sharded/.*")
 _RANK = re.compile(r"_rank(\d+)")
 _COMMANDS = {
@@ -127,7 +96,7 @@ class Checkpoint:
 
     def load_model(self) -> dict[str, Tensor]:
         """The weights by parameter name, on the CPU."""
-        return load_file(self.path / _MODEL)
+        return load_file(self.path / MODEL_FILE)
 
     def load_optimizer(self, rank: int, size: int) -> dict[str, Tensor]:
         """What `Optimizer.load_state_dict` of this rank takes.
@@ -166,7 +135,7 @@ class Checkpoint:
     @property
     def is_sharded(self) -> bool:
         """Whether weights and optimizer are there as shards of `--shard=full`."""
-        return any(name.startswith(f"{_SHARDED}/") for name in self.files)
+        return any(name.startswith(f"{SHARDED_FOLDER}/") for name in self.files)
 
     @property
     def has_optimizer(self) -> bool:
@@ -178,12 +147,12 @@ class Checkpoint:
         """Where those shards are; UserError if there are none."""
         if not self.is_sharded:
             raise UserError(f"{self.path} was saved without --shard=full; resume it without")
-        return self.path / _SHARDED
+        return self.path / SHARDED_FOLDER
 
     @property
     def weights_hash(self) -> str:
         """SHA-256 of the weights file: says whether two runs ended in the same place."""
-        digest: str = read_json(self.path / _MANIFEST)["files"][_MODEL]["sha256"]
+        digest: str = read_json(self.path / MANIFEST_FILE)["files"][MODEL_FILE]["sha256"]
         return digest
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
@@ -193,7 +162,7 @@ class Checkpoint:
             raise UserError(
                 f"{self.path} was trained with another tokenizer (hash {expected[:12]}, yours "
                 f"{tokenizer.hash[:12]}); train the model again, or copy that folder's "
-                f"{' and '.join(_TOKENIZER_FILES)} back into {base_dir() / 'tokenizer'}"
+                f"{' and '.join(TOKENIZER_FILES)} back into {base_dir() / 'tokenizer'}"
             )
 
 
@@ -203,7 +172,7 @@ def open_checkpoint(path: Path, *, weights_only: bool = False) -> Checkpoint:
     weights_only: leave out optimizer and extra files, which inference does not read.
     """
     try:
-        manifest = read_json(path / _MANIFEST)
+        manifest = read_json(path / MANIFEST_FILE)
         files: dict[str, dict[str, Any]] = manifest["files"]
         for name, entry in files.items():
             if weights_only and _TRAINING_FILES.fullmatch(name):
@@ -215,13 +184,13 @@ def open_checkpoint(path: Path, *, weights_only: bool = False) -> Checkpoint:
                 )
             if sha256_file(path / name) != entry["sha256"]:
                 raise DamagedCheckpointError(f"{path} is damaged: {name} has another SHA-256")
-        state = read_json(path / _STATE)
+        state = read_json(path / STATE_FILE)
         return Checkpoint(path, int(state["step"]), path.parent.name, state, tuple(files))
     except FileNotFoundError as error:
         name = Path(error.filename).name
         raise DamagedCheckpointError(f"{path} is damaged: {name} is missing") from error
     except (KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpointError(f"{path} is damaged: unreadable {_MANIFEST}") from error
+        raise DamagedCheckpointError(f"{path} is damaged: unreadable {MANIFEST_FILE}") from error
     except DamagedCheckpointError:
         raise
     except UserError as error:  # not JSON
@@ -375,102 +344,6 @@ def saved_steps(run_dir: Path) -> list[int]:
     return [step_of(path) for path in step_folders(run_dir)]
 
 
-# ---- writing ----------------------------------------------------------------------------------
-
-
-def save_checkpoint(
-    run_dir: Path,
-    step: int,
-    *,
-    model: Mapping[str, Tensor],
-    optimizer: Mapping[str, Tensor] | None,
-    state: Mapping[str, Any],
-    extra: Mapping[str, Extra] | None,
-    tokenizer_dir: Path,
-    world: World,
-    write_shards: Callable[[Path], None] | None = None,
-) -> Path:
-    """Write <run_dir>/step_NNNNNN; every rank calls this. Returns the folder.
-
-    model, state and the tokenizer's files are taken from the main rank, optimizer and extra
-    from each; write_shards fills a subfolder, by all ranks together. On a failed write (disk
-    full) all ranks raise UserError, nothing of the folder stays and earlier checkpoints are as
-    they were. A folder of the same step is replaced.
-    """
-    final = run_dir / step_name(step)
-    temporary = run_dir / f"{TEMPORARY}{final.name}"
-    own = [*(model.values() if world.is_main else ()), *(optimizer or {}).values()]
-    num_bytes = int(world.sum(sum(tensor.nbytes for tensor in own)))
-
-    def prepare() -> None:
-        if world.is_main:
-            remove_folder(temporary)
-            temporary.mkdir(parents=True)
-
-    def contents() -> Iterator[tuple[str, bytes]]:  # one at a time: each copies its tensors
-        if world.is_main:
-            yield _MODEL, _serialize(model)
-            yield _STATE, json.dumps({**state, "step": step}, indent=2).encode()
-            yield from ((name, (tokenizer_dir / name).read_bytes()) for name in _TOKENIZER_FILES)
-        if optimizer is not None:
-            name = f"optimizer_rank{world.rank:02d}_of{world.size:02d}.safetensors"
-            yield name, _serialize(optimizer)
-        if extra is not None:
-            yield f"extra_rank{world.rank:02d}.safetensors", _serialize_extra(extra)
-
-    def write() -> dict[str, dict[str, Any]]:
-        return {name: _write(temporary / name, data) for name, data in contents()}
-
-    def write_together() -> None:
-        if write_shards is not None:
-            write_shards(temporary / _SHARDED)
-
-    def publish() -> None:
-        if world.is_main:
-            files = {name: entry for part in written for name, entry in part.items()}
-            files |= {
-                str(path.relative_to(temporary)): _entry(path.read_bytes())
-                for path in sorted((temporary / _SHARDED).glob("*"))
-            }
-            write_json(temporary / _MANIFEST, {"format": 1, "files": files})
-            publish_folder(temporary, final)
-            _refresh_links(final)
-
-    try:
-        _on_all_ranks(prepare, world)
-        written = _on_all_ranks(write, world)
-        _on_all_ranks(write_together, world)
-        _on_all_ranks(publish, world)
-    except OSError as error:
-        if world.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-        world.barrier()  # the free space is told without the part that was written
-        raise UserError(_explain(error, run_dir, step, num_bytes)) from error
-    return final
-
-
-def reject(run_dir: Path, step: int) -> None:
-    """Rename a step that has turned out unsound; the stage's links go back to the one before."""
-    reject_step(run_dir, step)
-    remaining = step_folders(run_dir)
-    if remaining:
-        _refresh_links(remaining[-1])
-
-
-def _on_all_ranks(action: Callable[[], _Result], world: World) -> list[_Result]:
-    """Run a file operation on every rank; the results of all, or one OSError on all."""
-    result, problem = None, None
-    try:
-        result = action()
-    except OSError as error:
-        problem = error
-    outcomes = world.gather_objects((result, problem))
-    for _, problem in outcomes:
-        if problem is not None:
-            raise problem
-    return [result for result, _ in outcomes]
-
-
 # ---- folders and files ------------------------------------------------------------------------
 
 
@@ -505,67 +378,7 @@ def _runs(stage: str) -> list[Path]:
     return sorted(written, key=lambda run: written[run])
 
 
-def _write(path: Path, data: bytes) -> dict[str, Any]:
-    """Write a file to the disk itself; its entry in the manifest."""
-    with open(path, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return _entry(data)
-
-
-def _entry(data: bytes) -> dict[str, Any]:
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def _serialize(tensors: Mapping[str, Tensor]) -> bytes:
-    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-
-
-def _serialize_extra(extra: Mapping[str, Extra]) -> bytes:
-    """Tensors, arrays and numbers as safetensors; `kinds` remembers which were which."""
-    tensors: dict[str, Tensor] = {}
-    kinds: dict[str, str] = {}
-    for name, value in extra.items():
-        is_tensor = isinstance(value, Tensor)
-        kinds[name] = (
-            "tensor" if is_tensor else "array" if isinstance(value, np.ndarray) else "number"
-        )
-        tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
-        tensors[name] = tensor.detach().cpu().contiguous()
-    return save(tensors, metadata={"kinds": json.dumps(kinds)})
-
-
 def _from_tensor(tensor: Tensor, kind: str) -> Extra:
     if kind == "tensor":
         return tensor
     return tensor.numpy() if kind == "array" else tensor.item()
-
-
-def _explain(error: OSError, run_dir: Path, step: int, num_bytes: int) -> str:
-    """What a failed write means to the user."""
-    rest = "earlier checkpoints are untouched"
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return f"cannot save step {step} in {run_dir}: {error}; {rest}"
-    existing = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
-    return (
-        f"no space to save step {step} in {run_dir}: it takes {num_bytes / 1e6:,.1f} MB, "
-        f"{shutil.disk_usage(existing).free / 1e6:,.1f} MB are free; make room or set "
-        f"NANOCHAT_BASE_DIR to another disk; {rest}"
-    )
-
-
-def _refresh_links(checkpoint: Path) -> None:
-    """Point models/<stage>_model.safetensors and checkpoints/<stage> at the newest checkpoint."""
-    for stage in STAGES:
-        if checkpoint.parent.parent != checkpoints_dir(stage):
-            continue
-        links = {
-            base_dir() / "models" / f"{stage}_model.safetensors": checkpoint / _MODEL,
-            base_dir() / "checkpoints" / stage: checkpoint,
-        }
-        for link, target in links.items():
-            try:
-                point_link(link, target)
-            except OSError as error:  # a convenience: the checkpoint is complete without it
-                logger.warning("cannot link %s to %s (%s)", link, target, error.strerror)

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanochat.checkpoint_manager import Extra, prune, reject, save_checkpoint
-from nanochat.run_folder import rejected_folder
+from nanochat.checkpoint_manager import Extra
+from nanochat.checkpoint_writing import reject, save_checkpoint
+from nanochat.run_folder import prune, rejected_folder
 from nanochat.runtime import World
 
 logger = logging.getLogger(__name__)

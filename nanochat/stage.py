@@ -22,6 +22,7 @@ from nanochat.optimizers import OptimizerConfig
 from nanochat.plan import Plan, StepLoader, wants_compile
 from nanochat.presets import TRAINING, OptimizerName
 from nanochat.resuming import previous_run
+from nanochat.run_folder import lock_run
 from nanochat.runtime import Runtime
 from nanochat.schedule import Schedule
 from nanochat.stopping import EXIT_STOPPED, StoppedError, StopRequest, catch_signals
@@ -263,7 +264,7 @@ def train_stage(
                 _start_warm(trainer, config, warm_start)
                 trainer.run()
                 return 0
-            with checkpoint_manager.lock_run(run_dir, runtime.world):
+            with lock_run(run_dir, runtime.world):
                 _train(trainer, config, facts, warm_start)
     except StoppedError as stopped:
         logger.warning("%s; run the same command with --resume to go on", stopped)

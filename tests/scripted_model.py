@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from nanochat import checkpoint_manager
+from nanochat.checkpoint_writing import save_checkpoint
 from nanochat.common import checkpoints_dir
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.runtime import World
@@ -70,7 +70,7 @@ def save(
     """Write a checkpoint of `model` below NANOCHAT_BASE_DIR. facts: more entries of its state."""
     with tempfile.TemporaryDirectory() as folder:
         byte_tokenizer().save(folder)
-        return checkpoint_manager.save_checkpoint(
+        return save_checkpoint(
             checkpoints_dir(stage) / tag,
             7,
             model=model.state_dict(),

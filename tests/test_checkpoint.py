@@ -14,21 +14,20 @@ import numpy as np
 import pytest
 import torch
 
-from nanochat import checkpoint_manager, run_folder
+from nanochat import checkpoint_writing, run_folder
 from nanochat.checkpoint_manager import (
     Checkpoint,
     DamagedCheckpointError,
     find_checkpoint,
     list_checkpoints,
     load_model,
-    lock_run,
     newest_checkpoint,
     open_checkpoint,
-    prune,
-    save_checkpoint,
 )
+from nanochat.checkpoint_writing import save_checkpoint
 from nanochat.common import UserError, base_dir, checkpoints_dir, read_json, write_json
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.run_folder import lock_run, prune
 from nanochat.runtime import World
 from nanochat.tokenizer import Tokenizer
 from tests import small_disks
@@ -330,7 +329,7 @@ def test_a_save_killed_half_way_leaves_the_earlier_step_and_the_next_save_works(
         raise KilledError
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_manager, killed_in, die)
+        patch.setattr(checkpoint_writing, killed_in, die)
         with pytest.raises(KilledError):
             save(20)
     run_dir = checkpoints_dir("base") / "d2"
@@ -393,7 +392,7 @@ def test_ranks_beyond_a_hundred_have_their_own_files(tmp_path):
     """Names are sorted by number: as texts, rank 100 comes before rank 11."""
     names = [f"extra_rank{rank:02d}.safetensors" for rank in range(102)]
     for rank, name in enumerate(names):
-        (tmp_path / name).write_bytes(checkpoint_manager._serialize_extra({"rank": rank}))
+        (tmp_path / name).write_bytes(checkpoint_writing._serialize_extra({"rank": rank}))
     checkpoint = Checkpoint(tmp_path, 1, "d2", {}, tuple(sorted(names)))
     assert [checkpoint.load_extra(rank)["rank"] for rank in (11, 99, 100, 101)] == [
         11,
@@ -577,7 +576,7 @@ def save_on_rank(found, base, lost_disk):
     optimizer = {"step": torch.tensor(7), "a.exp_avg": rows, f"m{rank}.momentum": rows + 1}
     with pytest.MonkeyPatch.context() as patch:
         if rank == lost_disk:
-            patch.setattr(checkpoint_manager, "_write", fail_to_write)
+            patch.setattr(checkpoint_writing, "_write", fail_to_write)
         try:
             with lock_run(checkpoints_dir("base") / "d2", found.world):
                 path = save(20, optimizer=optimizer, extra={"rank": rank}, world=found.world)
