@@ -59,9 +59,11 @@ VARIANTS: dict[str, dict[str, str]] = {
     "values": {"no value embeddings": "--no-value_embeddings"},
     "vocabulary": {"4,096 ids": "", "16,384 ids": ""},
     "average": {"average of 0.98": ""},
+    "dropout": {"dropout of 0.1": "", "dropout of 0.2": ""},
 }
 _VOCABULARIES = {"4,096 ids": 4096, "16,384 ids": 16_384}
 _AVERAGES = {"average of 0.98": 0.98}
+_DROPOUTS = {"dropout of 0.1": 0.1, "dropout of 0.2": 0.2}
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ class Variant:
     flags: str
     vocab_size: int
     average: float
+    dropout: float
 
 
 def main(config: Config) -> int:
@@ -108,7 +111,11 @@ def main(config: Config) -> int:
     for depth in (int(depth) for depth in config.depths.split(",")):
         benches = {
             variant: bench_train.Config(
-                **common, depth=depth, vocab_size=variant.vocab_size, average=variant.average
+                **common,
+                depth=depth,
+                vocab_size=variant.vocab_size,
+                average=variant.average,
+                dropout=variant.dropout,
             )
             for variant in variants
         }
@@ -143,6 +150,7 @@ def chosen(only: str) -> list[Variant]:
             flags,
             _VOCABULARIES.get(name, bench_train.Config.vocab_size),
             _AVERAGES.get(name, 0.0),
+            _DROPOUTS.get(name, 0.0),
         )
         for group in dict.fromkeys([BASELINE, *groups])
         for name, flags in VARIANTS[group].items()

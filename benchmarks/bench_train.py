@@ -2,9 +2,11 @@
 
     python -m benchmarks.bench_train --data=FOLDER --peer=CHECKOUT --seconds=165 --seeds=1,2,3
     python -m benchmarks.bench_train --data=FOLDER --ours="--preset=modern; --matrix_lr=0.03"
+    python -m benchmarks.bench_train --data=FOLDER --peer=CHECKOUT --device=cuda --depth=12 \
+        --seconds=300
 
 Each run is a process of its own, and the sides take turns: with every seed all of them train once.
-A side sees rows of the same tokenizer (16 x 512 tokens a step, vocabulary 8,192, depth 4, if its
+A side sees rows of the same tokenizer (16 x 512 tokens a step, vocabulary 8,192, depth 4, if
 flags say nothing else) and is judged by bits per byte on the first 131,072 tokens of the
 validation shard. The peer is a checkout of its repository outside this one, compiled; it sees rows
 that begin with documents, fitted as its own loader does (our best-fit packing), or with
@@ -16,28 +18,36 @@ the horizon of a step is the number of steps that the run will have made at the 
 `--steps` fixes their number instead, which makes runs repeatable to the bit. `--clock=cpu` counts
 the processor time of the process, which other processes hardly change: for runs of one thread that
 go on beside others. Prints one JSON line a run, and a table at the end.
+
+With `--device=cuda` both sides train on one NVIDIA GPU: ours with `--compile=auto`, which compiles
+there. The clock waits for the GPU before and after each step. The peer's rows are made while it
+trains, by a process of our loader; on a CPU they are laid out before. Lines say the utilisation,
+too: the model's FLOPs over those of the best matmul that the same process made in the same dtype.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import os
-import resource
 import shlex
 import shutil
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
 
 import numpy as np
 
+from benchmarks import devices, peer
+from benchmarks.devices import DeviceName
 from nanochat import configurator
 from nanochat.common import UserError
 
@@ -47,6 +57,7 @@ WARM_UP_PASSES = 2  # before the clock starts: they compile
 ENDLESS = 1_000_000_000  # steps, of a horizon that no speed is known for yet
 SEPARATOR = ";"  # between variants
 PEER = "peer"
+FEED = "rows"  # what a process is for that makes the peer's rows while it trains
 PACKINGS = ("stream", "shuffled", "best-fit")  # of pretraining's rows
 
 
@@ -60,6 +71,8 @@ class Config:
     """Flags of base_train for our side; several variants are joined with semicolons."""
     peer: str | None = None
     """Checkout of karpathy/nanochat; leave out to measure this project alone."""
+    device: DeviceName = "cpu"
+    """What both sides train on: cpu, or cuda for one NVIDIA GPU."""
     peer_dtypes: str = "bfloat16"
     """Compute dtypes of the peer, joined with commas."""
     peer_packings: str = "best-fit"
@@ -72,6 +85,10 @@ class Config:
     """Seeds, joined with commas."""
     depth: int = 4
     """Depth of both sides."""
+    rows: int = ROWS
+    """Rows of a step of both sides."""
+    length: int = LENGTH
+    """Context of both sides, in tokens."""
     vocab_size: int = 8192
     """Vocabulary of both sides."""
     threads: int = 0
@@ -80,6 +97,8 @@ class Config:
     """What `--seconds` counts; cpu: of all threads together."""
     average: float = 0.0
     """Judge our side by a running average of weights that keeps this share a step; 0 = off."""
+    dropout: float = 0.0
+    """Share of what attention and MLPs add that our side drops while it trains; 0 = off."""
     work: str = "bench_train"
     """Folder for tokens, tokenizer and checkpoints."""
     side: str = ""
@@ -88,15 +107,12 @@ class Config:
 
 def main(config: Config) -> int:
     """Prepare the data once, then let the sides take turns."""
-    if config.peer is not None and config.steps > PEER_STEPS:
-        raise UserError(
-            f"--steps is {config.steps}, and the peer has rows for {PEER_STEPS}; raise PEER_STEPS"
-        )
+    _check(config)
     work = Path(config.work).absolute() / f"vocabulary_{config.vocab_size}"
     work.mkdir(parents=True, exist_ok=True)
     if config.side:
-        measure = _measure_peer if config.side.startswith(PEER) else _measure_ours
-        measure(config, work)
+        measures = {PEER: _measure_peer, FEED: _feed}
+        measures.get(config.side.split()[0], _measure_ours)(config, work)
         return 0
     prepare(config, work)
     sides = [f"ours {flags.strip()}" for flags in config.ours.split(SEPARATOR)]
@@ -117,74 +133,112 @@ def main(config: Config) -> int:
     return 0
 
 
+def _check(config: Config) -> None:
+    """UserError for what cannot be measured, or not equally for both sides."""
+    devices.check(config.device)
+    if config.device == "cuda" and config.clock == "cpu":
+        raise UserError("--clock=cpu does not see what a GPU does; use --clock=wall")
+    if config.peer is None:
+        return
+    if config.device == "cpu" and config.steps > PEER_STEPS:
+        raise UserError(
+            f"--steps is {config.steps}, and the peer has rows for {PEER_STEPS}; raise PEER_STEPS"
+        )
+    if EVAL_TOKENS % config.length:
+        raise UserError(
+            f"--length is {config.length}; the peer is judged on whole rows, so it must divide "
+            f"{EVAL_TOKENS:,}"
+        )
+
+
 # ---- running ----------------------------------------------------------------------------------
 
 
 def prepare(config: Config, work: Path) -> None:
-    """Train the tokenizer and lay out the peer's rows and validation tokens, once.
+    """Train the tokenizer and lay out validation tokens and, on a CPU, the peer's rows, once.
 
-    All of it again where an earlier PEER_STEPS has laid out fewer rows, or not of every packing.
+    All of it again where an earlier run has laid out fewer rows, others, or not of every packing.
     """
     packings = config.peer_packings.split(",")
     for packing in packings:
         if packing not in PACKINGS:
             raise UserError(f"--peer_packings names {packing!r}; there are {', '.join(PACKINGS)}")
-    if all(_are_enough(_rows_file(work, packing)) for packing in packings):
+    files = {_rows_file(work, p): p for p in packings} if config.device == "cpu" else {}
+    if (work / "val.npy").exists() and all(_are_enough(file, config) for file in files):
         return
     environment = os.environ | {"NANOCHAT_BASE_DIR": str(work / "base")}
     flags = [f"--data={config.data}", f"--vocab_size={config.vocab_size}"]
     _run([sys.executable, "-m", "scripts.tok_train", *flags], environment)
-    from nanochat.dataloader import DocumentLoader
     from nanochat.dataset import open_source
-    from nanochat.runtime import World
     from nanochat.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_directory(work / "base" / "tokenizer")
-    source = open_source(config.data)
     np.save(work / "token_bytes.npy", tokenizer.token_bytes)
-    documents = source.documents("val", endless=False)
+    documents = open_source(config.data).documents("val", endless=False)
     parts = [tokenizer.encode_batch(texts, prepend=tokenizer.bos_id)[0] for texts, _ in documents]
     np.save(work / "val.npy", np.concatenate(parts))
-    for packing in packings:
-        loader = DocumentLoader(
-            source,
-            tokenizer,
-            rows_per_step=ROWS,
-            sequence_len=LENGTH,
-            world=World(),
-            packing=packing,  # type: ignore[arg-type]
-        )
-        steps = []
-        for _ in range(PEER_STEPS):
-            batch = loader.next_step()
-            last = batch.targets[:, -1:]
-            steps.append(np.concatenate([batch.inputs, last], axis=1).astype(np.uint16))
-        loader.close()
-        np.save(_rows_file(work, packing), np.concatenate(steps))
+    for file, packing in files.items():
+        with contextlib.closing(_steps_of_rows(config, work, packing)) as steps:
+            np.save(file, np.concatenate(list(itertools.islice(steps, PEER_STEPS))))
 
 
 def _rows_file(work: Path, packing: str) -> Path:
     return work / f"train_rows_{packing}.npy"
 
 
-def _are_enough(rows: Path) -> bool:
-    return rows.exists() and len(np.load(rows, mmap_mode="r")) >= PEER_STEPS * ROWS
+def _are_enough(file: Path, config: Config) -> bool:
+    """Whether all rows that the peer may ask for are there, of its length."""
+    if not file.exists():
+        return False
+    num_rows, width = np.load(file, mmap_mode="r").shape
+    return bool(num_rows >= PEER_STEPS * config.rows and width == config.length + 1)
+
+
+def _steps_of_rows(
+    config: Config, work: Path, packing: str
+) -> Generator[np.ndarray[Any, Any], None, None]:
+    """What our loader makes of the training text for the peer: (rows, length + 1) uint16 a step."""
+    from nanochat.dataloader import DocumentLoader
+    from nanochat.dataset import open_source
+    from nanochat.runtime import World
+    from nanochat.tokenizer import Tokenizer
+
+    loader = DocumentLoader(
+        open_source(config.data),
+        Tokenizer.from_directory(work / "base" / "tokenizer"),
+        rows_per_step=config.rows,
+        sequence_len=config.length,
+        world=World(),
+        packing=packing,  # type: ignore[arg-type]
+    )
+    try:
+        for batch in loader:
+            last = batch.targets[:, -1:]
+            yield np.concatenate([batch.inputs, last], axis=1).astype(np.uint16)
+    finally:
+        loader.close()
 
 
 def measured(config: Config, side: str, seed: int) -> dict[str, Any]:
     """Train one side once, in a process of its own; its JSON line."""
-    own = dataclasses.replace(config, side=side, seeds=str(seed), ours="")
-    flags = [f"--{name}={value}" for name, value in vars(own).items() if value not in (None, "")]
     work = Path(config.work).absolute() / f"vocabulary_{config.vocab_size}"
     root = str(Path(__file__).absolute().parents[1])
-    environment = os.environ | {"PYTHONPATH": root, "NANOCHAT_BASE_DIR": str(work / "base")}
+    environment = os.environ | devices.environment(config.device)
+    environment |= {"PYTHONPATH": root, "NANOCHAT_BASE_DIR": str(work / "base")}
     if config.threads:
         environment["OMP_NUM_THREADS"] = str(config.threads)
     if side.startswith(PEER):
         environment["NANOCHAT_DTYPE"] = side.split()[1]
-    output = _run([sys.executable, str(Path(__file__).absolute()), *flags], environment)
+    output = _run(_command(config, side, seed), environment)
     row: dict[str, Any] = json.loads(output.splitlines()[-1])
     return row
+
+
+def _command(config: Config, side: str, seed: int) -> list[str]:
+    """What a process of one side is started with."""
+    own = dataclasses.replace(config, side=side, seeds=str(seed), ours="")
+    flags = [f"--{name}={value}" for name, value in vars(own).items() if value not in (None, "")]
+    return [sys.executable, str(Path(__file__).absolute()), *flags]
 
 
 def _run(command: Sequence[str], environment: dict[str, str]) -> str:
@@ -223,10 +277,16 @@ def _mean(rows: Sequence[dict[str, Any]], name: str) -> float:
 class Clock:
     """Seconds of stepping, and what they say about the length of the run."""
 
-    def __init__(self, seconds: float, steps: int, kind: str = "wall") -> None:
+    def __init__(
+        self,
+        seconds: float,
+        steps: int,
+        kind: Literal["wall", "cpu"] = "wall",
+        device: DeviceName = "cpu",
+    ) -> None:
         """Stop after `steps`, or if that is 0 when `seconds` of stepping are over."""
         self._budget, self._steps = seconds, steps
-        self._now = time.process_time if kind == "cpu" else time.perf_counter
+        self._now = partial(devices.now, device, kind)
         self.seconds, self.step = 0.0, 0
 
     @property
@@ -251,7 +311,16 @@ class Clock:
         self.step += 1
 
 
-def _tell(config: Config, clock: Clock, tokens: int, bpb: float) -> None:
+def _tell(
+    config: Config, clock: Clock, tokens: int, bpb: float, *, flops: float, dtype: Any, **facts: str
+) -> None:
+    """Print the line of a run.
+
+    flops: of a token; dtype: of the matmuls; facts: what else the line says.
+    """
+    is_gpu = config.device == "cuda"
+    # Rounded as in all records of CPUs: there a MB is 1,000 KiB.
+    memory = devices.peak_memory(config.device) / (1e6 if is_gpu else 1.024e6)
     values = {
         "benchmark": "train",
         "side": config.side,
@@ -263,8 +332,14 @@ def _tell(config: Config, clock: Clock, tokens: int, bpb: float) -> None:
         "seconds": round(clock.seconds, 1),
         "tokens_per_second": round(tokens / clock.seconds),
         "val_bpb": round(bpb, 4),
-        "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000),
+        "peak_mb": round(memory),
+        "device": devices.name(config.device),
+        **facts,
     }
+    if is_gpu:  # a CPU may be shared with other runs of `ablate`, beside which no peak is reached
+        peak = devices.matmul_peak(config.device, dtype)
+        values["mfu"] = round(tokens / clock.seconds * flops / peak, 3)
+        values["peak_gflops"] = round(peak / 1e9)
     print(json.dumps(values), flush=True)
 
 
@@ -284,14 +359,15 @@ def _measure_ours(config: Config, work: Path) -> None:
     flags = [
         f"--data={config.data}",
         f"--depth={config.depth}",
-        f"--max_seq_len={LENGTH}",
-        f"--device_batch_size={ROWS}",
-        f"--total_batch_size={ROWS * LENGTH}",
+        f"--device_type={config.device}",
+        f"--max_seq_len={config.length}",
+        f"--device_batch_size={config.rows}",
+        f"--total_batch_size={config.rows * config.length}",
         f"--eval_tokens={EVAL_TOKENS}",
         "--eval_every=-1",
         "--core_metric_every=-1",
         "--sample_every=-1",
-        "--compile=off",
+        f"--compile={'off' if config.device == 'cpu' else 'auto'}",
         "--log_every=50",
         f"--seed={config.seeds}",
         *shlex.split(config.side.removeprefix("ours")),
@@ -303,13 +379,17 @@ def _measure_ours(config: Config, work: Path) -> None:
         """Follows the clock, and looks at the validation text once, at its end."""
 
         def run(self) -> Any:
-            keep_freed_memory()
+            if config.device == "cpu":
+                keep_freed_memory()
             position = self.loader.state_dict()
+            dropping = _drop(self.model, config.dropout)  # compiled passes never see later hooks
             for _ in range(WARM_UP_PASSES):
                 self.accumulate_gradients()
                 self.optimizer.zero_grad()
             self.loader.load_state_dict(position)
-            clock, schedule = Clock(config.seconds, config.steps, config.clock), self.plan.schedule
+            devices.spare_the_collector(config.device)
+            clock = Clock(config.seconds, config.steps, config.clock, config.device)
+            schedule = self.plan.schedule
             average = _Average(self.model, config.average)
             while not clock.is_over:
                 now = dataclasses.replace(schedule, num_iterations=clock.horizon)
@@ -317,9 +397,18 @@ def _measure_ours(config: Config, work: Path) -> None:
                 clock.time(self._step)
                 average.update()
             average.put_in_place()
+            for handle in dropping:
+                handle.remove()
             (validation,) = [hook for hook in self.hooks if hook.name == "validation"]
             bpb = validation.action(self)["val_bpb"]
-            _tell(config, clock, self.state.tokens, bpb)
+            _tell(
+                config,
+                clock,
+                self.state.tokens,
+                bpb,
+                flops=self.model.estimate_flops(),
+                dtype=self.runtime.compute_dtype,
+            )
             return self.state
 
     try:
@@ -347,38 +436,48 @@ class _Average:
             weight.detach().copy_(own / self._total)
 
 
+def _drop(model: Any, share: float) -> list[Any]:
+    """Dropout behind the attention and MLP of every block (arXiv:1706.03762, section 5.4)."""
+    from torch.nn.functional import dropout
+
+    if not share:
+        return []
+    parts = [part for block in model.blocks for part in (block.attn, block.mlp)]
+    return [part.register_forward_hook(lambda _, __, out: dropout(out, share)) for part in parts]
+
+
 # ---- the peer ---------------------------------------------------------------------------------
 
 
 def _measure_peer(config: Config, work: Path) -> None:
     """The peer's model, optimizer and schedules of its base_train, learning rates unscaled."""
     assert config.peer is not None
-    sys.path.insert(0, config.peer)
-    for name in [n for n in sys.modules if n == "nanochat" or n.startswith("nanochat.")]:
-        del sys.modules[name]
     import torch
 
-    from nanochat.gpt import GPT, GPTConfig  # type: ignore[assignment]
-
-    width = 64 * config.depth
-    heads = -(-width // 128)
-    sizes: dict[str, Any] = {"sequence_len": LENGTH, "vocab_size": config.vocab_size}
-    sizes |= {"n_layer": config.depth, "n_embd": width, "window_pattern": "L"}
-    with torch.device("meta"):
-        model = GPT(GPTConfig(**sizes, n_head=heads, n_kv_head=heads))
-    model.to_empty(device="cpu")
+    model = peer.build(
+        config.peer,
+        config.device,
+        depth=config.depth,
+        length=config.length,
+        vocab_size=config.vocab_size,
+    )
     torch.manual_seed(int(config.seeds))
     model.init_weights()
-    optimizer = model.setup_optimizer(  # type: ignore[operator]
+    optimizer = model.setup_optimizer(
         unembedding_lr=0.008, embedding_lr=0.3, scalar_lr=0.5, matrix_lr=0.02, weight_decay=0.28
     )
-    compiled = torch.compile(model, dynamic=False)
-    rows = _packed(np.load(_rows_file(work, config.side.split()[2])))
-    clock = Clock(config.seconds, config.steps, config.clock)
+    compiled: Any = torch.compile(model, dynamic=False)
+    _, dtype, packing = config.side.split()
+    if config.device == "cpu":
+        rows = peer.packed(np.load(_rows_file(work, packing)), config.rows)
+    else:
+        feed = _command(config, f"{FEED} {packing}", int(config.seeds))
+        rows = peer.streamed(feed, config.rows, config.length)
+    clock = Clock(config.seconds, config.steps, config.clock, config.device)
 
     def step() -> None:
         index, steps = clock.step, clock.horizon
-        inputs, targets = rows(index)
+        inputs, targets = (part.to(config.device) for part in rows(index))
         compiled(inputs, targets).backward()
         warmup, warmdown = 40, round(0.65 * steps)
         if index < warmup:
@@ -391,7 +490,7 @@ def _measure_peer(config: Config, work: Path) -> None:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * multiplier
             if group["kind"] == "muon":
-                group["momentum"] = _peer_momentum(index, steps, warmdown)
+                group["momentum"] = peer.momentum(index, steps, warmdown)
                 group["weight_decay"] = 0.28 * 0.5 * (1 + np.cos(np.pi * index / steps))
         optimizer.step()
         model.zero_grad(set_to_none=True)
@@ -401,67 +500,32 @@ def _measure_peer(config: Config, work: Path) -> None:
     torch.manual_seed(int(config.seeds))
     model.init_weights()
     optimizer.state.clear()
+    devices.spare_the_collector(config.device)
     while not clock.is_over:
         clock.time(step)
-    bpb = _peer_bits_per_byte(compiled, work)
-    _tell(config, clock, clock.step * ROWS * LENGTH, bpb)
+    bpb = peer.bits_per_byte(
+        compiled,
+        np.load(work / "val.npy")[: EVAL_TOKENS + 1],
+        np.load(work / "token_bytes.npy"),
+        config.device,
+        num_rows=config.rows,
+        length=config.length,
+    )
+    _tell(
+        config,
+        clock,
+        clock.step * config.rows * config.length,
+        bpb,
+        flops=model.estimate_flops(),
+        dtype=getattr(torch, dtype),
+        **peer.facts(config.device),
+    )
 
 
-def _peer_momentum(step: int, steps: int, warmdown: int) -> float:
-    """Of its base_train: a rise over 400 steps, and a fall in the warmdown."""
-    begin = steps - warmdown
-    if step < 400:
-        return 0.85 + 0.12 * step / 400
-    if step < begin:
-        return 0.97
-    return 0.97 - 0.07 * (step - begin) / warmdown
-
-
-def _packed(rows: np.ndarray[Any, Any]) -> Any:
-    """Step index -> inputs and targets of the next 16 rows of (rows, 513), none of them twice."""
-    import torch
-
-    def batch(index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        start = index * ROWS
-        if start + ROWS > len(rows):
-            raise UserError(
-                f"the peer has seen all rows of {len(rows) // ROWS} steps; raise PEER_STEPS, so "
-                "that it sees none twice while our side does not"
-            )
-        part = torch.from_numpy(rows[start : start + ROWS].astype(np.int64))
-        return part[:, :-1].contiguous(), part[:, 1:].contiguous()
-
-    return batch
-
-
-def _rows(tokens: np.ndarray[Any, Any]) -> Any:
-    """Step index -> inputs and targets of 16 rows cut from the stream."""
-    import torch
-
-    per_step = ROWS * LENGTH
-
-    def batch(index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        start = index * per_step % (len(tokens) - per_step - 1)
-        part = torch.from_numpy(tokens[start : start + per_step + 1].astype(np.int64))
-        return part[:-1].view(ROWS, LENGTH), part[1:].view(ROWS, LENGTH)
-
-    return batch
-
-
-def _peer_bits_per_byte(model: Any, work: Path) -> float:
-    """Nats of the first 131,072 validation targets over the bytes of those that have any."""
-    import torch
-
-    token_bytes = torch.from_numpy(np.load(work / "token_bytes.npy"))
-    batch, nats, num_bytes = _rows(np.load(work / "val.npy")), 0.0, 0
-    for index in range(EVAL_TOKENS // (ROWS * LENGTH)):
-        inputs, targets = batch(index)
-        with torch.no_grad():
-            losses = model(inputs, targets, loss_reduction="none").view(-1)
-        sizes = token_bytes[targets.view(-1)]
-        nats += float((losses * (sizes > 0)).sum())
-        num_bytes += int(sizes.sum())
-    return nats / (np.log(2.0) * num_bytes)
+def _feed(config: Config, work: Path) -> None:
+    """Write the peer's rows to standard output for as long as someone reads them."""
+    for rows in _steps_of_rows(config, work, config.side.split()[1]):
+        sys.stdout.buffer.write(rows.tobytes())
 
 
 if __name__ == "__main__":
