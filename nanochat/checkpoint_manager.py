@@ -42,6 +42,7 @@ from nanochat.common import (
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.run_folder import (
     PREVIOUS,
+    REJECTED,
     rejected_folder,
     rejected_steps,
     step_folders,
@@ -93,6 +94,11 @@ class Checkpoint:
         """The stage it lies under: base, mid, sft or rl."""
         folder = self.path.parent.parent.name
         return next(stage for stage in STAGES if checkpoints_dir(stage).name == folder)
+
+    @property
+    def is_rejected(self) -> bool:
+        """Whether a validation has found it unsound."""
+        return self.path.name.startswith(REJECTED)
 
     def load_model(self) -> dict[str, Tensor]:
         """The weights by parameter name, on the CPU."""
@@ -259,6 +265,10 @@ def find_checkpoint(
     if step is None:
         checkpoint = newest_checkpoint(run_dir, weights_only=weights_only)
         assert checkpoint is not None  # a run has at least one step folder
+        for later in rejected_steps(run_dir):
+            if later > checkpoint.step:
+                path = rejected_folder(run_dir, later)
+                logger.warning("%s was found unsound; taking step %d", path, checkpoint.step)
         return checkpoint
     return open_step(run_dir, step, weights_only=weights_only)
 

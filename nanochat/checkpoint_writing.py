@@ -117,10 +117,16 @@ def save_checkpoint(
 
 def reject(run_dir: Path, step: int) -> None:
     """Rename a step that has turned out unsound; the stage's links go back to the one before."""
-    reject_step(run_dir, step)
+    rejected = run_dir / step_name(step)
+    if rejected.exists():  # else it was rejected before
+        reject_step(run_dir, step)
     remaining = step_folders(run_dir)
     if remaining:
         _refresh_links(remaining[-1])
+        return
+    for link, target in _links(rejected).items():
+        if link.is_symlink() and link.resolve() == target.resolve():
+            link.unlink()
 
 
 def _on_all_ranks(action: Callable[[], _Result], world: World) -> list[_Result]:
@@ -183,15 +189,19 @@ def _explain(error: OSError, run_dir: Path, step: int, num_bytes: int) -> str:
 
 def _refresh_links(checkpoint: Path) -> None:
     """Point models/<stage>_model.safetensors and checkpoints/<stage> at the newest checkpoint."""
+    for link, target in _links(checkpoint).items():
+        try:
+            point_link(link, target)
+        except OSError as error:  # a convenience: the checkpoint is complete without it
+            logger.warning("cannot link %s to %s (%s)", link, target, error.strerror)
+
+
+def _links(checkpoint: Path) -> dict[Path, Path]:
+    """The links to a stage's newest checkpoint, and what they point at."""
     for stage in STAGES:
-        if checkpoint.parent.parent != checkpoints_dir(stage):
-            continue
-        links = {
-            base_dir() / "models" / f"{stage}_model.safetensors": checkpoint / MODEL_FILE,
-            base_dir() / "checkpoints" / stage: checkpoint,
-        }
-        for link, target in links.items():
-            try:
-                point_link(link, target)
-            except OSError as error:  # a convenience: the checkpoint is complete without it
-                logger.warning("cannot link %s to %s (%s)", link, target, error.strerror)
+        if checkpoint.parent.parent == checkpoints_dir(stage):
+            return {
+                base_dir() / "models" / f"{stage}_model.safetensors": checkpoint / MODEL_FILE,
+                base_dir() / "checkpoints" / stage: checkpoint,
+            }
+    return {}

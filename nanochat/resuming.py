@@ -15,9 +15,8 @@ from nanochat.run_folder import (
     PREVIOUS,
     REJECTED,
     pass_over,
-    reject_step,
+    rejected_folder,
     rejected_steps,
-    restore_step,
 )
 from nanochat.runtime import World
 from nanochat.sources import changed_data
@@ -40,6 +39,7 @@ _FREE = frozenset(
         "dry_run",
         "device_batch_size",
         "device_type",
+        "dtype",  # what it comes to is compared: compute_dtype
         "save_every",
         "keep_last",
         "keep_best",
@@ -115,23 +115,8 @@ def _look(
     if not resume:
         _set_aside(run_dir)
         return None
-    rejected = rejected_steps(run_dir)
-    for number in rejected:
-        restore_step(run_dir, number)
-    try:
-        return _sound(run_dir, facts, step)
-    except UserError:
-        for number in rejected:
-            reject_step(run_dir, number)
-        raise
-
-
-def _sound(
-    run_dir: Path, facts: dict[str, Any], step: int | None
-) -> checkpoint_manager.Checkpoint | None:
-    """The checkpoint to go on from, those behind it renamed; None if there is none."""
     if step is None:
-        newest = checkpoint_manager.newest_checkpoint(run_dir)
+        newest = _rejected(run_dir) or checkpoint_manager.newest_checkpoint(run_dir)
     else:
         newest = checkpoint_manager.open_step(run_dir, step)
     if newest is None:
@@ -155,6 +140,17 @@ def _sound(
         )
     pass_over(run_dir, newest.step, prefix=DAMAGED if step is None else LATER)
     return newest
+
+
+def _rejected(run_dir: Path) -> checkpoint_manager.Checkpoint | None:
+    """A step behind all others that was found unsound: to be judged again, where it lies."""
+    steps = [-1, *checkpoint_manager.saved_steps(run_dir)]
+    rejected = [step for step in rejected_steps(run_dir) if step > steps[-1]]
+    if not rejected:
+        return None
+    path = rejected_folder(run_dir, rejected[-1])
+    logger.info("%s was found unsound and is judged again", path)
+    return checkpoint_manager.open_checkpoint(path)
 
 
 def _check_data(newest: checkpoint_manager.Checkpoint, facts: dict[str, Any]) -> None:

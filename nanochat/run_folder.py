@@ -123,11 +123,15 @@ def pass_over(run_dir: Path, newest: int, *, prefix: str = DAMAGED) -> None:
     """Take the steps after `newest` out of the way of a run that goes on from there.
 
     prefix: DAMAGED or LATER. They are kept under another name, where neither retention nor a reader
-    takes them for steps.
+    takes them for steps. Rejected ones are no longer to be judged when the run goes on before them.
     """
-    for path in step_folders(run_dir):
-        if step_of(path) > newest:
-            aside = path.with_name(f"{prefix}{path.name}")
+    paths = step_folders(run_dir)
+    if prefix == LATER:
+        paths += [rejected_folder(run_dir, step) for step in rejected_steps(run_dir)]
+    for path in paths:
+        name = path.name.removeprefix(REJECTED)
+        if step_of(path.with_name(name)) > newest:
+            aside = path.with_name(f"{prefix}{name}")
             remove_folder(aside)
             os.replace(path, aside)
             why = prefix.removesuffix(".")
@@ -140,10 +144,9 @@ def rejected_folder(run_dir: Path, step: int) -> Path:
 
 
 def rejected_steps(run_dir: Path) -> list[int]:
-    """Steps that were rejected and not saved again since."""
-    steps = (path.name.removeprefix(REJECTED) for path in run_dir.glob(f"{REJECTED}*"))
-    matches = (_STEP_FOLDER.fullmatch(name) for name in steps if not (run_dir / name).exists())
-    return sorted(int(match[1]) for match in matches if match)
+    """Steps that were rejected, oldest first."""
+    names = (path.name.removeprefix(REJECTED) for path in run_dir.glob(f"{REJECTED}*"))
+    return sorted(int(match[1]) for match in map(_STEP_FOLDER.fullmatch, names) if match)
 
 
 def reject_step(run_dir: Path, step: int) -> None:
@@ -153,9 +156,10 @@ def reject_step(run_dir: Path, step: int) -> None:
     os.replace(run_dir / step_name(step), aside)
 
 
-def restore_step(run_dir: Path, step: int) -> None:
-    """Give a rejected step its name back, so that a run goes on from it."""
-    os.replace(rejected_folder(run_dir, step), run_dir / step_name(step))
+def remove_rejected(run_dir: Path) -> None:
+    """Delete what was rejected: the run has come to a sound end."""
+    for step in rejected_steps(run_dir):
+        remove_folder(rejected_folder(run_dir, step))
 
 
 def prune(run_dir: Path, keep_last: int, *, keep: Collection[int] = ()) -> list[Path]:

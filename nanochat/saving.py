@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nanochat.checkpoint_manager import Extra
 from nanochat.checkpoint_writing import reject, save_checkpoint
-from nanochat.run_folder import prune, rejected_folder
+from nanochat.run_folder import prune, rejected_folder, remove_rejected
 from nanochat.runtime import World
 
 logger = logging.getLogger(__name__)
@@ -135,6 +135,12 @@ class CheckpointSaver:
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
+
+    def finish(self) -> None:
+        """Until all is written; the run has come to a sound end."""
+        self.wait()
+        if self._world.is_main:
+            remove_rejected(self.run_dir)
 
     def take_costs(self) -> list[SaveCost]:
         """What was finished since the last call."""

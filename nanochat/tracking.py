@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import logging
@@ -52,8 +53,10 @@ class MetricWriter:
             self._file.write(json.dumps({"step": step, **row}) + "\n")
             self._file.flush()
         except OSError as error:
+            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            remedy = "free some space" if is_full else "make it writable"
             raise UserError(
-                f"cannot write {self._path} ({error.strerror}); free some space and resume"
+                f"cannot write {self._path} ({error.strerror}); {remedy} and resume"
             ) from error
         for mirror in self._mirrors:
             mirror.log(step, values)

@@ -154,6 +154,7 @@ class Trainer:
         self._scales_loss = runtime.compute_dtype == torch.float16
         self._pending: list[_Pending] = []
         self._saved_step = self._resumed_step = -1
+        self._is_rejected = False  # whether the step was found unsound and not judged again since
         self._asked_at: float | None = None
         self._longest_stretch = 0.0
         self._acted: set[str] = set()
@@ -171,7 +172,7 @@ class Trainer:
                 self._stop_if_asked()
                 self._boundary(is_last=is_last)
                 if is_last:
-                    self.saver.wait()
+                    self.saver.finish()
                     self._write_costs()
                     return self.state
                 self._step()
@@ -241,7 +242,10 @@ class Trainer:
         """What a hook measures. A saved step that it finds unsound is kept where none takes it."""
         try:
             with self.weights.gathered(), fp8.paused(self.model):
-                return hook.action(self)
+                found = hook.action(self)
+            if hook.judges:
+                self._is_rejected = False
+            return found
         except UnsoundModelError as error:
             if self._saved_step != self.state.step:
                 raise
@@ -439,7 +443,7 @@ class Trainer:
         """
         self._flush()
         state = self.state
-        if self._saved_step == state.step or not self.plan.write:
+        if self._saved_step == state.step or not self.plan.write or self._is_rejected:
             return
         weights = self.weights.state_dict()
         broken = not_finite(weights)
@@ -480,6 +484,11 @@ class Trainer:
     def resume(self, checkpoint: checkpoint_manager.Checkpoint) -> None:
         """Go on from a checkpoint of this run: weights, optimizer, data position, counters."""
         world = self.runtime.world
+        if checkpoint.is_rejected and not any(h.judges and h.every >= 0 for h in self.hooks):
+            raise UserError(
+                f"{checkpoint.path} was found unsound and is to be judged again: --eval-every=0"
+            )
+        self._is_rejected = checkpoint.is_rejected
         self.load_optimizer(checkpoint)
         if self._full_shard is None:
             assert isinstance(self.weights, MasterWeights)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,13 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat import checkpoint_manager, resuming
+from nanochat import checkpoint_manager, checkpoint_writing, common, resuming, run_folder
 from nanochat.common import UserError, sha256_file
+from nanochat.gpt import GPT
 from nanochat.loss_eval import LossTotals
 from nanochat.runtime import Runtime, World
+from nanochat.stopping import StoppedError
 from nanochat.train_state import TrainState
 from nanochat.training import Hook, Trainer
 from nanochat.validation import Validation, unsound
+from tests import scripted_model
 from tests.tiny_run import SIZES, make_trainer
 
 
@@ -105,8 +110,59 @@ def test_a_stage_that_has_failed_keeps_its_last_checkpoint_where_none_takes_it(
     with pytest.raises(UserError, match="made with depth 2, not 4"):
         resuming.previous_run(run_dir, other, resume=True, world=World())
     assert checkpoint_manager.saved_steps(run_dir) == [2]
+    trainer = trainer_of(99.0, resume=True)
+    trainer.stop.received.append(signal.SIGTERM)  # before it is judged again
+    with pytest.raises(StoppedError):
+        trainer.run()
+    assert checkpoint_manager.saved_steps(run_dir) == [2]
+    trainer = make_trainer(tmp_path, runtime, steps=4)
+    found = resuming.previous_run(run_dir, facts, resume=True, world=World())
+    assert found is not None
+    with pytest.raises(
+        UserError, match=r"rejected.step_000004 was found unsound .* --eval-every=0"
+    ):
+        trainer.resume(found)
     weights = sha256_file(run_dir / "rejected.step_000004" / "model.safetensors")
     trainer_of(99.0, resume=True).run()
     assert checkpoint_manager.saved_steps(run_dir) == [4]
     assert sha256_file(run_dir / "step_000004" / "model.safetensors") == weights
     assert not [*run_dir.glob("rejected.*")]
+
+
+def test_a_run_that_goes_back_before_a_rejected_step_does_not_return_to_it(
+    tmp_path: Path,
+) -> None:
+    runtime = Runtime(torch.device("cpu"), torch.float32, World(), 42)
+    facts = {"stage": "base", "config": {}}
+    trainer = make_trainer(tmp_path, runtime, steps=4, save_every=2)
+    trainer.facts = facts
+    trainer.run()
+    run_dir = tmp_path / "run"
+    run_folder.reject_step(run_dir, 4)
+    with pytest.raises(UserError, match=r"no step 4 in .*; there is 2$"):
+        resuming.previous_run(run_dir, facts, resume=True, world=World(), step=4)
+    assert resuming.previous_run(run_dir, facts, resume=True, world=World(), step=2) is not None
+    found = resuming.previous_run(run_dir, facts, resume=True, world=World())
+    assert found is not None
+    assert (found.step, found.is_rejected) == (2, False)
+    assert (run_dir / "later.step_000004").is_dir()
+
+
+def test_the_links_of_a_stage_lead_past_a_rejected_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    model = GPT(SIZES)
+    first = scripted_model.save("base", model)
+    run_dir, link = first.parent, tmp_path / "checkpoints" / "base"
+    second = Path(shutil.copytree(first, run_dir / "step_000009"))
+    common.point_link(link, second)
+    checkpoint_writing.reject(run_dir, 9)
+    assert link.resolve() == first.resolve()
+    assert checkpoint_manager.find_checkpoint("base").step == 7
+    assert "rejected.step_000009 was found unsound; taking step 7" in caplog.text
+    checkpoint_writing.reject(run_dir, 7)
+    assert not link.is_symlink()
+    assert not (tmp_path / "models" / "base_model.safetensors").is_symlink()
+    with pytest.raises(UserError, match=r"rejected.step_000007 was found unsound when it was val"):
+        checkpoint_manager.find_checkpoint("base")
