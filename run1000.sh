@@ -29,6 +29,7 @@ d32_sizes() {
 
     DEPTH=32                       # layers; width = 64 x depth
     TOKEN_SHIFT=0                  # each token also sees that share of the one before it (0 = classic)
+    VALUE_EMBEDDINGS=0             # 1 = every other layer also reads the token itself
     PACKING=stream                 # how documents fill rows: stream, shuffled, best-fit (data-pipeline.md)
     MAX_SEQ_LEN=2048               # tokens of context
     DEVICE_BATCH_SIZE=8            # rows of one forward pass: as many as fit in 80 GB of GPU memory

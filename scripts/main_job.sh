@@ -16,8 +16,8 @@ source scripts/stages.sh
 source scripts/ranks.sh
 
 # What a flag may set; --max-seq-len and --max_seq_len both set MAX_SEQ_LEN.
-SIZES=(DATA TASKS FIRST_SHARDS NUM_SHARDS MAX_CHARS VOCAB_SIZE DEPTH TOKEN_SHIFT PACKING MAX_SEQ_LEN DEVICE_BATCH_SIZE TOTAL_BATCH_SIZE
-    NUM_ITERATIONS FINAL_LR SAVE_EVERY EVAL_EVERY EVAL_TOKENS BPB_LIMIT CORE_EVERY SAMPLE_EVERY CORE_MAX_PER_TASK
+SIZES=(DATA TASKS FIRST_SHARDS NUM_SHARDS MAX_CHARS VOCAB_SIZE DEPTH TOKEN_SHIFT VALUE_EMBEDDINGS PACKING MAX_SEQ_LEN DEVICE_BATCH_SIZE
+    TOTAL_BATCH_SIZE NUM_ITERATIONS FINAL_LR SAVE_EVERY EVAL_EVERY EVAL_TOKENS BPB_LIMIT CORE_EVERY SAMPLE_EVERY CORE_MAX_PER_TASK
     MID_ITERATIONS MID_FINAL_LR SFT_ITERATIONS SFT_DEVICE_BATCH_SIZE SFT_EXAMPLES_PER_STEP SFT_PACKING
     SFT_LR_FRACTION SPIKE_LIMIT RL_ITERATIONS MAX_PROBLEMS MAX_NEW_TOKENS)
 RL_ITERATIONS=0 # steps of reinforcement learning, which is left out unless a flag asks for it
@@ -25,7 +25,7 @@ RL_ITERATIONS=0 # steps of reinforcement learning, which is left out unless a fl
 # ---- the stages: name, what it leaves behind in the base folder, command ------------------------------
 
 pipeline() {
-    local tag="d$DEPTH" first="$NUM_SHARDS" limit=() packed=()
+    local tag="d$DEPTH" first="$NUM_SHARDS" limit=() packed=() valued=()
     local shards=(python -m nanochat.dataset --data="$DATA" -n "$NUM_SHARDS")
     stage report_reset "" \
         python -m nanochat.report reset
@@ -54,9 +54,11 @@ pipeline() {
 
     # [2/5] base model. Left out where it is the default: runs from before this choice go on.
     [ "$PACKING" = stream ] || packed=(--packing="$PACKING")
+    [ "$VALUE_EMBEDDINGS" = 0 ] || valued=(--value_embeddings=1)
     training base_train "base_checkpoints/$tag/step_*/manifest.json" \
         ranks scripts.base_train --data="$DATA" --depth="$DEPTH" --max_seq_len="$MAX_SEQ_LEN" \
-        --token_shift="$TOKEN_SHIFT" ${packed[@]+"${packed[@]}"} --final_lr_frac="$FINAL_LR" \
+        --token_shift="$TOKEN_SHIFT" ${valued[@]+"${valued[@]}"} ${packed[@]+"${packed[@]}"} \
+        --final_lr_frac="$FINAL_LR" \
         --device_batch_size="$DEVICE_BATCH_SIZE" --total_batch_size="$TOTAL_BATCH_SIZE" \
         --num_iterations="$NUM_ITERATIONS" --eval_every="$EVAL_EVERY" --eval_tokens="$EVAL_TOKENS" \
         --core_metric_every="$CORE_EVERY" --sample_every="$SAMPLE_EVERY" --save_every="$SAVE_EVERY" \
@@ -256,6 +258,7 @@ check_size() {
     case "$1" in
     DATA) ;;
     TASKS) check_choice "$2" "$3" embedded public auto ;;
+    VALUE_EMBEDDINGS) check_choice "$2" "$3" 0 1 ;;
     PACKING) check_choice "$2" "$3" stream shuffled best-fit ;;
     SFT_PACKING) check_choice "$2" "$3" stream rows best-fit ;;
     TOKEN_SHIFT | *_LIMIT | *_LR | *_FRACTION)
