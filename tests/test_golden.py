@@ -37,7 +37,7 @@ from nanochat.training import Trainer
 GOLDEN = Path(__file__).parent / "golden"
 VOCABULARY, ROWS, LENGTH = 61, 4, 160  # a padded head, two passes a step, more than a short window
 STEPS_OF_A_PIECE, STEPS_OF_THE_WHOLE = 10, 1200
-# Relative. Measured: torch 2.11, 2.13 and 2.14, each with AVX-512, AVX2 and SSE, and weights that
+# Relative. Measured: torch 2.11, 2.13 and 2.14, each with AVX-512 and with SSE, and weights that
 # begin 1e-6 elsewhere, differ by up to 1e-6 in the loss and 9e-5 in the norm (modern, at the end).
 # The momentum's last 0.95 as 0.94 moves them by 2e-3 and 8e-3, other constants by about as much.
 TOLERANCES = {"loss": 2e-5, "grad_norm": 1e-3}

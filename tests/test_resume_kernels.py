@@ -19,7 +19,7 @@ from nanochat.kernels import training
 from tests.stage_processes import BASE, copy_of, log_of, outcome, prepare, run_dir
 
 REPOSITORY = Path(__file__).parents[1]
-SECONDS_OF_ONE_RUN = 240
+SECONDS_OF_ONE_RUN = 300
 COMMAND = (
     *(sys.executable, "-m", "scripts.base_train"),
     *("--depth=2", "--max_seq_len=256", "--total_batch_size=2048", "--device_batch_size=4"),
