@@ -148,9 +148,13 @@ def _rejected(run_dir: Path) -> checkpoint_manager.Checkpoint | None:
     rejected = [step for step in rejected_steps(run_dir) if step > steps[-1]]
     if not rejected:
         return None
-    path = rejected_folder(run_dir, rejected[-1])
-    logger.info("%s was found unsound and is judged again", path)
-    return checkpoint_manager.open_checkpoint(path)
+    try:
+        found = checkpoint_manager.open_checkpoint(rejected_folder(run_dir, rejected[-1]))
+    except checkpoint_manager.DamagedCheckpointError as error:
+        logger.warning("%s; it is not judged again", error)
+        return None
+    logger.info("%s was found unsound and is judged again", found.path)
+    return found
 
 
 def _check_data(newest: checkpoint_manager.Checkpoint, facts: dict[str, Any]) -> None:

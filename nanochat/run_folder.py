@@ -157,7 +157,7 @@ def reject_step(run_dir: Path, step: int) -> None:
 
 
 def remove_rejected(run_dir: Path) -> None:
-    """Delete what was rejected: the run has come to a sound end."""
+    """Delete all rejected steps of a run."""
     for step in rejected_steps(run_dir):
         remove_folder(rejected_folder(run_dir, step))
 

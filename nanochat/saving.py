@@ -136,9 +136,8 @@ class CheckpointSaver:
         if failure is not None:
             raise failure
 
-    def finish(self) -> None:
-        """Until all is written; the run has come to a sound end."""
-        self.wait()
+    def forget_rejected(self) -> None:
+        """Delete what was found unsound: the run has come to a sound end, which is written."""
         if self._world.is_main:
             remove_rejected(self.run_dir)
 

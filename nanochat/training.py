@@ -172,7 +172,9 @@ class Trainer:
                 self._stop_if_asked()
                 self._boundary(is_last=is_last)
                 if is_last:
-                    self.saver.finish()
+                    self.saver.wait()
+                    if self.plan.write:
+                        self.saver.forget_rejected()
                     self._write_costs()
                     return self.state
                 self._step()

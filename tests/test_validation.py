@@ -148,6 +148,26 @@ def test_a_run_that_goes_back_before_a_rejected_step_does_not_return_to_it(
     assert (run_dir / "later.step_000004").is_dir()
 
 
+def test_a_damaged_rejected_step_is_passed_over_and_a_dry_run_leaves_a_sound_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    runtime = Runtime(torch.device("cpu"), torch.float32, World(), 42)
+    facts = {"stage": "base", "config": {}}
+    trainer = make_trainer(tmp_path, runtime, steps=4, save_every=2)
+    trainer.facts = facts
+    trainer.run()
+    run_dir = tmp_path / "run"
+    run_folder.reject_step(run_dir, 4)
+    make_trainer(tmp_path, runtime, steps=1, write=False).run()
+    weights = run_folder.rejected_folder(run_dir, 4) / "model.safetensors"
+    with weights.open("r+b") as file:
+        file.write(b"damage")
+    found = resuming.previous_run(run_dir, facts, resume=True, world=World())
+    assert found is not None
+    assert found.step == 2
+    assert "rejected.step_000004 is damaged" in caplog.text
+
+
 def test_the_links_of_a_stage_lead_past_a_rejected_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
