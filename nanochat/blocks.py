@@ -82,7 +82,7 @@ def scaled_sum(x: Tensor, first: Tensor, keep: Tensor, back: Tensor) -> Tensor:
 def linears(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
     """Bias-free linear layers that read the same x (..., K): one (..., N) of each."""
     if fused_native.takes_layers(x, layers):
-        return fused_native.linears(x, [layer.weight for layer in layers])
+        return fused_native.linears(x, layers)
     return tuple(layer(x) for layer in layers)
 
 
@@ -162,7 +162,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, C), normed. Returns (B, T, C)."""
         if fused_native.takes_layers(x, (self.c_fc, self.c_proj)):
-            return fused_native.relu_squared_mlp(x, self.c_fc.weight, self.c_proj.weight)
+            return fused_native.relu_squared_mlp(x, self.c_fc, self.c_proj)
         out: Tensor = self.c_proj(relu_squared(self.c_fc(x)))
         return out
 

@@ -21,6 +21,10 @@ _HEAD_STEP = 64  # a rotation works on two halves of a head
 _PLAIN = (Tensor, nn.Parameter)
 
 
+class Int8Linear(nn.Linear):
+    """A bias-free Linear whose products the kernels make in 8-bit integers; see `int8`."""
+
+
 def trains(config: GPTConfig, dtype: torch.dtype) -> bool:
     """Whether training this model in this dtype on this machine's CPU goes through the kernels.
 
@@ -66,7 +70,7 @@ def takes(*tensors: Tensor) -> bool:
 def takes_layers(x: Tensor, layers: Sequence[nn.Module]) -> bool:
     """Whether these layers on x go through the kernels: plain matrices, none with hooks."""
     for layer in layers:
-        if type(layer) is not nn.Linear or _has_bias_or_hooks(layer):
+        if type(layer) not in (nn.Linear, Int8Linear) or _has_bias_or_hooks(layer):
             return False
         if layer.out_features % training.WIDTH:
             return False
@@ -81,16 +85,23 @@ def _has_bias_or_hooks(layer: nn.Module) -> bool:
     return bool(forward or layer._backward_hooks or layer._backward_pre_hooks)
 
 
-def linears(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """X (..., K) times the transpose of each weight (N, K)."""
-    outputs: tuple[Tensor, ...] = _Linears.apply(x, *weights)  # type: ignore[no-untyped-call]
+def linears(x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
+    """X (..., K) times the transpose of each layer's weight (N, K)."""
+    weights = [layer.weight for layer in layers]
+    outputs: tuple[Tensor, ...] = _Linears.apply(x, in_int8(*layers), *weights)  # type: ignore[no-untyped-call]
     return outputs
 
 
-def relu_squared_mlp(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
-    """max(x w_in^T, 0)^2 w_out^T for x (..., C), w_in (F, C) and w_out (C, F)."""
-    out: Tensor = _ReluSquaredMLP.apply(x, w_in, w_out)  # type: ignore[no-untyped-call]
+def relu_squared_mlp(x: Tensor, first: nn.Linear, second: nn.Linear) -> Tensor:
+    """max(x w^T, 0)^2 v^T for x (..., C), w (F, C) and v (C, F) of these layers."""
+    weights = first.weight, second.weight
+    out: Tensor = _ReluSquaredMLP.apply(x, in_int8(first, second), *weights)  # type: ignore[no-untyped-call]
     return out
+
+
+def in_int8(*layers: nn.Module) -> bool:
+    """Whether all of these are to be multiplied in 8-bit integers."""
+    return all(isinstance(layer, Int8Linear) for layer in layers)
 
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:
@@ -120,50 +131,56 @@ def head_loss_sum(
     factors: Tensor | None,
     cap: float,
     vocab_size: int,
+    int8: bool,
 ) -> Tensor:
     """`objectives.next_token_loss_sum` of hidden (M, C), weight (V, C), targets (M,): 0-d fp32."""
-    out: Tensor = _HeadLoss.apply(hidden, weight, targets, factors, cap, vocab_size)  # type: ignore[no-untyped-call]
+    out: Tensor = _HeadLoss.apply(hidden, weight, targets, factors, cap, vocab_size, int8)  # type: ignore[no-untyped-call]
     return out
 
 
 class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        x = x.contiguous()
+    def forward(ctx: Any, x: Tensor, int8: bool, *weights: Tensor) -> tuple[Tensor, ...]:
+        x, ctx.int8 = x.contiguous(), int8
         ctx.save_for_backward(x, *weights)
-        return tuple(training.linear(x, weight) for weight in weights)
+        return tuple(training.linear(x, weight, int8=int8) for weight in weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
         whole = [gradient.contiguous() for gradient in gradients]
-        dx = training.linear_input_gradient(whole, weights)
-        wanted = ctx.needs_input_grad[1:]  # a frozen matrix costs no product
-        return dx, *(
-            training.linear_weight_gradient(gradient, x) if is_wanted else None
-            for gradient, is_wanted in zip(whole, wanted, strict=True)
+        dx = training.linear_input_gradient(whole, weights, int8=ctx.int8)
+        wanted = ctx.needs_input_grad[2:]  # a frozen matrix costs no product
+        return (
+            dx,
+            None,
+            *(
+                training.linear_weight_gradient(gradient, x, int8=ctx.int8) if is_wanted else None
+                for gradient, is_wanted in zip(whole, wanted, strict=True)
+            ),
         )
 
 
 class _ReluSquaredMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
-        x = x.contiguous()
-        h = training.linear(x, w_in, relu2=True)
+    def forward(ctx: Any, x: Tensor, int8: bool, w_in: Tensor, w_out: Tensor) -> Tensor:
+        x, ctx.int8 = x.contiguous(), int8
+        h = training.linear(x, w_in, relu2=True, int8=int8)
         ctx.save_for_backward(x, h, w_in, w_out)
-        return training.linear(h, w_out)
+        return training.linear(h, w_out, int8=int8)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, h, w_in, w_out = ctx.saved_tensors
         gradient = gradients[0].contiguous()
-        _, wants_in, wants_out = ctx.needs_input_grad
-        dw_out = training.linear_weight_gradient(gradient, h) if wants_out else None
-        inner = training.linear_input_gradient([gradient], [w_out], h)
-        dw_in = training.linear_weight_gradient(inner, x) if wants_in else None
-        return training.linear_input_gradient([inner], [w_in]), dw_in, dw_out
+        *_, wants_in, wants_out = ctx.needs_input_grad
+        dw_out = training.linear_weight_gradient(gradient, h, int8=ctx.int8) if wants_out else None
+        inner = training.linear_input_gradient([gradient], [w_out], h, int8=ctx.int8)
+        dw_in = training.linear_weight_gradient(inner, x, int8=ctx.int8) if wants_in else None
+        dx = training.linear_input_gradient([inner], [w_in], int8=ctx.int8)
+        return dx, None, dw_in, dw_out
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -221,6 +238,7 @@ class _HeadLoss(torch.autograd.Function):
         factors: Tensor | None,
         cap: float,
         vocab_size: int,
+        int8: bool,
     ) -> Tensor:
         loss, *behind = training.head_loss(
             hidden.contiguous(),
@@ -229,6 +247,7 @@ class _HeadLoss(torch.autograd.Function):
             None if factors is None else factors.contiguous(),
             cap=cap,
             vocab_size=vocab_size,
+            int8=int8,
         )
         ctx.save_for_backward(*behind)
         return torch.tensor(loss, dtype=torch.float32)
@@ -241,4 +260,4 @@ class _HeadLoss(torch.autograd.Function):
         scale = float(gradients[0])
         if scale != 1.0:
             hidden, weight = hidden * scale, weight * scale
-        return hidden, weight, None, None, None, None
+        return hidden, weight, None, None, None, None, None

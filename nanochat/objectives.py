@@ -35,13 +35,15 @@ def next_token_loss_sum(
     cap: float = LOGIT_SOFTCAP,
     vocab_size: int | None = None,
     compiled: bool = False,
+    int8: bool = False,
 ) -> Tensor:
     """Sum of the cross-entropy of softcapped logits in nats, a differentiable fp32 scalar.
 
     hidden: (B, T, C) or (N, C) final states; head_weight: (V, C); targets: (B, T) or (N,) int64,
     -1 = ignored; weights: what each target's loss is multiplied by, of the shape of targets,
     None = 1; cap: the model's softcap, 0 = none; vocab_size: rows of the head behind it are
-    padding, None = there are none. The gradient is made during the forward pass, chunk by chunk,
+    padding, None = there are none; int8: multiply in 8-bit integers, where it is the kernels that
+    multiply. The gradient is made during the forward pass, chunk by chunk,
     from the logits at hand. Where targets and weights are given on the host, rows whose target is
     ignored never meet the head, wherever that is.
 
@@ -61,7 +63,7 @@ def next_token_loss_sum(
     is_native = fused_native.takes_cap(cap) and fused_native.takes(rows, head_weight)
     if is_native and flat.numel():
         used = head_weight.size(0) if vocab_size is None else vocab_size
-        return fused_native.head_loss_sum(rows, head_weight, flat, factors, cap, used)
+        return fused_native.head_loss_sum(rows, head_weight, flat, factors, cap, used, int8)
     if vocab_size == head_weight.size(0):
         vocab_size = None
     function = _compiled_chunk() if compiled else _chunk_loss_and_gradient

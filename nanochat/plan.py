@@ -72,6 +72,8 @@ class Plan:
     """Compile the forward and backward passes."""
     fp8: bool = False
     """Multiply the large matrices in fp8 while training."""
+    int8: bool = False
+    """Multiply matrices in 8-bit integers while training."""
     shard: str = "optimizer"
     """What ranks share out: "optimizer" states, or "full": weights and gradients, too."""
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from nanochat import checkpoint_manager, fp8, fused_native, report
+from nanochat import checkpoint_manager, fp8, fused_native, int8, report
 from nanochat.common import UserError, checkpoints_dir
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.memory import checkpoint_bytes, estimate_memory, format_bytes
@@ -36,6 +36,14 @@ LEARNING_RATES = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")  #
 
 AnyConfig = TypeVar("AnyConfig", bound="StageConfig")
 
+# Pairs of settings of which each decides how a step is carried out.
+_EXCLUSIVE = (
+    ("--fp8", "--int8"),
+    ("--fp8", "--shard=full"),
+    ("--int8", "--shard=full"),
+    ("--int8", "--compile=on"),
+    ("--compile=on", "--shard=full"),
+)
 # Smallest and largest meaningful value of a flag. What is not here has a check of its own, but
 # must be finite all the same.
 _RANGES: dict[str, tuple[float, float]] = {
@@ -121,6 +129,8 @@ class StageConfig:
     """Compile the step: auto, on or off."""
     fp8: bool = False
     """Multiply large matrices in fp8 (NVIDIA Ada, Hopper and later); evaluate without."""
+    int8: bool = False
+    """Multiply matrices in 8-bit integers (CPUs with AMX or AVX-512 BF16); evaluate without."""
     shard: Literal["optimizer", "full"] = "optimizer"
     """What ranks share out: optimizer states; or weights and gradients, too (FSDP2)."""
     seed: int = 42
@@ -199,12 +209,11 @@ def train_stage(
     stop = StopRequest(config.max_minutes)
     config = config.settled(optimizer)
     check_positive(config, "keep_last", "log_every")
+    _check_together(config)
     if config.fp8:
-        if config.shard == "full":
-            raise UserError("--fp8 and --shard=full do not go together; leave one of them out")
         fp8.check_device(runtime.device)
-    if config.shard == "full" and config.compile == "on":
-        raise UserError("--compile=on and --shard=full do not go together; leave one of them out")
+    if config.int8:
+        int8.check_possible(model.config, runtime.device, runtime.compute_dtype)
     tag = config.model_tag or f"d{model.config.n_layer}"
     run_dir = checkpoints_dir(stage) / tag
     sequence_len = model.config.sequence_len
@@ -219,6 +228,7 @@ def train_stage(
         background_save=config.background_save,
         write=not config.dry_run,
         fp8=config.fp8,
+        int8=config.int8,
         shard=config.shard,
         log_every=config.log_every,
         compile=config.shard != "full"
@@ -364,7 +374,21 @@ def _how(plan: Plan, config: GPTConfig, runtime: Runtime) -> str:
     if runtime.device.type != "cpu" or not fused_native.trains(config, runtime.compute_dtype):
         return "uncompiled"
     without = fused_native.left_to_pytorch(config)
-    return "compiled kernels" + (f" (not for {' and '.join(without)})" if without else "")
+    kernels = "compiled kernels" + (" in 8-bit integers" if plan.int8 else "")
+    return kernels + (f" (not for {' and '.join(without)})" if without else "")
+
+
+def _check_together(config: StageConfig) -> None:
+    """UserError for two settings that exclude one another."""
+    given = {
+        "--fp8": config.fp8,
+        "--int8": config.int8,
+        "--compile=on": config.compile == "on",
+        "--shard=full": config.shard == "full",
+    }
+    for one, other in _EXCLUSIVE:
+        if given[one] and given[other]:
+            raise UserError(f"{one} and {other} do not go together; leave one of them out")
 
 
 def _announce_writes(run_dir: Path, plan: Plan, model: GPT, runtime: Runtime) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanochat import checkpoint_manager, fp8
+from nanochat import checkpoint_manager, fp8, int8
 from nanochat.common import UserError
 from nanochat.dataloader import Batch
 from nanochat.gpt import GPT
@@ -116,6 +116,9 @@ class Trainer:
         if plan.fp8:
             fp8.check_device(runtime.device)
             logger.info("%d matrices multiply in fp8", fp8.convert(model))
+        if plan.int8:
+            int8.check_possible(model.config, runtime.device, runtime.compute_dtype)
+            logger.info("%d matrices multiply in 8-bit integers", int8.convert(model))
         self.weights: MasterWeights | FullShard
         self.optimizer: Optimizer | FullShard
         self._full_shard: FullShard | None = None
@@ -289,6 +292,7 @@ class Trainer:
                 cap=self.model.config.logit_softcap,
                 vocab_size=self.model.config.vocab_size,
                 compiled=self.plan.compile,
+                int8=self.plan.int8,
             )
             part.backward()  # type: ignore[no-untyped-call]
             loss_sum += part.detach() / factor

@@ -89,11 +89,27 @@ def test_a_dry_run_says_what_would_be_and_writes_nothing(
     )
 
 
+@pytest.mark.parametrize(
+    ("settings", "flags"),
+    [
+        ({"compile": "on", "shard": "full"}, "--compile=on and --shard=full"),
+        ({"fp8": True, "shard": "full"}, "--fp8 and --shard=full"),
+        ({"int8": True, "shard": "full"}, "--int8 and --shard=full"),
+        ({"int8": True, "compile": "on"}, "--int8 and --compile=on"),
+        ({"fp8": True, "int8": True}, "--fp8 and --int8"),
+    ],
+)
 def test_settings_that_exclude_one_another_are_refused_first(
-    runtime: Runtime, tmp_path: Path
+    runtime: Runtime, tmp_path: Path, settings: dict[str, Any], flags: str
 ) -> None:
-    with pytest.raises(UserError, match="--compile=on and --shard=full do not go together"):
-        dry_run(runtime, tmp_path, trains=False, compile="on", shard="full")
+    with pytest.raises(UserError, match=f"{flags} do not go together; leave one of them out"):
+        dry_run(runtime, tmp_path, trains=False, **settings)
+
+
+def test_what_cannot_be_done_is_refused_first(runtime: Runtime, tmp_path: Path) -> None:
+    for settings, flag in (({"fp8": True}, "--fp8"), ({"int8": True}, "--int8")):
+        with pytest.raises(UserError, match=f"{flag} needs"):
+            dry_run(runtime, tmp_path, trains=False, **settings)
     with pytest.raises(UserError, match="--keep-last is 0"):
         dry_run(runtime, tmp_path, trains=False, keep_last=0)
 

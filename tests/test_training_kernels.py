@@ -407,16 +407,22 @@ def test_frozen_matrices_get_no_gradient_and_the_others_theirs() -> None:
 TWICE = "differentiate twice"
 
 
+def layer(*, seed: int) -> torch.nn.Linear:
+    made = torch.nn.Linear(64, 64, bias=False)
+    made.weight = torch.nn.Parameter(numbers(64, 64, seed=seed))
+    return made
+
+
 @pytest.mark.parametrize(
     "function",
     [
-        lambda x: fused_native.linears(x, [numbers(64, 64, seed=1)])[0],
-        lambda x: fused_native.relu_squared_mlp(x, numbers(64, 64, seed=1), numbers(64, 64)),
+        lambda x: fused_native.linears(x, [layer(seed=1)])[0],
+        lambda x: fused_native.relu_squared_mlp(x, layer(seed=1), layer(seed=0)),
         lambda x: fused_native.rms_norm(x, NORM_EPS),
         lambda x: fused_native.rotate_and_norm(x.view(1, 8, 2, 64), *TABLES, NORM_EPS),
         lambda x: fused_native.causal_attention(*[x.view(1, 8, 2, 64)] * 3, None),
         lambda x: fused_native.head_loss_sum(
-            x, numbers(64, 64, seed=1), torch.arange(16), None, 15.0, 64
+            x, numbers(64, 64, seed=1), torch.arange(16), None, 15.0, 64, False
         ),
     ],
 )

@@ -13,7 +13,7 @@ from typing import Any
 
 from rustbpe.libraries import declare, fitting_libraries
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 
 
 class KernelError(RuntimeError):

@@ -27,13 +27,13 @@ _UNBOUNDED = 2**32  # a window that no sequence reaches
 _Sizes = c_uint64 * 5
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "nck_borrow_threads": (c_void_p,),
-    "nck_linear": (c_uint64, *(c_void_p,) * 3, *(c_uint64,) * 4),
+    "nck_linear": (c_uint64, *(c_void_p,) * 3, *(c_uint64,) * 5),
     "nck_linear_input_gradient": (
         *(c_uint64, c_uint64),
         *(POINTER(c_void_p), POINTER(c_void_p), POINTER(c_uint64)),
-        *(c_void_p, c_void_p, c_uint64, c_uint64),
+        *(c_void_p, c_void_p, *(c_uint64,) * 3),
     ),
-    "nck_linear_weight_gradient": (c_uint64, *(c_void_p,) * 3, *(c_uint64,) * 3),
+    "nck_linear_weight_gradient": (c_uint64, *(c_void_p,) * 3, *(c_uint64,) * 4),
     "nck_rms_norm": (c_uint64, *(c_void_p,) * 3, c_uint64, c_uint64, c_float),
     "nck_rms_norm_gradient": (c_uint64, *(c_void_p,) * 4, c_uint64, c_uint64),
     "nck_rotate_and_norm": (c_uint64, *(c_void_p,) * 6, c_float),
@@ -42,7 +42,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "nck_attention_gradient": (c_uint64, *(c_void_p,) * 10),
     "nck_head_loss": (
         *(c_uint64, *(c_void_p,) * 4, *(c_uint64,) * 4),
-        *(c_float, POINTER(c_double), c_void_p, c_void_p),
+        *(c_float, c_uint64, POINTER(c_double), c_void_p, c_void_p),
     ),
     "nck_newton_schulz": (c_uint64, c_void_p, *(c_uint64,) * 3, POINTER(c_float), c_uint64),
 }
@@ -78,21 +78,29 @@ def fits(*tensors: Tensor) -> bool:
     )
 
 
-def linear(x: Tensor, weight: Tensor, *, relu2: bool = False) -> Tensor:
-    """X (..., K) weight^T for weight (N, K): (..., N); relu2: then max(y, 0)^2."""
+def linear(x: Tensor, weight: Tensor, *, relu2: bool = False, int8: bool = False) -> Tensor:
+    """X (..., K) weight^T for weight (N, K): (..., N); relu2: then max(y, 0)^2.
+
+    int8: of operands rounded to 8 bits, with scales for each row and each output.
+    """
     outputs, inputs = weight.size(0), _width(x.size(-1))
     out = x.new_empty(*x.shape[:-1], outputs)
     places = _place(x, x.shape), _place(weight, (outputs, inputs)), out.data_ptr()
-    _call("nck_linear", *places, x.numel() // inputs, outputs, inputs, int(relu2))
+    _call("nck_linear", *places, x.numel() // inputs, outputs, inputs, int(relu2), int(int8))
     return out
 
 
 def linear_input_gradient(
-    gradients: Sequence[Tensor], weights: Sequence[Tensor], h: Tensor | None = None
+    gradients: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    h: Tensor | None = None,
+    *,
+    int8: bool = False,
 ) -> Tensor:
     """The sum of gradients (..., N) weights (N, K): (..., K).
 
     h: (..., K), where the inputs were h = max(x, 0)^2: the gradient of x instead.
+    int8: as in `linear`.
     """
     count, inputs, before = len(gradients), weights[0].size(1), gradients[0].shape[:-1]
     outputs = [_width(weight.size(0)) for weight in weights]
@@ -111,16 +119,20 @@ def linear_input_gradient(
         None if h is None else _place(h, out.shape),
         out.numel() // inputs,
         inputs,
+        int(int8),
     )
     return out
 
 
-def linear_weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
-    """gradient^T (N, M) x (M, K): (N, K)."""
+def linear_weight_gradient(gradient: Tensor, x: Tensor, *, int8: bool = False) -> Tensor:
+    """gradient^T (N, M) x (M, K): (N, K).
+
+    int8: of operands rounded to 8 bits, with scales for each column of every 256 rows.
+    """
     outputs, inputs = gradient.size(-1), x.size(-1)
     out = x.new_empty(outputs, inputs)
     places = _place(gradient, (*x.shape[:-1], outputs)), _place(x, x.shape), out.data_ptr()
-    _call("nck_linear_weight_gradient", *places, x.numel() // inputs, outputs, inputs)
+    _call("nck_linear_weight_gradient", *places, x.numel() // inputs, outputs, inputs, int(int8))
     return out
 
 
@@ -206,10 +218,12 @@ def head_loss(
     *,
     cap: float,
     vocab_size: int,
+    int8: bool = False,
 ) -> tuple[float, Tensor, Tensor]:
     """The weighted sum of losses in nats, and the gradients of hidden (M, C) and weight (V, C).
 
     targets: (M,) int64 below vocab_size; factors: (M,) fp32, None = 1; cap: above 0, at most 60.
+    int8: as in `linear`, for the logits and, from groups of 256 tokens, the gradient of hidden.
     """
     loss = c_double()
     gradients = torch.empty_like(hidden), torch.empty_like(weight)
@@ -222,7 +236,7 @@ def head_loss(
         _place(weight, (vocabulary, width)),
         _place(targets, (rows,), torch.int64),
         None if factors is None else _place(factors, (rows,), torch.float32),
-        *(rows, width, vocabulary, vocab_size, cap),
+        *(rows, width, vocabulary, vocab_size, cap, int(int8)),
         byref(loss),
         *(x.data_ptr() for x in gradients),
     )

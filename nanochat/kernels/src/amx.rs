@@ -9,7 +9,8 @@ use std::sync::OnceLock;
 use crate::blocks::{Left, TILE};
 use crate::pairs;
 
-/// Whether this processor multiplies bf16 tiles and the system lets this process use them.
+/// Whether this processor multiplies tiles of bf16 and of bytes, and the system lets this process use
+/// them.
 pub fn is_there() -> bool {
     static THERE: OnceLock<bool> = OnceLock::new();
     *THERE.get_or_init(|| {
@@ -17,8 +18,8 @@ pub fn is_there() -> bool {
             return false;
         }
         let leaf = __cpuid_count(7, 0);
-        let (bf16, tile) = (leaf.edx >> 22 & 1 == 1, leaf.edx >> 24 & 1 == 1);
-        bf16 && tile && ask_permission()
+        // bf16, tiles, and int8.
+        [22, 24, 25].iter().all(|bit| leaf.edx >> bit & 1 == 1) && ask_permission()
     })
 }
 
@@ -74,12 +75,43 @@ impl Drop for Tiles {
     }
 }
 
-/// `blocks::Unit::multiply` in tiles: two of the left operand, two of the right, four of sums.
+/// Add to the four tiles of sums what `steps` steps give.
+macro_rules! sum_up {
+    ($product:literal, $left:expr, $right:expr, $steps:expr) => {
+        asm!(
+            "2:",
+            "tileloadd tmm4, [{a} + {ar}]",
+            "tileloadd tmm6, [{b} + {br}]",
+            "tileloadd tmm7, [{b} + {br} + 1024]",
+            concat!($product, " tmm0, tmm4, tmm6"),
+            "tileloadd tmm5, [{l} + {ar}]",
+            concat!($product, " tmm1, tmm4, tmm7"),
+            "add {a}, {step}",
+            "add {l}, {step}",
+            concat!($product, " tmm2, tmm5, tmm6"),
+            "add {b}, 2048",
+            concat!($product, " tmm3, tmm5, tmm7"),
+            "dec {n}",
+            "jnz 2b",
+            a = inout(reg) $left.start => _,
+            l = inout(reg) ($left.start as *const u8).wrapping_add($left.lower) => _,
+            ar = in(reg) $left.row_bytes,
+            step = in(reg) $left.step,
+            b = inout(reg) $right => _,
+            br = in(reg) 64usize,
+            n = inout(reg) $steps => _,
+            options(nostack),
+        )
+    };
+}
+
+/// `blocks::Unit::multiply` in tiles, or `multiply_bytes` with sums of 32 bits: two of the left operand,
+/// two of the right, four of sums.
 ///
 /// # Safety
 /// Within `Tiles`; as there.
 #[inline]
-pub unsafe fn multiply(
+pub unsafe fn multiply<const BYTES: bool>(
     left: Left,
     right: *const u16,
     steps: usize,
@@ -100,31 +132,10 @@ pub unsafe fn multiply(
     } else {
         asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", options(nostack));
     }
-    if steps > 0 {
-        asm!(
-            "2:",
-            "tileloadd tmm4, [{a} + {ar}]",
-            "tileloadd tmm6, [{b} + {br}]",
-            "tileloadd tmm7, [{b} + {br} + 1024]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tileloadd tmm5, [{l} + {ar}]",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "add {a}, {step}",
-            "add {l}, {step}",
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            "add {b}, 2048",
-            "tdpbf16ps tmm3, tmm5, tmm7",
-            "dec {n}",
-            "jnz 2b",
-            a = inout(reg) left.start => _,
-            l = inout(reg) (left.start as *const u8).wrapping_add(left.lower) => _,
-            ar = in(reg) left.row_bytes,
-            step = in(reg) left.step,
-            b = inout(reg) right => _,
-            br = in(reg) 64usize,
-            n = inout(reg) steps => _,
-            options(nostack),
-        );
+    if steps > 0 && BYTES {
+        sum_up!("tdpbusd", left, right, steps); // unsigned bytes of the left operand
+    } else if steps > 0 {
+        sum_up!("tdpbf16ps", left, right, steps);
     }
     asm!(
         "tilestored [{c} + {row}], tmm0",

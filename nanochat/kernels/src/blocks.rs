@@ -50,9 +50,24 @@ impl Unit {
         add: bool,
     ) {
         if self.0.is_some() {
-            amx::multiply(left, right, steps, c, stride, add);
+            amx::multiply::<false>(left, right, steps, c, stride, add);
         } else {
-            pairs::multiply(left, right, steps, c, stride, add);
+            pairs::multiply::<false>(left, right, steps, c, stride, add);
+        }
+    }
+
+    /// `c` (32 x 32) = A B over `steps` steps of 64 bytes, unsigned ones of A and signed ones of B, in
+    /// tiles with four bytes in the place of a pair.
+    ///
+    /// # Safety
+    /// As `multiply`; the sums fit 32 bits.
+    #[inline]
+    pub unsafe fn multiply_bytes(&self, left: Left, right: *const u8, steps: usize, c: *mut i32) {
+        let (right, c) = (right as *const u16, c as *mut f32);
+        if self.0.is_some() {
+            amx::multiply::<true>(left, right, steps, c, BLOCK, false);
+        } else {
+            pairs::multiply::<true>(left, right, steps, c, BLOCK, false);
         }
     }
 
@@ -67,6 +82,11 @@ impl Unit {
         } else {
             pack_pairs(x, column, out);
         }
+    }
+
+    /// Whether tiles of the left operand are rows; else they may be as those of the right one.
+    pub fn takes_rows(&self) -> bool {
+        self.0.is_some()
     }
 
     /// What `pack_columns` has written.
@@ -97,6 +117,12 @@ impl Left {
     pub fn rows(start: *const u16, stride: usize) -> Self {
         let (row_bytes, lower) = (2 * stride, 2 * TILE * stride);
         Self { start, row_bytes, pair_bytes: 4, lower, step: 2 * BLOCK }
+    }
+
+    /// Rows of bytes, `stride` from one to the next.
+    pub fn bytes(start: *const u8, stride: usize) -> Self {
+        let (row_bytes, lower) = (stride, TILE * stride);
+        Self { start: start as *const u16, row_bytes, pair_bytes: 4, lower, step: 2 * BLOCK }
     }
 
     /// Tiles one after the other, as `pack_columns` writes them.
@@ -130,7 +156,7 @@ impl View {
     }
 
     #[inline(always)]
-    unsafe fn at(&self, row: usize, column: usize) -> *const u16 {
+    pub unsafe fn at(&self, row: usize, column: usize) -> *const u16 {
         self.start.add(row * self.stride + column)
     }
 
@@ -165,7 +191,7 @@ type Tile = [__m512i; TILE];
 /// Exchange rows and 32-bit columns.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn transpose(rows: Tile) -> Tile {
+pub fn transpose(rows: Tile) -> Tile {
     let mut t = rows;
     for i in (0..TILE).step_by(2) {
         t[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
@@ -214,7 +240,7 @@ pub unsafe fn transposed(block: &[f32; BLOCK * BLOCK]) -> [f32; BLOCK * BLOCK] {
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn store(tile: &Tile, out: *mut u16) {
+pub unsafe fn store(tile: &Tile, out: *mut u16) {
     for (r, row) in tile.iter().enumerate() {
         _mm512_storeu_si512(out.add(32 * r) as *mut __m512i, *row);
     }
@@ -222,7 +248,7 @@ unsafe fn store(tile: &Tile, out: *mut u16) {
 
 /// Lanes below `count`, of 32.
 #[inline(always)]
-fn first_lanes(count: usize) -> u32 {
+pub fn first_lanes(count: usize) -> u32 {
     if count >= 32 {
         u32::MAX
     } else {

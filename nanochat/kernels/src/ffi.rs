@@ -12,7 +12,7 @@ use crate::model::{Chunk, Layer, Model, Sizes, Tables};
 use crate::options::{Options, Smear, ValueEmbedding};
 use crate::sampling::{choose, Room, Settings};
 
-pub const ABI_VERSION: i32 = 6;
+pub const ABI_VERSION: i32 = 7;
 
 thread_local! {
     static LAST_ERROR: RefCell<String> = const { RefCell::new(String::new()) };

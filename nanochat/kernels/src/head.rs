@@ -6,14 +6,16 @@
 //! u = exp(l) dl/dx, and 1 / Z is a factor of the row that waits until the end:
 //!     dhidden = f (sum over v of u_v w_v / Z - dl_y/dx w_y),
 //!     dw_v    = sum over rows of u_v (f hidden / Z) - [v = y] f dl_y/dx hidden,
-//! f being the weight of the row's loss.
+//! f being the weight of the row's loss. With 8-bit operands it is hidden rows, weights and, for
+//! dhidden alone, each group of u_v that are rounded; none of these is negative.
 
 use std::arch::x86_64::*;
 use std::cell::RefCell;
 
-use crate::blocks::{pack_pairs, pack_rows, round, widen, Left, Unit, View, BLOCK, STEP_LEN};
+use crate::blocks::{pack_pairs, round, widen, Unit, View, BLOCK, STEP_LEN};
 use crate::linear::round_row;
 use crate::memory::{with_local, Buffer, Shared};
+use crate::operands::{Format, From};
 use crate::team;
 use crate::wide::{exp, tanh};
 
@@ -37,6 +39,8 @@ pub struct Sizes {
     pub vocabulary: usize,
     pub used: usize,
     pub cap: f32,
+    /// Of the logits and the gradient of hidden states.
+    pub format: Format,
 }
 
 #[derive(Clone, Copy)]
@@ -59,9 +63,9 @@ unsafe impl Sync for Data {}
 
 /// Memory that is kept from call to call.
 struct Room {
-    /// The weights as right operands of both products: for each group of tokens.
-    by_rows: Buffer<u16>,
-    by_pairs: Buffer<u16>,
+    /// The weights as right operands of logits and of gradients: for each group of tokens.
+    for_logits: Buffer<u8>,
+    for_gradients: Buffer<u8>,
     /// `u` of a chunk as left operands; hidden rows times f / Z, plain and packed.
     u: Buffer<u16>,
     scaled: Buffer<u16>,
@@ -75,8 +79,8 @@ struct Room {
 
 thread_local! {
     static ROOM: RefCell<Room> = RefCell::new(Room {
-        by_rows: Buffer::zeroed(0),
-        by_pairs: Buffer::zeroed(0),
+        for_logits: Buffer::zeroed(0),
+        for_gradients: Buffer::zeroed(0),
         u: Buffer::zeroed(0),
         scaled: Buffer::zeroed(0),
         scaled_pairs: Buffer::zeroed(0),
@@ -97,8 +101,8 @@ pub unsafe fn loss(threads: usize, s: Sizes, data: Data) -> f64 {
 /// Places in `Room` that tasks share.
 #[derive(Clone, Copy)]
 struct Places {
-    by_rows: Shared<u16>,
-    by_pairs: Shared<u16>,
+    for_logits: Shared<u8>,
+    for_gradients: Shared<u8>,
     u: Shared<u16>,
     scaled: Shared<u16>,
     scaled_pairs: Shared<u16>,
@@ -116,9 +120,14 @@ impl Sizes {
         self.width / BLOCK
     }
 
-    /// bf16 numbers of a group's packed weights.
-    fn group_len(&self) -> usize {
-        GROUP * self.width
+    /// Bytes of 32 tokens' packed weights, for logits.
+    fn logit_bytes(&self) -> usize {
+        self.format.right_bytes(self.width)
+    }
+
+    /// Bytes of 32 features of a group's packed weights, for gradients.
+    fn gradient_bytes(&self) -> usize {
+        self.format.right_bytes(GROUP)
     }
 
     /// Rows whose `u` is kept at once.
@@ -130,8 +139,8 @@ impl Sizes {
 
 unsafe fn loss_in(room: &mut Room, threads: usize, s: Sizes, data: Data) -> f64 {
     let chunk_rows = s.chunk_rows();
-    room.by_rows.reserve(s.groups() * s.group_len());
-    room.by_pairs.reserve(s.groups() * s.group_len());
+    room.for_logits.reserve(s.groups() * GROUP_PANELS * s.logit_bytes());
+    room.for_gradients.reserve(s.groups() * s.steps() * s.gradient_bytes());
     room.u.reserve(s.groups() * GROUP * chunk_rows);
     room.scaled.reserve(chunk_rows * s.width);
     room.scaled_pairs.reserve(chunk_rows * s.width);
@@ -139,8 +148,8 @@ unsafe fn loss_in(room: &mut Room, threads: usize, s: Sizes, data: Data) -> f64 
     room.pull.reserve(chunk_rows);
     room.losses.reserve(chunk_rows);
     let places = Places {
-        by_rows: Shared::new(room.by_rows.mut_ptr()),
-        by_pairs: Shared::new(room.by_pairs.mut_ptr()),
+        for_logits: Shared::new(room.for_logits.mut_ptr()),
+        for_gradients: Shared::new(room.for_gradients.mut_ptr()),
         u: Shared::new(room.u.mut_ptr()),
         scaled: Shared::new(room.scaled.mut_ptr()),
         scaled_pairs: Shared::new(room.scaled_pairs.mut_ptr()),
@@ -152,13 +161,12 @@ unsafe fn loss_in(room: &mut Room, threads: usize, s: Sizes, data: Data) -> f64 
     team::run(threads, s.groups(), &|group| unsafe {
         let view = weight.rows_from(group * GROUP, GROUP);
         for panel in 0..GROUP_PANELS {
-            let out = places.by_rows.at(group * s.group_len() + panel * s.steps() * STEP_LEN);
-            pack_rows(&view, panel * BLOCK, out);
+            let out = places.for_logits.at((group * GROUP_PANELS + panel) * s.logit_bytes());
+            s.format.pack_right(&view, From::Rows, s.width, panel * BLOCK, out);
         }
-        std::ptr::write_bytes(places.by_pairs.at(group * s.group_len()), 0, s.group_len());
         for panel in 0..s.steps() {
-            let out = places.by_pairs.at(group * s.group_len() + panel * GROUP_PANELS * STEP_LEN);
-            pack_pairs(&view, panel * BLOCK, out);
+            let out = places.for_gradients.at((group * s.steps() + panel) * s.gradient_bytes());
+            s.format.pack_right(&view, From::Columns, GROUP, panel * BLOCK, out);
         }
     });
     let mut total = 0.0;
@@ -201,25 +209,30 @@ unsafe fn rows_of_chunk(
 ) {
     let (count, steps) = (rows.len(), s.steps());
     let blocks = count.div_ceil(BLOCK);
-    let bytes = blocks * BLOCK * s.width * 4 + BLOCK * GROUP * 6 + BLOCK * s.width * 2;
+    let (hidden_bytes, u_bytes) = (s.format.left_bytes(s.width), s.format.left_bytes(GROUP));
+    let bytes = blocks * (BLOCK * s.width * 4 + hidden_bytes) + BLOCK * GROUP * 6 + u_bytes;
     with_local(bytes, |scratch| {
         let gradient = scratch as *mut f32;
         let logits = gradient.add(blocks * BLOCK * s.width);
         let u = logits.add(BLOCK * GROUP) as *mut u16;
-        let spare = u.add(BLOCK * GROUP);
+        let u_room = u.add(BLOCK * GROUP) as *mut u8;
+        let hidden_room = u_room.add(u_bytes);
         let mut totals = [0.0f32; TASK_ROWS];
         // exp(l) and dl/dx of the target.
         let mut at_target = [(0.0f32, 0.0f32); TASK_ROWS];
         let hidden = View::new(data.hidden.at((first + rows.start) * s.width), count, s.width);
+        let blocks_of_rows: Vec<_> = (0..blocks)
+            .map(|i| s.format.ready(&hidden, i * BLOCK, hidden_room.add(i * hidden_bytes)))
+            .collect();
         for group in 0..s.groups() {
-            let by_rows = places.by_rows.at(group * s.group_len());
-            let by_pairs = places.by_pairs.at(group * s.group_len());
+            let for_logits = places.for_logits.at(group * GROUP_PANELS * s.logit_bytes());
+            let for_gradients = places.for_gradients.at(group * s.steps() * s.gradient_bytes());
             let used = s.used.saturating_sub(group * GROUP).min(GROUP);
-            for block in 0..blocks {
-                let left = hidden.left(block * BLOCK, spare);
+            for (block, left) in blocks_of_rows.iter().enumerate() {
                 for panel in 0..GROUP_PANELS {
-                    let right = by_rows.add(panel * steps * STEP_LEN);
-                    unit.multiply(left, right, steps, logits.add(panel * BLOCK), GROUP, false);
+                    let right = for_logits.add(panel * s.logit_bytes());
+                    let out = (logits.add(panel * BLOCK), GROUP);
+                    left.multiply(unit, right, s.width, out, false);
                 }
                 for r in 0..BLOCK {
                     let (row, out) = (block * BLOCK + r, u.add(r * GROUP));
@@ -241,11 +254,11 @@ unsafe fn rows_of_chunk(
                     let place = (group * GROUP_PANELS + panel) * (chunk_rows / BLOCK) + step;
                     unit.pack_columns(&view, panel * BLOCK, places.u.at(place * STEP_LEN));
                 }
-                let left = Left::rows(u, GROUP);
+                let left = s.format.ready_positive(&view, 0, u_room);
                 for panel in 0..steps {
-                    let right = by_pairs.add(panel * GROUP_PANELS * STEP_LEN);
+                    let right = for_gradients.add(panel * s.gradient_bytes());
                     let out = gradient.add(block * BLOCK * s.width + panel * BLOCK);
-                    unit.multiply(left, right, GROUP_PANELS, out, s.width, group > 0);
+                    left.multiply(unit, right, GROUP, (out, s.width), group > 0);
                 }
             }
         }

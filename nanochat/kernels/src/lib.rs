@@ -22,6 +22,8 @@ pub mod ffi;
 mod flash;
 #[cfg(target_arch = "x86_64")]
 mod head;
+#[cfg(target_arch = "x86_64")]
+mod int8;
 mod isa;
 #[cfg(target_arch = "x86_64")]
 mod linear;
@@ -31,6 +33,8 @@ mod memory;
 mod model;
 #[cfg(target_arch = "x86_64")]
 mod newton_schulz;
+#[cfg(target_arch = "x86_64")]
+mod operands;
 mod options;
 #[cfg(target_arch = "x86_64")]
 mod pairs;

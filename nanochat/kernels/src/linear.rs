@@ -1,12 +1,15 @@
 //! Linear layers for training in bf16: the product, and both of its gradients.
 //!
 //! Legend: M = rows of activations, N = outputs, K = inputs. Weights are (N, K), as PyTorch keeps
-//! them. Operands are packed anew at every call, which costs a small part of the product.
+//! them. Operands are packed anew at every call, which costs a small part of the product. The product and
+//! the gradient of inputs can be made of operands rounded to 8 bits, as SwitchBack does
+//! (arXiv:2304.13013).
 
 use std::arch::x86_64::*;
 
-use crate::blocks::{pack_pairs, pack_rows, round, widen, Unit, View, BLOCK, STEP_LEN};
+use crate::blocks::{round, widen, Unit, View, BLOCK};
 use crate::memory::{with_local, with_shared, Shared};
+use crate::operands::{Format, From};
 use crate::team;
 
 /// Rows that a task multiplies with all weights: 128 x 256 numbers and their sums fit the cache.
@@ -14,7 +17,6 @@ const TASK_ROWS: usize = 128;
 /// Rows of a weight gradient that are packed and multiplied at once: with 1,024 outputs and 256
 /// inputs, they and the sums fill the cache.
 const CHUNK_ROWS: usize = 256;
-const CHUNK_STEPS: usize = CHUNK_ROWS / BLOCK;
 /// Parts of the rows for each thread: more even out threads that are interrupted.
 const PARTS_PER_THREAD: usize = 2;
 
@@ -79,49 +81,67 @@ fn twice_root(h: __m512) -> __m512 {
 ///
 /// # Safety
 /// A `Unit` is there; the matrices have these shapes.
-pub unsafe fn forward(threads: usize, x: View, w: View, y: Shared<u16>, then: Then) {
-    product(threads, &[(x, w)], pack_rows, w.rows, y, then);
+pub unsafe fn forward(
+    threads: usize,
+    format: Format,
+    (x, w): (View, View),
+    y: Shared<u16>,
+    then: Then,
+) {
+    product(threads, format, &[(x, w)], From::Rows, w.rows, y, then);
 }
 
 /// `dx` (M, K) = the sum over pairs of dy (M, N) w, then `then`. Every N is a multiple of 32.
 ///
 /// # Safety
 /// As `forward`.
-pub unsafe fn backward_input(threads: usize, pairs: &[(View, View)], dx: Shared<u16>, then: Then) {
-    product(threads, pairs, pack_pairs, pairs[0].1.columns, dx, then);
+pub unsafe fn backward_input(
+    threads: usize,
+    format: Format,
+    pairs: &[(View, View)],
+    dx: Shared<u16>,
+    then: Then,
+) {
+    product(threads, format, pairs, From::Columns, pairs[0].1.columns, dx, then);
 }
 
-/// The sum over pairs of left (M, contraction) and what `pack` makes of right: (M, outputs).
+/// The sum over pairs of left (M, contraction) and right: (M, outputs).
 unsafe fn product(
     threads: usize,
+    format: Format,
     pairs: &[(View, View)],
-    pack: unsafe fn(&View, usize, *mut u16),
+    from: From,
     outputs: usize,
     out: Shared<u16>,
     then: Then,
 ) {
     let panels = outputs.div_ceil(BLOCK);
-    let steps: Vec<usize> = pairs.iter().map(|(left, _)| left.columns / BLOCK).collect();
-    let (panel_len, rows) = (steps.iter().sum::<usize>() * STEP_LEN, pairs[0].0.rows);
-    let widest = steps.iter().max().map_or(0, |steps| steps * BLOCK);
-    with_shared(panels * panel_len, |packed: *mut u16| {
+    let rows = pairs[0].0.rows;
+    let panel_bytes = pairs.iter().map(|(left, _)| format.right_bytes(left.columns)).sum::<usize>();
+    let left_bytes = pairs.iter().map(|(left, _)| format.left_bytes(left.columns)).sum::<usize>();
+    with_shared(panels * panel_bytes, |packed: *mut u8| {
         let packed = Shared::new(packed);
         team::run(threads, panels, &|panel| unsafe {
-            let mut place = packed.at(panel * panel_len);
-            for ((_, right), steps) in pairs.iter().zip(&steps) {
-                pack(right, panel * BLOCK, place);
-                place = place.add(steps * STEP_LEN);
+            let mut place = packed.at(panel * panel_bytes);
+            for (left, right) in pairs {
+                format.pack_right(right, from, left.columns, panel * BLOCK, place);
+                place = place.add(format.right_bytes(left.columns));
             }
         });
         team::run(threads, rows.div_ceil(TASK_ROWS), &|task| unsafe {
             let unit = Unit::start();
-            let spare_len = pairs.len() * BLOCK * widest;
-            with_local(BLOCK * BLOCK * 4 + spare_len * 2, |scratch: *mut u8| {
+            let mut ready = Vec::with_capacity(pairs.len());
+            with_local(BLOCK * BLOCK * 4 + left_bytes, |scratch: *mut u8| {
                 let sums = scratch as *mut f32;
-                let spare = scratch.add(BLOCK * BLOCK * 4) as *mut u16;
                 let (first, last) = (task * TASK_ROWS, rows.min((task + 1) * TASK_ROWS));
                 // A block of rows at a time: its outputs are written line after line.
                 for row in (first..last).step_by(BLOCK) {
+                    let mut room = scratch.add(BLOCK * BLOCK * 4);
+                    ready.clear();
+                    for (left, _) in pairs {
+                        ready.push(format.ready(left, row, room));
+                        room = room.add(format.left_bytes(left.columns));
+                    }
                     for panel in 0..panels {
                         let (column, at) = (panel * BLOCK, row * outputs + panel * BLOCK);
                         if let Then::Relu2Gradient(h) = then {
@@ -129,11 +149,10 @@ unsafe fn product(
                                 _mm_prefetch::<_MM_HINT_T0>(h.at(at + r * outputs) as *const i8);
                             }
                         }
-                        let mut right = packed.at(panel * panel_len) as *const u16;
-                        for (i, ((left, _), &steps)) in pairs.iter().zip(&steps).enumerate() {
-                            let left = left.left(row, spare.add(i * BLOCK * widest));
-                            unit.multiply(left, right, steps, sums, BLOCK, i > 0);
-                            right = right.add(steps * STEP_LEN);
+                        let mut right = packed.at(panel * panel_bytes) as *const u8;
+                        for (i, ((left, _), rows)) in pairs.iter().zip(&ready).enumerate() {
+                            rows.multiply(&unit, right, left.columns, (sums, BLOCK), i > 0);
+                            right = right.add(format.right_bytes(left.columns));
                         }
                         finish(sums, (last - row, outputs - column), then, out, at, outputs);
                     }
@@ -150,44 +169,35 @@ unsafe fn product(
 ///
 /// # Safety
 /// As `forward`.
-pub unsafe fn backward_weight(threads: usize, dy: View, x: View, dw: Shared<u16>) {
+pub unsafe fn backward_weight(threads: usize, format: Format, dy: View, x: View, dw: Shared<u16>) {
     let (rows, outputs, inputs) = (dy.rows, dy.columns, x.columns);
     let (blocks, panels) = (outputs.div_ceil(BLOCK), inputs.div_ceil(BLOCK));
     let (height, width) = (blocks * BLOCK, panels * BLOCK);
     let parts = (PARTS_PER_THREAD * threads).min(rows.div_ceil(CHUNK_ROWS));
     let per_part = rows.div_ceil(parts).next_multiple_of(CHUNK_ROWS);
     let parts = rows.div_ceil(per_part);
+    let (left_bytes, right_bytes) = (format.left_bytes(CHUNK_ROWS), format.right_bytes(CHUNK_ROWS));
     with_shared(parts * height * width, |sums: *mut f32| {
         let sums = Shared::new(sums);
         team::run(threads, parts, &|part| unsafe {
             let unit = Unit::start();
             let sums = sums.at(part * height * width);
             let (start, end) = (part * per_part, rows.min((part + 1) * per_part));
-            with_local(2 * (blocks + panels) * CHUNK_STEPS * STEP_LEN, |packed: *mut u8| {
-                let left = packed as *mut u16;
-                let right = left.add(blocks * CHUNK_STEPS * STEP_LEN);
+            let mut ready = Vec::with_capacity(blocks);
+            with_local(blocks * left_bytes + panels * right_bytes, |left: *mut u8| {
+                let right = left.add(blocks * left_bytes);
                 for first in (start..end).step_by(CHUNK_ROWS) {
-                    let count = CHUNK_ROWS.min(end - first).div_ceil(BLOCK);
-                    // All columns of 32 rows before the next ones, as they lie in memory.
-                    for step in 0..count {
-                        let row = first + step * BLOCK;
-                        let view = dy.rows_from(row, BLOCK);
-                        for block in 0..blocks {
-                            let out = left.add((block * CHUNK_STEPS + step) * STEP_LEN);
-                            unit.pack_columns(&view, block * BLOCK, out);
-                        }
-                        let view = x.rows_from(row, BLOCK);
+                    let count = CHUNK_ROWS.min(end - first);
+                    let (dy, x) = (dy.rows_from(first, count), x.rows_from(first, count));
+                    ready.clear();
+                    format.ready_columns(&unit, &dy, left, left_bytes, &mut ready);
+                    format.pack_right_columns(&x, right, right_bytes);
+                    let contraction = count.next_multiple_of(BLOCK);
+                    for (block, rows) in ready.iter().enumerate() {
                         for panel in 0..panels {
-                            let out = right.add((panel * CHUNK_STEPS + step) * STEP_LEN);
-                            pack_pairs(&view, panel * BLOCK, out);
-                        }
-                    }
-                    for block in 0..blocks {
-                        let rows = unit.left(left.add(block * CHUNK_STEPS * STEP_LEN));
-                        for panel in 0..panels {
-                            let right = right.add(panel * CHUNK_STEPS * STEP_LEN);
+                            let right = right.add(panel * right_bytes);
                             let c = sums.add((block * panels + panel) * BLOCK * BLOCK);
-                            unit.multiply(rows, right, count, c, BLOCK, first > start);
+                            rows.multiply(&unit, right, contraction, (c, BLOCK), first > start);
                         }
                     }
                 }

@@ -6,9 +6,11 @@ use crate::blocks::{self, Unit};
 use crate::ffi::guarded;
 use crate::flash;
 use crate::head;
+use crate::int8;
 use crate::linear::{self, Then};
 use crate::memory::Shared;
 use crate::newton_schulz;
+use crate::operands::Format;
 use crate::rows::{self, Turned};
 use crate::team;
 
@@ -34,7 +36,19 @@ fn shared<T>(start: *const T) -> Shared<T> {
     Shared::new(start as *mut T)
 }
 
+/// What operands are multiplied in: bf16, or (1) 8-bit integers over at most `contraction` numbers.
+fn format(int8: u64, contraction: usize) -> Result<Format, String> {
+    if int8 == 0 {
+        return Ok(Format::Bf16);
+    }
+    if contraction > int8::MAX_CONTRACTION {
+        return Err(format!("{contraction} numbers do not sum up in 32 bits"));
+    }
+    Ok(Format::Int8)
+}
+
 /// `y` (rows, outputs) = x (rows, inputs) w^T, w (outputs, inputs); relu2: then max(y, 0)^2.
+/// int8: of operands rounded to 8 bits.
 ///
 /// # Safety
 /// The arrays have these sizes, and inputs is a multiple of 32.
@@ -48,18 +62,20 @@ pub unsafe extern "C" fn nck_linear(
     outputs: u64,
     inputs: u64,
     relu2: u64,
+    int8: u64,
 ) -> i32 {
     guarded(|| {
         let then = if relu2 == 1 { Then::Relu2 } else { Then::Round };
         let x = View::new(x, rows as usize, inputs as usize);
         let w = View::new(w, outputs as usize, inputs as usize);
-        linear::forward(threads as usize, x, w, shared(y), then);
+        let format = format(int8, inputs as usize)?;
+        linear::forward(threads as usize, format, (x, w), shared(y), then);
         Ok(())
     })
 }
 
 /// `dx` (rows, inputs) = the sum of dy (rows, outputs) w over `count` pairs of both; with `h`
-/// (rows, inputs), not null, times the derivative of h = max(x, 0)^2.
+/// (rows, inputs), not null, times the derivative of h = max(x, 0)^2. int8: as in `nck_linear`.
 ///
 /// # Safety
 /// The arrays have these sizes, and all `outputs` are multiples of 32.
@@ -74,6 +90,7 @@ pub unsafe extern "C" fn nck_linear_input_gradient(
     h: *const u16,
     rows: u64,
     inputs: u64,
+    int8: u64,
 ) -> i32 {
     guarded(|| {
         let pairs: Vec<(View, View)> = (0..count as usize)
@@ -84,7 +101,9 @@ pub unsafe extern "C" fn nck_linear_input_gradient(
             })
             .collect();
         let then = if h.is_null() { Then::Round } else { Then::Relu2Gradient(shared(h)) };
-        linear::backward_input(threads as usize, &pairs, shared(dx), then);
+        let widest = pairs.iter().map(|(dy, _)| dy.columns).max().unwrap_or(0);
+        let format = format(int8, widest)?;
+        linear::backward_input(threads as usize, format, &pairs, shared(dx), then);
         Ok(())
     })
 }
@@ -102,11 +121,13 @@ pub unsafe extern "C" fn nck_linear_weight_gradient(
     rows: u64,
     outputs: u64,
     inputs: u64,
+    int8: u64,
 ) -> i32 {
     guarded(|| {
+        let format = if int8 == 1 { Format::Int8 } else { Format::Bf16 };
         let dy = View::new(dy, rows as usize, outputs as usize);
         let x = View::new(x, rows as usize, inputs as usize);
-        linear::backward_weight(threads as usize, dy, x, shared(dw));
+        linear::backward_weight(threads as usize, format, dy, x, shared(dw));
         Ok(())
     })
 }
@@ -261,7 +282,7 @@ pub unsafe extern "C" fn nck_attention_gradient(
 
 /// The weighted sum of the cross-entropies of softcapped logits, and both gradients. hidden (rows,
 /// width), weight (vocabulary, width), of which `used` rows are tokens; targets (rows) int64;
-/// factors (rows) fp32 or null.
+/// factors (rows) fp32 or null. int8: as in `nck_linear`, for the logits and hidden gradients.
 ///
 /// # Safety
 /// The arrays have these sizes, width is a multiple of 32, targets are below `used`.
@@ -278,6 +299,7 @@ pub unsafe extern "C" fn nck_head_loss(
     vocabulary: u64,
     used: u64,
     cap: f32,
+    int8: u64,
     loss: *mut f64,
     hidden_gradient: *mut u16,
     weight_gradient: *mut u16,
@@ -289,6 +311,7 @@ pub unsafe extern "C" fn nck_head_loss(
             vocabulary: vocabulary as usize,
             used: used as usize,
             cap,
+            format: format(int8, width as usize)?,
         };
         let targets_are = std::slice::from_raw_parts(targets, sizes.rows);
         if let Some(bad) = targets_are.iter().find(|&&t| t < 0 || t as usize >= sizes.used) {
