@@ -125,17 +125,14 @@ def pass_over(run_dir: Path, newest: int, *, prefix: str = DAMAGED) -> None:
     prefix: DAMAGED or LATER. They are kept under another name, where neither retention nor a reader
     takes them for steps. Rejected ones are no longer to be judged when the run goes on before them.
     """
-    paths = step_folders(run_dir)
+    paths = [path for path in step_folders(run_dir) if step_of(path) > newest]
     if prefix == LATER:
-        paths += [rejected_folder(run_dir, step) for step in rejected_steps(run_dir)]
+        paths += [rejected_folder(run_dir, s) for s in rejected_steps(run_dir) if s > newest]
     for path in paths:
-        name = path.name.removeprefix(REJECTED)
-        if step_of(path.with_name(name)) > newest:
-            aside = path.with_name(f"{prefix}{name}")
-            remove_folder(aside)
-            os.replace(path, aside)
-            why = prefix.removesuffix(".")
-            logger.warning("%s is %s and was renamed to %s", path, why, aside.name)
+        aside = path.with_name(f"{prefix}{path.name}")
+        remove_folder(aside)
+        os.replace(path, aside)
+        logger.warning("%s is %s and was renamed to %s", path, prefix.removesuffix("."), aside.name)
 
 
 def rejected_folder(run_dir: Path, step: int) -> Path:

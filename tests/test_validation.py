@@ -145,7 +145,7 @@ def test_a_run_that_goes_back_before_a_rejected_step_does_not_return_to_it(
     found = resuming.previous_run(run_dir, facts, resume=True, world=World())
     assert found is not None
     assert (found.step, found.is_rejected) == (2, False)
-    assert (run_dir / "later.step_000004").is_dir()
+    assert (run_dir / "later.rejected.step_000004").is_dir()
 
 
 def test_a_damaged_rejected_step_is_passed_over_and_a_dry_run_leaves_a_sound_one(
