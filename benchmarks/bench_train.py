@@ -382,7 +382,7 @@ def _measure_ours(config: Config, work: Path) -> None:
             if config.device == "cpu":
                 keep_freed_memory()
             position = self.loader.state_dict()
-            dropping = _drop(self.model, config.dropout)  # compiled passes never see later hooks
+            _drop(self.model, config.dropout)  # compiled passes never see later hooks
             for _ in range(WARM_UP_PASSES):
                 self.accumulate_gradients()
                 self.optimizer.zero_grad()
@@ -397,8 +397,6 @@ def _measure_ours(config: Config, work: Path) -> None:
                 clock.time(self._step)
                 average.update()
             average.put_in_place()
-            for handle in dropping:
-                handle.remove()
             (validation,) = [hook for hook in self.hooks if hook.name == "validation"]
             bpb = validation.action(self)["val_bpb"]
             _tell(
@@ -436,14 +434,12 @@ class _Average:
             weight.detach().copy_(own / self._total)
 
 
-def _drop(model: Any, share: float) -> list[Any]:
+def _drop(model: Any, share: float) -> None:
     """Dropout behind the attention and MLP of every block (arXiv:1706.03762, section 5.4)."""
     from torch.nn.functional import dropout
 
-    if not share:
-        return []
-    parts = [part for block in model.blocks for part in (block.attn, block.mlp)]
-    return [part.register_forward_hook(lambda _, __, out: dropout(out, share)) for part in parts]
+    for part in (part for block in model.blocks for part in (block.attn, block.mlp) if share):
+        part.register_forward_hook(lambda part, _, out: dropout(out, share, part.training))
 
 
 # ---- the peer ---------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ table of contents in sharded/, whose format is PyTorch's. Here they are read and
 
 from __future__ import annotations
 
-import glob
 import json
 import logging
 import re
@@ -362,13 +361,14 @@ def _set_aside(stage: str, tag: str | None) -> str:
 
     It was started over by one which came to no checkpoint, or its model was rejected.
     """
-    for run_dir in sorted(checkpoints_dir(stage).glob(glob.escape(tag or "") + "*")):
-        if tag in (None, run_dir.name) and not step_folders(run_dir):
-            for step in rejected_steps(run_dir):
-                return f"; {rejected_folder(run_dir, step)} was found unsound when it was validated"
-    for previous in sorted(checkpoints_dir(stage).glob(f"{glob.escape(tag or '')}*/{PREVIOUS}")):
-        run_dir = previous.parent
-        if tag in (None, run_dir.name) and step_folders(previous) and not step_folders(run_dir):
+    folder = checkpoints_dir(stage)
+    for run_dir in sorted(folder.glob("*")) if tag is None else [folder / tag]:
+        if step_folders(run_dir):
+            continue
+        for step in rejected_steps(run_dir):
+            return f"; {rejected_folder(run_dir, step)} was found unsound when it was validated"
+        previous = run_dir / PREVIOUS
+        if step_folders(previous):
             return (
                 f"; an earlier run is in {previous}, put it back with `mv {previous}/* {run_dir}/`"
             )

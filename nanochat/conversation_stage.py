@@ -47,7 +47,7 @@ from nanochat.validation import Validation
 logger = logging.getLogger(__name__)
 
 NUM_SAMPLES, SAMPLE_TOKENS = 2, 48  # answers shown when the stage ends
-LENGTH_SAMPLE = 1000  # conversations rendered to estimate the mean length; 1 % error is plenty
+SAMPLE_SIZE = 1000  # conversations rendered to estimate the mean length; 1 % error is plenty
 
 
 @dataclass(frozen=True)
@@ -132,9 +132,10 @@ def train_on_conversations(
     eval_tokens = config.eval_tokens
     if config.eval_steps is not None:
         eval_tokens = config.eval_steps * config.device_batch_size * sequence_len
+    mean_length, digits = _sample(train_task, tokenizer, sequence_len, chats)
     num_iterations = config.num_iterations
     if num_iterations <= 0:
-        steps = _steps_per_epoch(config, train_task, tokenizer, rows_per_step, sequence_len)
+        steps = _steps_per_epoch(config, len(train_task), mean_length, rows_per_step, sequence_len)
         num_iterations = config.num_epochs * steps
 
     def validation_batches() -> Iterator[Batch]:
@@ -198,7 +199,7 @@ def train_on_conversations(
         facts={
             "data": config.data or parent.state["data"],
             "tasks": task_set,
-            "conversations": _digest(train_task, tokenizer, sequence_len, chats),
+            "conversations": digits,
             "parent": origin(parent, source),
             LINEAGE: lineage(
                 parent,
@@ -272,31 +273,32 @@ def _score_hooks(
     return hooks
 
 
-def _digest(task: Task, tokenizer: Tokenizer, sequence_len: int, chats: Sequence[str]) -> str:
-    """Eight digits by which to recognise the conversations: of a sample, and of all own files."""
+def _sample(
+    task: Task, tokenizer: Tokenizer, sequence_len: int, chats: Sequence[str]
+) -> tuple[float, str]:
+    """Mean length of the conversations in tokens, and eight digits by which to recognise them.
+
+    Both are of a sample; the digits are of all own files, too.
+    """
     digest = hashlib.sha256(str(len(task)).encode())
-    for index in range(0, len(task), max(1, len(task) // LENGTH_SAMPLE)):
+    lengths = []
+    for index in range(0, len(task), max(1, len(task) // SAMPLE_SIZE)):
         rendered = tokenizer.render_conversation(task[index], max_tokens=sequence_len)
+        lengths.append(len(rendered[0]))
         digest.update(np.array(rendered, np.int32).tobytes())
     for path in chats:
         digest.update(sha256_file(Path(path)).encode())
-    return digest.hexdigest()[:8]
+    return sum(lengths) / max(1, len(lengths)), digest.hexdigest()[:8]
 
 
 def _steps_per_epoch(
     config: ConversationStageConfig,
-    task: Task,
-    tokenizer: Tokenizer,
+    num_conversations: int,
+    mean_length: float,
     rows_per_step: int,
     sequence_len: int,
 ) -> int:
-    """Optimizer steps of one pass over the task; estimated from a sample unless one row is one."""
+    """Optimizer steps of one pass over the conversations; estimated unless one row is one."""
     if config.packing == "rows":
-        return math.ceil(len(task) / rows_per_step)
-    stride = max(1, len(task) // LENGTH_SAMPLE)
-    lengths = [
-        len(tokenizer.render_conversation(task[index], max_tokens=sequence_len)[0])
-        for index in range(0, len(task), stride)
-    ]
-    tokens = sum(lengths) / len(lengths) * len(task)
-    return max(1, round(tokens / (rows_per_step * sequence_len)))
+        return math.ceil(num_conversations / rows_per_step)
+    return max(1, round(mean_length * num_conversations / (rows_per_step * sequence_len)))
