@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from nanochat import checkpoint_manager
@@ -22,6 +25,8 @@ from nanochat.runtime import World
 from nanochat.sources import changed_data
 
 logger = logging.getLogger(__name__)
+
+_NO_DEFAULTS: Mapping[str, Any] = MappingProxyType({})
 
 _RUN_FILES = (
     *("step_*", f"{DAMAGED}*", f"{LATER}*", f"{REJECTED}*"),
@@ -60,6 +65,8 @@ _CHANGEABLE = frozenset(
     {
         "compile",
         "compute_dtype",
+        "fp8",
+        "int8",
         "embedding_lr",
         "unembedding_lr",
         "matrix_lr",
@@ -87,20 +94,26 @@ _CHANGEABLE = frozenset(
 
 
 def previous_run(
-    run_dir: Path, facts: dict[str, Any], *, resume: bool, world: World, step: int | None = None
+    run_dir: Path,
+    facts: dict[str, Any],
+    *,
+    resume: bool,
+    world: World,
+    step: int | None = None,
+    defaults: Mapping[str, Any] = _NO_DEFAULTS,
 ) -> checkpoint_manager.Checkpoint | None:
     """The checkpoint to go on from, None to start from nothing. The run's folder is locked.
 
     Without `resume` an earlier run moves to the subfolder `previous`. With it, the newest sound
     checkpoint is taken; UserError when it belongs to another run than `facts` describe. The main
     rank looks, all get its answer: verifying once is enough, and nobody looks while folders move.
-    step: to go on from instead; the ones after it are renamed.
+    step: to go on from instead; the ones after it are renamed. defaults: see `differences`.
     """
     found: checkpoint_manager.Checkpoint | None = None
     problem: str | None = None
     if world.is_main:
         try:
-            found = _look(run_dir, facts, resume=resume, step=step)
+            found = _look(run_dir, facts, resume=resume, step=step, defaults=defaults)
         except UserError as error:
             problem = str(error)
     found, problem = world.gather_objects((found, problem))[0]
@@ -110,7 +123,12 @@ def previous_run(
 
 
 def _look(
-    run_dir: Path, facts: dict[str, Any], *, resume: bool, step: int | None
+    run_dir: Path,
+    facts: dict[str, Any],
+    *,
+    resume: bool,
+    step: int | None,
+    defaults: Mapping[str, Any],
 ) -> checkpoint_manager.Checkpoint | None:
     if not resume:
         _set_aside(run_dir)
@@ -123,7 +141,7 @@ def _look(
         logger.info("nothing to resume in %s: starting from nothing", run_dir)
         return None
     _check_data(newest, facts)
-    different = differences(newest.state, facts)
+    different = differences(newest.state, facts, defaults)
     other_run = [text for name, text in different.items() if name not in _CHANGEABLE]
     if other_run:
         raise UserError(
@@ -185,17 +203,30 @@ def _set_aside(run_dir: Path) -> None:
     logger.info("the earlier run in %s is now %s%s", run_dir, aside, older)
 
 
-def differences(saved: dict[str, Any], facts: dict[str, Any]) -> dict[str, str]:
+def defaults_of(config: Any) -> dict[str, Any]:
+    """The defaults of a dataclass of settings, without those that follow from others (None)."""
+    return {
+        field.name: field.default
+        for field in dataclasses.fields(config)
+        if field.default is not dataclasses.MISSING and field.default is not None
+    }
+
+
+def differences(
+    saved: dict[str, Any], facts: dict[str, Any], defaults: Mapping[str, Any] = _NO_DEFAULTS
+) -> dict[str, str]:
     """Settings that make a saved run another one than the one asked for: name -> old, not new.
 
     saved: state.json of a checkpoint. facts: what that of the new run will say; a part is enough,
-    and "config", the settings, must be in it.
+    and "config", the settings, must be in it. defaults: what settings stood at in a run from before
+    there were such.
     """
-    old = saved.get("config", {}) | {k: v for k, v in saved.items() if k in facts and k != "config"}
+    old = dict(defaults) | saved.get("config", {})
+    old |= {k: v for k, v in saved.items() if k in facts and k != "config"}
     new = facts["config"] | {k: v for k, v in facts.items() if k != "config"}
     return {
         name: f"{name} {old.get(name)!r}, not {value!r}"
         for name, value in new.items()
-        # A setting that the run does not know is newer than it and has its default.
+        # A setting that neither knows is newer than the run, and follows from others.
         if name not in _FREE | _NOT_COMPARED and name in old and old[name] != value
     }

@@ -21,7 +21,7 @@ from nanochat.memory import checkpoint_bytes, estimate_memory, format_bytes
 from nanochat.optimizers import OptimizerConfig
 from nanochat.plan import Plan, StepLoader, wants_compile
 from nanochat.presets import TRAINING, OptimizerName
-from nanochat.resuming import previous_run
+from nanochat.resuming import defaults_of, previous_run
 from nanochat.run_folder import lock_run
 from nanochat.runtime import Runtime
 from nanochat.schedule import Schedule
@@ -310,7 +310,9 @@ def _train(
     run_dir, world = trainer.saver.run_dir, trainer.runtime.world
     step = config.resume_from_step if config.resume_from_step >= 0 else None
     resume = config.resume or step is not None
-    checkpoint = previous_run(run_dir, facts, resume=resume, world=world, step=step)
+    checkpoint = previous_run(
+        run_dir, facts, resume=resume, world=world, step=step, defaults=defaults_of(config)
+    )
     if world.is_main:
         report.describe_machine()
         mirrors = open_mirrors(

@@ -23,7 +23,7 @@ from nanochat.common import UserError, base_dir, checkpoints_dir
 from nanochat.gpt import GPT
 from nanochat.gpt_config import GPTConfig
 from nanochat.pretraining import CORE, CORE_PARTIAL, DEFAULT_DATA, PretrainingConfig
-from nanochat.resuming import differences
+from nanochat.resuming import defaults_of, differences
 from nanochat.run_folder import lock_holder
 from nanochat.scaling import scaling_parameters
 from nanochat.stage import setting
@@ -228,7 +228,7 @@ class PlannedRun:
             "data": self.data,
             "tokenizer_hash": self.tokenizer_hash,
         }
-        if different := differences(checkpoint.state, facts):
+        if different := differences(checkpoint.state, facts, defaults_of(self.config)):
             raise UserError(
                 f"{self.run_dir} holds a run that was made with {'; '.join(different.values())}. "
                 "Give the same flags, another --name, or delete that folder"

@@ -7,11 +7,19 @@ import signal
 import pytest
 import torch
 
+from nanochat.runtime import Runtime, World
+
 
 @pytest.fixture(autouse=True)
 def _same_weights() -> None:
     """Weights drawn without a seed are the same each time, in whatever order the tests run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def runtime() -> Runtime:
+    """One process, fp32 on the CPU."""
+    return Runtime(torch.device("cpu"), torch.float32, World(), 42)
 
 
 def pytest_configure() -> None:

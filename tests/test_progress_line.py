@@ -14,7 +14,7 @@ import torch
 from nanochat import progress
 from nanochat.hardware import Device
 from nanochat.progress import duration
-from nanochat.runtime import Runtime, World
+from nanochat.runtime import Runtime
 from nanochat.stopping import StoppedError
 from nanochat.tracking import read_metrics
 from nanochat.train_state import TrainState
@@ -34,12 +34,6 @@ LINE = re.compile(
 # A run of hours, of which some are over, so that the time left is a number to compare.
 STEPS, STEPS_BEFORE, STEPS_SEEN = 500_000, 240_000, 24
 TOKENS_PER_STEP = ROWS * SIZES.sequence_len
-
-
-@pytest.fixture
-def runtime() -> Runtime:
-    """One process, fp32 on the CPU."""
-    return Runtime(torch.device("cpu"), torch.float32, World(), 42)
 
 
 @pytest.fixture

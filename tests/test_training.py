@@ -19,7 +19,7 @@ from nanochat import checkpoint_manager
 from nanochat.common import UserError
 from nanochat.configurator import parse
 from nanochat.dataloader import Batch
-from nanochat.runtime import Runtime, World
+from nanochat.runtime import Runtime
 from nanochat.schedule import Schedule, muon_momentum
 from nanochat.stopping import StoppedError, catch_signals
 from nanochat.tracking import read_metrics
@@ -34,12 +34,6 @@ def weights_after_training(runtime: Runtime, folder: Path, micro_batch_rows: int
     trainer = make_trainer(folder, runtime, micro_batch_rows=micro_batch_rows)
     trainer.run()
     return {name: value.numpy() for name, value in trainer.weights.state_dict().items()}
-
-
-@pytest.fixture
-def runtime() -> Runtime:
-    """One process, fp32 on the CPU."""
-    return Runtime(torch.device("cpu"), torch.float32, World(), 42)
 
 
 def largest_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from nanochat.checkpoint_manager import Checkpoint, newest_checkpoint
 from nanochat.dataloader import Batch
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optimizers import OptimizerConfig
@@ -16,7 +17,7 @@ from nanochat.plan import Plan
 from nanochat.runtime import Runtime, World
 from nanochat.schedule import Schedule
 from nanochat.stopping import StopRequest
-from nanochat.tracking import MetricWriter
+from nanochat.tracking import MetricWriter, read_metrics
 from nanochat.training import Hook, Trainer
 
 SIZES = GPTConfig(sequence_len=32, vocab_size=50, n_layer=2, n_head=2, n_embd=32)
@@ -91,3 +92,23 @@ def make_trainer(
         hooks=hooks or [],
         stop=stop,
     )
+
+
+def newest(folder: Path) -> Checkpoint:
+    """The newest checkpoint of a trainer made in `folder`."""
+    checkpoint = newest_checkpoint(folder / "run")
+    assert checkpoint is not None
+    return checkpoint
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """The loss of each step of a trainer made in `folder`."""
+    rows = read_metrics(folder / "run" / "metrics.jsonl")
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def go_on(folder: Path, runtime: Runtime, **changes: Any) -> Trainer:
+    """A trainer that goes on from the newest checkpoint."""
+    trainer = make_trainer(folder, runtime, **changes)
+    trainer.resume(newest(folder))
+    return trainer
