@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nanochat.common import UserError
+from nanochat.precision import convert_linears
 
 FORWARD, GRADIENT = torch.float8_e4m3fn, torch.float8_e5m2
 _LEAST_SIZE, _STEP = 128, 16  # what the kernel pays for, and what it takes
@@ -48,18 +49,11 @@ def check_device(device: torch.device) -> None:
 
 def convert(model: nn.Module) -> int:
     """Let the model's large matrices multiply in fp8, in place; returns how many."""
-    chosen = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if type(child) is nn.Linear and name != "lm_head" and _fits(child.weight.shape)
-    ]
-    for parent, name, child in chosen:
-        converted = Float8Linear(1, 1, bias=False, device="meta")
-        converted.in_features, converted.out_features = child.in_features, child.out_features
-        converted.weight = child.weight
-        setattr(parent, name, converted)
-    return len(chosen)
+    return convert_linears(
+        model,
+        Float8Linear,
+        lambda name, linear: name != "lm_head" and _fits(linear.weight.shape),
+    )
 
 
 @contextmanager

@@ -22,7 +22,10 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 class Int8Linear(nn.Linear):
-    """A bias-free Linear whose products the kernels make in 8-bit integers; see `int8`."""
+    """A bias-free Linear whose products the kernels make in 8-bit integers; see `int8`.
+
+    It is a mark, read by `in_int8`: called by itself, as in an evaluation, it is a plain Linear.
+    """
 
 
 def trains(config: GPTConfig, dtype: torch.dtype) -> bool:

@@ -1,45 +1,56 @@
 """Matrix products in 8-bit integers, for CPUs, which multiply them twice as fast as bf16.
 
-Operands are rounded to multiples of a scale: what a layer computes, and the gradient of its input,
-with one for each row and each output, as in SwitchBack (arXiv:2304.13013); the gradient of its
-weights with one for each row and column of every 256 tokens, whose sums are added in fp32 (scales
-of blocks are those of Jetfire, arXiv:2403.12422). What the head's weights get, attention and all
-that has no matrix stay in bf16. The products are those of the training kernels
-(`kernels.training`); evaluations run without.
+Operands are rounded to multiples of a scale: for what a layer computes, and the gradient of its
+input, with one for each row and each output, as in SwitchBack (arXiv:2304.13013); for the gradient
+of its weights with one for each row and column of every 256 tokens, whose sums are added in fp32
+(scales of blocks, as in Jetfire, arXiv:2403.12422). Of the head these are the logits and the
+gradient of hidden states, the latter by groups of 256 tokens of the vocabulary; its weights'
+gradient, attention and all that has no matrix stay in bf16. The products are those of the training
+kernels (`kernels.training`); evaluations run without.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from nanochat import fused_native
 from nanochat.common import UserError
+from nanochat.gpt import GPT
 from nanochat.gpt_config import GPTConfig
 from nanochat.kernels import training
+from nanochat.precision import convert_linears
 
 
 def check_possible(config: GPTConfig, device: torch.device, dtype: torch.dtype) -> None:
     """UserError unless this model can train in this dtype through the kernels."""
-    if device.type != "cpu" or not fused_native.trains(config, dtype):
-        raise UserError(
-            "--int8 needs bf16 training on a CPU with AMX or AVX-512 BF16 (Intel since Sapphire "
-            "Rapids, AMD since Zen 4), the compiled kernels, and a model whose widths are "
-            "multiples of 32; leave it out here"
+    if device.type != "cpu":
+        lacking = f"a CPU, not {device.type}"
+    elif training.load() is None:
+        lacking = (
+            "a CPU with AMX or AVX-512 BF16 (Intel since Sapphire Rapids, AMD since Zen 4) and "
+            "compiled kernels (nanochat/kernels/README.md)"
         )
+    elif dtype != torch.bfloat16:
+        lacking = f"bf16 training, not {str(dtype).removeprefix('torch.')}"
+    elif not fused_native.trains(config, dtype):
+        lacking = (
+            "a width, an MLP and heads of multiples of 32, and these are "
+            f"{config.n_embd}, {config.mlp_width} and {config.head_dim}"
+        )
+    else:
+        return
+    raise UserError(f"--int8 needs {lacking}; leave it out here")
 
 
-def convert(model: nn.Module) -> int:
+def convert(model: GPT) -> int:
     """Let the model's matrices multiply in 8 bits while training, in place; returns how many."""
-    chosen = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if type(child) is nn.Linear and all(n % training.WIDTH == 0 for n in child.weight.shape)
-    ]
-    for parent, name, child in chosen:
-        converted = fused_native.Int8Linear(1, 1, bias=False, device="meta")
-        converted.in_features, converted.out_features = child.in_features, child.out_features
-        converted.weight = child.weight
-        setattr(parent, name, converted)
-    return len(chosen)
+    takes_head = "head" not in fused_native.left_to_pytorch(model.config)
+    return convert_linears(
+        model,
+        fused_native.Int8Linear,
+        lambda name, linear: takes_head if name == "lm_head" else _fits(linear.weight.shape),
+    )
+
+
+def _fits(shape: torch.Size) -> bool:
+    return all(size % training.WIDTH == 0 for size in shape)

@@ -42,8 +42,8 @@ def next_token_loss_sum(
     hidden: (B, T, C) or (N, C) final states; head_weight: (V, C); targets: (B, T) or (N,) int64,
     -1 = ignored; weights: what each target's loss is multiplied by, of the shape of targets,
     None = 1; cap: the model's softcap, 0 = none; vocab_size: rows of the head behind it are
-    padding, None = there are none; int8: multiply in 8-bit integers, where it is the kernels that
-    multiply. The gradient is made during the forward pass, chunk by chunk,
+    padding, None = there are none; int8: multiply in 8-bit integers, ignored where PyTorch
+    multiplies. The gradient is made during the forward pass, chunk by chunk,
     from the logits at hand. Where targets and weights are given on the host, rows whose target is
     ignored never meet the head, wherever that is.
 

@@ -1,4 +1,4 @@
-"""fp32 master weights for a model that computes in a lower precision.
+"""A model that computes in a lower precision: fp32 master weights, and layers of another kind.
 
 Every matrix exists twice: the model holds it in the compute dtype, and the optimizer updates an
 fp32 original.
@@ -7,6 +7,7 @@ Casting once per optimizer step, not once per use, is what makes bf16 pay on a C
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -63,6 +64,27 @@ class MasterWeights:
         for name, parameter in self._named.items():
             parameter.data.copy_(weights[name])
         self.publish()
+
+
+def convert_linears(
+    model: nn.Module, kind: type[nn.Linear], takes: Callable[[str, nn.Linear], bool]
+) -> int:
+    """Make plain bias-free Linear layers ones of `kind`, in place, around the same weights.
+
+    takes: asked with a layer's name within its parent, and the layer. Returns how many there were.
+    """
+    chosen = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if type(child) is nn.Linear and child.bias is None and takes(name, child)
+    ]
+    for parent, name, child in chosen:
+        converted = kind(1, 1, bias=False, device="meta")
+        converted.in_features, converted.out_features = child.in_features, child.out_features
+        converted.weight = child.weight
+        setattr(parent, name, converted)
+    return len(chosen)
 
 
 class _MoveGradientTo:

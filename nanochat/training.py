@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanochat import checkpoint_manager, fp8, int8
+from nanochat import checkpoint_manager, fp8, fused_native, int8
 from nanochat.common import UserError
 from nanochat.dataloader import Batch
 from nanochat.gpt import GPT
@@ -292,7 +292,7 @@ class Trainer:
                 cap=self.model.config.logit_softcap,
                 vocab_size=self.model.config.vocab_size,
                 compiled=self.plan.compile,
-                int8=self.plan.int8,
+                int8=fused_native.in_int8(self.model.lm_head),
             )
             part.backward()  # type: ignore[no-untyped-call]
             loss_sum += part.detach() / factor

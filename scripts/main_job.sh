@@ -19,13 +19,14 @@ source scripts/ranks.sh
 SIZES=(DATA TASKS FIRST_SHARDS NUM_SHARDS MAX_CHARS VOCAB_SIZE DEPTH TOKEN_SHIFT VALUE_EMBEDDINGS PACKING MAX_SEQ_LEN DEVICE_BATCH_SIZE
     TOTAL_BATCH_SIZE NUM_ITERATIONS FINAL_LR SAVE_EVERY EVAL_EVERY EVAL_TOKENS BPB_LIMIT CORE_EVERY SAMPLE_EVERY CORE_MAX_PER_TASK
     MID_ITERATIONS MID_FINAL_LR SFT_ITERATIONS SFT_DEVICE_BATCH_SIZE SFT_EXAMPLES_PER_STEP SFT_PACKING
-    SFT_LR_FRACTION SPIKE_LIMIT RL_ITERATIONS MAX_PROBLEMS MAX_NEW_TOKENS)
+    SFT_LR_FRACTION SPIKE_LIMIT RL_ITERATIONS INT8 MAX_PROBLEMS MAX_NEW_TOKENS)
 RL_ITERATIONS=0 # steps of reinforcement learning, which is left out unless a flag asks for it
+INT8=0          # 1 = training multiplies in 8-bit integers, on CPUs with AMX or AVX-512 BF16
 
 # ---- the stages: name, what it leaves behind in the base folder, command ------------------------------
 
 pipeline() {
-    local tag="d$DEPTH" first="$NUM_SHARDS" limit=() packed=() valued=()
+    local tag="d$DEPTH" first="$NUM_SHARDS" limit=() packed=() valued=() rounded=()
     local shards=(python -m nanochat.dataset --data="$DATA" -n "$NUM_SHARDS")
     stage report_reset "" \
         python -m nanochat.report reset
@@ -55,9 +56,11 @@ pipeline() {
     # [2/5] base model. Left out where it is the default: runs from before this choice go on.
     [ "$PACKING" = stream ] || packed=(--packing="$PACKING")
     [ "$VALUE_EMBEDDINGS" = 0 ] || valued=(--value_embeddings=1)
+    [ "$INT8" = 0 ] || rounded=(--int8=1)
     training base_train "base_checkpoints/$tag/step_*/manifest.json" \
         ranks scripts.base_train --data="$DATA" --depth="$DEPTH" --max_seq_len="$MAX_SEQ_LEN" \
         --token_shift="$TOKEN_SHIFT" ${valued[@]+"${valued[@]}"} ${packed[@]+"${packed[@]}"} \
+        ${rounded[@]+"${rounded[@]}"} \
         --final_lr_frac="$FINAL_LR" \
         --device_batch_size="$DEVICE_BATCH_SIZE" --total_batch_size="$TOTAL_BATCH_SIZE" \
         --num_iterations="$NUM_ITERATIONS" --eval_every="$EVAL_EVERY" --eval_tokens="$EVAL_TOKENS" \
@@ -75,6 +78,7 @@ pipeline() {
     # [3/5] midtraining
     training mid_train "mid_checkpoints/$tag/step_*/manifest.json" \
         ranks scripts.mid_train --model_tag="$tag" --tasks="$TASKS" --max_seq_len="$MAX_SEQ_LEN" \
+        ${rounded[@]+"${rounded[@]}"} \
         --device_batch_size="$DEVICE_BATCH_SIZE" --total_batch_size="$TOTAL_BATCH_SIZE" \
         --num_iterations="$MID_ITERATIONS" --final_lr_frac="$MID_FINAL_LR" \
         --eval_every="$EVAL_EVERY" --eval_tokens="$EVAL_TOKENS" \
@@ -85,7 +89,7 @@ pipeline() {
 
     # [4/5] supervised finetuning
     training chat_sft "chatsft_checkpoints/$tag/step_*/manifest.json" \
-        ranks scripts.chat_sft --model_tag="$tag" --tasks="$TASKS" \
+        ranks scripts.chat_sft --model_tag="$tag" --tasks="$TASKS" ${rounded[@]+"${rounded[@]}"} \
         --device_batch_size="$SFT_DEVICE_BATCH_SIZE" --target_examples_per_step="$SFT_EXAMPLES_PER_STEP" \
         --packing="$SFT_PACKING" --init_lr_frac="$SFT_LR_FRACTION" --num_iterations="$SFT_ITERATIONS" \
         --eval_every="$EVAL_EVERY" --eval_tokens="$EVAL_TOKENS" \
@@ -97,6 +101,7 @@ pipeline() {
     if [ "$RL_ITERATIONS" -gt 0 ]; then
         training chat_rl "chatrl_checkpoints/$tag/step_*/manifest.json" \
             ranks scripts.chat_rl --model_tag="$tag" --tasks="$TASKS" --num_iterations="$RL_ITERATIONS" \
+            ${rounded[@]+"${rounded[@]}"} \
             --device_batch_size="$DEVICE_BATCH_SIZE" --max_new_tokens="$MAX_NEW_TOKENS" \
             --eval_examples="$MAX_PROBLEMS" --save_every="$SAVE_EVERY" --run="$WANDB_RUN"
         evaluation chat_eval_rl "report/chat-evaluation-rl.json" \
@@ -246,6 +251,7 @@ read_arguments() {
         SFT_EXAMPLES_PER_STEP; do
         [ "${!name}" -ge 1 ] || usage_error "$name is ${!name}; it must be at least 1"
     done
+    [ "$INT8" = 0 ] || [ "$DEVICES" = cpu ] || usage_error "--int8 is for CPUs; leave it out here"
 }
 
 check_choice() {
@@ -258,7 +264,7 @@ check_size() {
     case "$1" in
     DATA) ;;
     TASKS) check_choice "$2" "$3" embedded public auto ;;
-    VALUE_EMBEDDINGS) check_choice "$2" "$3" 0 1 ;;
+    VALUE_EMBEDDINGS | INT8) check_choice "$2" "$3" 0 1 ;;
     PACKING) check_choice "$2" "$3" stream shuffled best-fit ;;
     SFT_PACKING) check_choice "$2" "$3" stream rows best-fit ;;
     TOKEN_SHIFT | *_LIMIT | *_LR | *_FRACTION)

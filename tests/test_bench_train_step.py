@@ -49,6 +49,7 @@ def test_a_line_says_speed_memory_and_parts(
         ("--device=cuda", "--device=cuda, and PyTorch .* sees no NVIDIA GPU here"),
         ("--rows=16", "--rows is 16 and --length 0; give both"),
         ("--shapes=2x2", "--shapes names '2x2'; there are 16x512, 1x1024"),
+        ("--sides=ours,ours int-8", "--sides names 'ours int-8'; there are ours, ours compiled"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(

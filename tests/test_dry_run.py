@@ -26,12 +26,6 @@ from nanochat.tokenizer import Tokenizer
 from tests.tiny_run import ROWS, SIZES, SeededLoader
 
 
-@pytest.fixture
-def runtime() -> Runtime:
-    """One process, fp32 on the CPU."""
-    return Runtime(torch.device("cpu"), torch.float32, World(), 42)
-
-
 def dry_run(
     runtime: Runtime, folder: Path, *, trains: bool, sizes: GPTConfig = SIZES, **changes: Any
 ) -> SeededLoader:
@@ -110,6 +104,9 @@ def test_what_cannot_be_done_is_refused_first(runtime: Runtime, tmp_path: Path) 
     for settings, flag in (({"fp8": True}, "--fp8"), ({"int8": True}, "--int8")):
         with pytest.raises(UserError, match=f"{flag} needs"):
             dry_run(runtime, tmp_path, trains=False, **settings)
+
+
+def test_nothing_to_keep_is_refused_first(runtime: Runtime, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--keep-last is 0"):
         dry_run(runtime, tmp_path, trains=False, keep_last=0)
 
@@ -142,7 +139,31 @@ def test_the_estimate_of_activations_is_what_autograd_keeps(
     assert expected["activations"] == pytest.approx(size, rel=0.3)
 
 
-@pytest.mark.skipif(kernels.load() is None, reason="no AMX and no AVX-512 BF16, or no kernels")
+needs_kernels = pytest.mark.skipif(
+    kernels.load() is None, reason="no AMX and no AVX-512 BF16, or no kernels"
+)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("cap", "how"), [(15.0, "in 8-bit integers, "), (0.0, "in 8-bit integers (not for head), ")]
+)
+def test_it_says_that_products_are_made_in_8_bits(
+    cap: float,
+    how: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    caplog.set_level(logging.INFO)
+    config = dataclasses.replace(SIZES, n_embd=128, logit_softcap=cap)
+    runtime = Runtime(torch.device("cpu"), torch.bfloat16, World(), 42)
+    dry_run(runtime, tmp_path, trains=False, sizes=config, int8=True)
+    assert f"compiled kernels {how}" in caplog.text
+
+
+@needs_kernels
 @pytest.mark.parametrize(
     ("sizes", "how"),
     [

@@ -81,7 +81,9 @@ def test_only_large_matrices_are_converted_and_keep_their_names_and_weights() ->
     assert list(model.state_dict()) == names
     assert model.transformer.h[0].attn.c_q.weight is weights
     assert type(model.lm_head) is torch.nn.Linear
-    odd = torch.nn.ModuleDict({"a": torch.nn.Linear(64, 256), "b": torch.nn.Linear(136, 136)})
+    odd = torch.nn.ModuleDict(
+        {"a": torch.nn.Linear(64, 256, bias=False), "b": torch.nn.Linear(136, 136, bias=False)}
+    )
     assert fp8.convert(odd) == 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +11,26 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nanochat import int8
-from nanochat.checkpoint_manager import newest_checkpoint
+from nanochat import fused_native, int8
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kernels import training
+from nanochat.presets import MODELS
 from nanochat.runtime import Runtime, World
+from nanochat.scaling import model_config
 from nanochat.stopping import StoppedError, StopRequest
 from nanochat.training import Hook, Trainer
 from tests import tiny_run
-from tests.test_training_kernels import ROUNDING, assert_near, numbers
+from tests.kernel_checks import ROUNDING, assert_near, gradients, numbers
 
 needs_kernels = pytest.mark.skipif(
     training.load() is None, reason="no AMX and no AVX-512 BF16, or no kernels"
 )
 GROUP = 256  # rows of a weight gradient, and tokens of the head, that have scales of their own
+PRODUCTS = (
+    *("nck_linear", "nck_linear_input_gradient", "nck_linear_weight_gradient"),
+    "nck_head_loss",
+)
 SIZES = GPTConfig(sequence_len=32, vocab_size=50, n_layer=2, n_head=2, n_embd=64)
 
 
@@ -42,12 +49,12 @@ def assert_each_near(found: Tensor, expected: Tensor) -> None:
         assert_near(found / size, expected / size, relative=ROUNDING)
 
 
-def uneven(*shape: int, seed: int) -> Tensor:
-    """Rows of very different size, one of them zero."""
-    x = numbers(*shape, seed=seed).float()
-    x *= torch.logspace(-3, 3, shape[0])[:, None]
-    x[shape[0] // 2] = 0
-    return x.to(torch.bfloat16)
+def uneven(rows: int, columns: int, *, seed: int, dim: int = 0) -> Tensor:
+    """Rows (dim 0) or columns of very different size, one of them zero."""
+    x = numbers(rows, columns, seed=seed).float().movedim(dim, 0)
+    x *= torch.logspace(-3, 3, len(x))[:, None]
+    x[len(x) // 2] = 0
+    return x.movedim(0, dim).to(torch.bfloat16).contiguous()
 
 
 @needs_kernels
@@ -69,7 +76,7 @@ def test_linear(rows: int, inputs: int, outputs: int) -> None:
 @pytest.mark.parametrize("outputs", [(32,), (96, 256), (256, 128, 128)])
 def test_input_gradient(rows: int, inputs: int, outputs: tuple[int, ...]) -> None:
     gradients = [uneven(rows, n, seed=n) for n in outputs]
-    weights = [uneven(n, inputs, seed=n + 1) for n in outputs]
+    weights = [uneven(n, inputs, seed=n + 1, dim=1) for n in outputs]
     h = numbers(rows, inputs, seed=5).relu().square()
     expected = torch.zeros(rows, inputs)
     for gradient, weight in zip(gradients, weights, strict=True):
@@ -84,7 +91,7 @@ def test_input_gradient(rows: int, inputs: int, outputs: tuple[int, ...]) -> Non
 @pytest.mark.parametrize("rows", [1, 31, 32, 300, 1056])
 @pytest.mark.parametrize(("outputs", "inputs"), [(16, 32), (70, 300), (256, 1024), (768, 256)])
 def test_weight_gradient(rows: int, outputs: int, inputs: int) -> None:
-    gradient, x = numbers(rows, outputs), numbers(rows, inputs, seed=1)
+    gradient, x = uneven(rows, outputs, seed=0, dim=1), uneven(rows, inputs, seed=1, dim=1)
     gradient[rows // 2] *= 100
     parts = zip(gradient.split(GROUP), x.split(GROUP), strict=True)
     expected = torch.zeros(outputs, inputs)
@@ -112,9 +119,11 @@ def test_head_loss(rows: int, width: int, vocabulary: int, used: int) -> None:
     u[:, :used] = (powers * slopes).to(torch.bfloat16)
     padded = torch.zeros(groups * GROUP, width)
     padded[:vocabulary] = weight
-    by_group = rounded(u.view(rows, groups, GROUP), 2, 255).view_as(u)
+    others = u.scatter(1, targets[:, None], 0.0)
+    by_group = rounded(others.view(rows, groups, GROUP), 2, 255).view_as(u)
     weights = torch.cat([rounded(part, 0) for part in padded.split(GROUP)])
-    dhidden = factors / total * (by_group @ weights) - pull * weight[targets].float()
+    missing = 1 - powers.gather(1, targets[:, None]) / total
+    dhidden = factors / total * (by_group @ weights) - missing * pull * weight[targets].float()
     dweight = u.t() @ (factors / total * hidden.float())
     dweight.index_add_(0, targets, -pull * hidden.float())
 
@@ -140,10 +149,11 @@ def test_what_is_not_a_number_stays_visible(bad: float) -> None:
     assert (~found.isfinite()).nonzero()[:, 1].unique().tolist() == [9]
     found = training.linear_weight_gradient(gradient, x, int8=True)
     assert (~found.isfinite()).nonzero()[:, 1].unique().tolist() == [5]
-    loss, *_ = training.head_loss(
-        x, numbers(90, 64), torch.zeros(40).long(), None, cap=15.0, vocab_size=90, int8=True
-    )
-    assert loss != loss
+    for hidden, head in ((x, numbers(90, 64)), (numbers(40, 64), x.repeat(3, 1))):
+        loss, *_ = training.head_loss(
+            hidden, head, torch.ones(40).long(), None, cap=15.0, vocab_size=90, int8=True
+        )
+        assert math.isnan(loss)
 
 
 @needs_kernels
@@ -163,12 +173,40 @@ def test_sums_that_would_not_fit_are_refused() -> None:
 def test_all_matrices_are_converted_and_keep_their_names_and_weights() -> None:
     model = GPT(SIZES)
     names, weights = list(model.state_dict()), model.transformer.h[0].attn.c_q.weight
-    assert int8.convert(model) == 2 * 6  # the head has 50 outputs
+    assert int8.convert(model) == 2 * 6 + 1
     assert list(model.state_dict()) == names
     assert model.transformer.h[0].attn.c_q.weight is weights
-    wide = nn.ModuleDict({"a": nn.Linear(64, 256, bias=False), "b": nn.Linear(40, 64, bias=False)})
-    assert int8.convert(wide) == 1
-    assert wide["a"].out_features == 256
+    assert model.transformer.h[0].mlp.c_fc.out_features == 4 * 64
+    assert fused_native.in_int8(model.lm_head)
+
+
+def test_what_the_kernels_do_not_take_is_not_converted() -> None:
+    gated = GPT(dataclasses.replace(SIZES, value_embeddings=True, logit_softcap=0.0))
+    assert int8.convert(gated) == 2 * 6
+    assert not fused_native.in_int8(gated.lm_head)
+    assert type(gated.transformer.h[1].attn.ve_gate) is nn.Linear
+
+
+@needs_kernels
+@pytest.mark.parametrize("num_kv_heads", [2, 1])
+@pytest.mark.parametrize("preset", MODELS)
+def test_a_model_has_nearly_the_gradients_it_has_in_bf16(preset: Any, num_kv_heads: int) -> None:
+    config = model_config(
+        3, vocab_size=301, sequence_len=128, model_dim=128, head_dim=64, preset=preset
+    )
+    config = dataclasses.replace(config, n_kv_head=num_kv_heads)
+    exact_loss, exact = gradients(config, torch.float32)
+    _, in_bf16 = gradients(config, torch.bfloat16)
+    loss, found = gradients(config, torch.bfloat16, in_int8=True)
+    assert loss == pytest.approx(exact_loss, rel=0.01)
+    assert found.keys() == exact.keys()
+    for name, expected in exact.items():
+        if expected.numel() > 100:
+            ours, theirs = ((x[name] - expected).norm() for x in (found, in_bf16))
+            assert ours <= 0.15 * expected.norm(), name
+            assert ours > theirs or expected.norm() == 0, name
+    _, again = gradients(config, torch.bfloat16, in_int8=True)
+    assert all(torch.equal(found[name], again[name]) for name in found)
 
 
 @pytest.fixture
@@ -186,7 +224,8 @@ def test_training_multiplies_in_int8_and_evaluates_without(
     plain_call = training._call
 
     def noted(name: str, *arguments: Any) -> None:
-        called.append((name, bool(arguments[-1])))
+        flag = arguments[9] if name == "nck_head_loss" else arguments[-1]
+        called.append((name, bool(flag)))
         plain_call(name, *arguments)
 
     def look(trainer: Trainer) -> dict[str, float]:
@@ -205,9 +244,8 @@ def test_training_multiplies_in_int8_and_evaluates_without(
         )
         called.clear()
         losses.append(trainer.run().smooth_loss)
-        products = [flag for name, flag in called if name.startswith("nck_linear")]
-        assert len(products) > 3 * 2 * 6
-        assert set(products) == {is_int8}
+        products = {(name, flag) for name, flag in called if name in PRODUCTS}
+        assert products == {(name, is_int8) for name in PRODUCTS}
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
     assert losses[0] != losses[1]
 
@@ -228,32 +266,35 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path, in_bf16: Runtime) -
     )
     with pytest.raises(StoppedError):
         part.run()
-    checkpoint = newest_checkpoint(tmp_path / "cut" / "run")
-    assert checkpoint is not None
-    assert 0 < checkpoint.step < 6
-    rest = tiny_run.make_trainer(tmp_path / "cut", in_bf16, int8=True)
-    rest.resume(checkpoint)
+    rest = tiny_run.go_on(tmp_path / "cut", in_bf16, int8=True)
+    assert 0 < rest.state.step < 6
     rest.run()
     for name, weight in whole.weights.state_dict().items():
         assert torch.equal(weight, rest.weights.state_dict()[name]), name
 
 
+@needs_kernels
+@pytest.mark.parametrize(
+    ("changes", "device", "dtype", "lacking"),
+    [
+        ({}, "cuda", torch.bfloat16, "a CPU, not cuda"),
+        ({}, "cpu", torch.float32, "bf16 training, not float32"),
+        ({"n_embd": 40}, "cpu", torch.bfloat16, "and these are 40, 160 and 20"),
+        ({"n_head": 4}, "cpu", torch.bfloat16, "and these are 64, 256 and 16"),
+    ],
+)
 def test_what_cannot_train_in_int8_is_refused(
+    changes: dict[str, int], device: str, dtype: torch.dtype, lacking: str
+) -> None:
+    sizes = dataclasses.replace(SIZES, **changes)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=f"--int8 needs .*{lacking}; leave it out here"):
+        int8.check_possible(sizes, torch.device(device), dtype)
+
+
+def test_a_processor_without_kernels_is_told_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cpu = torch.device("cpu")
-    message = "--int8 needs bf16 training on a CPU with AMX or AVX-512 BF16"
-    narrow = GPTConfig(sequence_len=32, vocab_size=50, n_layer=2, n_head=2, n_embd=40)
-    cases: list[tuple[GPTConfig, torch.device, torch.dtype]] = [
-        (SIZES, cpu, torch.float32),
-        (SIZES, torch.device("cuda"), torch.bfloat16),
-        (narrow, cpu, torch.bfloat16),
-    ]
-    for case in cases:
-        with pytest.raises(UserError, match=message):
-            int8.check_possible(*case)
-    with pytest.raises(UserError, match=message):
-        tiny_run.make_trainer(tmp_path, Runtime(cpu, torch.float32, World(), 0), steps=1, int8=True)
     monkeypatch.setattr(training, "load", lambda: None)
-    with pytest.raises(UserError, match=message):
-        int8.check_possible(SIZES, cpu, torch.bfloat16)
+    runtime = Runtime(torch.device("cpu"), torch.bfloat16, World(), 0)
+    with pytest.raises(UserError, match="--int8 needs a CPU with AMX or AVX-512 BF16"):
+        tiny_run.make_trainer(tmp_path, runtime, steps=1, int8=True)

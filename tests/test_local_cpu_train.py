@@ -74,6 +74,21 @@ def test_reinforcement_learning_is_added_when_a_flag_asks_for_it() -> None:
     assert configurator.parse(config_type, arguments) is not None
 
 
+def test_all_training_multiplies_in_8_bits_when_a_flag_asks_for_it() -> None:
+    trained = ("base_train", "mid_train", "chat_sft", "chat_rl")
+    for flag, expected in (("--int8=1", trained), ("--int8=0", ())):
+        lines = commands(flag, "--rl_iterations=60")
+        found = [line for line in lines if any(part.startswith("--int8") for part in line)]
+        assert tuple(line[0].removeprefix("scripts.") for line in found) == expected
+    refused = run("--dry-run", "--int8=1", script=REPOSITORY / "speedrun.sh")
+    assert refused.returncode == 2
+    assert "--int8 is for CPUs" in refused.stderr
+    for module, *arguments in commands("--int8=1"):
+        config = configurator.parse(importlib.import_module(module).Config, arguments)
+        assert config is not None
+        assert getattr(config, "int8", True)
+
+
 @pytest.mark.parametrize("profile", [[], ["--full"]])
 @pytest.mark.parametrize(
     "experiment",

@@ -9,8 +9,7 @@ use std::sync::OnceLock;
 use crate::blocks::{Left, TILE};
 use crate::pairs;
 
-/// Whether this processor multiplies tiles of bf16 and of bytes, and the system lets this process use
-/// them.
+/// Whether this processor multiplies tiles of bf16 and of bytes, and this process may use them.
 pub fn is_there() -> bool {
     static THERE: OnceLock<bool> = OnceLock::new();
     *THERE.get_or_init(|| {
@@ -18,7 +17,7 @@ pub fn is_there() -> bool {
             return false;
         }
         let leaf = __cpuid_count(7, 0);
-        // bf16, tiles, and int8.
+        // amx-bf16, amx-tile, amx-int8 (Intel SDM, volume 2A, CPUID, leaf 7, sub-leaf 0, edx).
         [22, 24, 25].iter().all(|bit| leaf.edx >> bit & 1 == 1) && ask_permission()
     })
 }
@@ -105,8 +104,8 @@ macro_rules! sum_up {
     };
 }
 
-/// `blocks::Unit::multiply` in tiles, or `multiply_bytes` with sums of 32 bits: two of the left operand,
-/// two of the right, four of sums.
+/// `blocks::Unit::multiply` in tiles, or `multiply_bytes` with sums of 32 bits: two of the left
+/// operand, two of the right, four of sums.
 ///
 /// # Safety
 /// Within `Tiles`; as there.

@@ -1,4 +1,4 @@
-//! Blocks of 32 x 32 sums of products of bf16 matrices, which training is made of.
+//! Blocks of 32 x 32 sums of products, which training is made of.
 //!
 //! Operands lie in tiles of 16 rows of 64 bytes, two for a step of 32 numbers of the contraction. A
 //! tile of the left operand has 16 rows of 32 numbers; one of the right has pairs: row r holds, for
@@ -14,6 +14,8 @@ use crate::{amx, pairs};
 pub const BLOCK: usize = 32;
 /// Rows of a tile, and 32-bit columns of one.
 pub const TILE: usize = 16;
+/// Bytes of a row of a tile.
+const TILE_ROW_BYTES: usize = 64;
 /// bf16 numbers of a tile.
 pub const TILE_LEN: usize = 512;
 /// bf16 numbers of the two tiles that one step reads of a packed operand.
@@ -56,8 +58,8 @@ impl Unit {
         }
     }
 
-    /// `c` (32 x 32) = A B over `steps` steps of 64 bytes, unsigned ones of A and signed ones of B, in
-    /// tiles with four bytes in the place of a pair.
+    /// `c` (32 x 32) = A B over `steps` steps of 64 bytes, unsigned ones of A and signed ones of B,
+    /// in tiles with four bytes in the place of a pair.
     ///
     /// # Safety
     /// As `multiply`; the sums fit 32 bits.
@@ -122,7 +124,7 @@ impl Left {
     /// Rows of bytes, `stride` from one to the next.
     pub fn bytes(start: *const u8, stride: usize) -> Self {
         let (row_bytes, lower) = (stride, TILE * stride);
-        Self { start: start as *const u16, row_bytes, pair_bytes: 4, lower, step: 2 * BLOCK }
+        Self { start: start as *const u16, row_bytes, pair_bytes: 4, lower, step: TILE_ROW_BYTES }
     }
 
     /// Tiles one after the other, as `pack_columns` writes them.
@@ -379,26 +381,42 @@ pub unsafe fn widen(x: __m256i) -> __m512 {
     _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(x)))
 }
 
+/// Call `check` with each way to multiply that this processor has.
+#[cfg(test)]
+pub fn for_each_unit(check: impl Fn(&Unit)) {
+    if pairs::are_there() {
+        check(&Unit(None));
+    }
+    if amx::is_there() {
+        // SAFETY: it is there.
+        check(&unsafe { Unit::start() });
+    }
+}
+
+/// bf16 numbers between -1/2 and 1/2.
+#[cfg(test)]
+pub fn random(count: usize, seed: u32) -> Vec<u16> {
+    let mut state = seed;
+    let mut next = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        let number = (state >> 8) as f32 / (1 << 24) as f32 - 0.5;
+        (number.to_bits() >> 16) as u16
+    };
+    (0..count).map(|_| next()).collect()
+}
+
+/// A bf16 number as fp32.
+#[cfg(test)]
+pub fn float(bits: u16) -> f32 {
+    f32::from_bits((bits as u32) << 16)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn random(count: usize, seed: u32) -> Vec<u16> {
-        let mut state = seed;
-        let mut next = || {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            let number = (state >> 8) as f32 / (1 << 24) as f32 - 0.5;
-            (number.to_bits() >> 16) as u16
-        };
-        (0..count).map(|_| next()).collect()
-    }
-
-    fn float(bits: u16) -> f32 {
-        f32::from_bits((bits as u32) << 16)
-    }
-
     /// Rows as they lie in memory, and packed from columns, times packed rows of weights.
-    unsafe fn check(unit: Unit) {
+    unsafe fn check(unit: &Unit) {
         const ROWS_STRIDE: usize = 136;
         const STRIDE: usize = 40;
         const STEPS: usize = 3;
@@ -468,13 +486,6 @@ mod tests {
     #[test]
     fn both_ways_to_multiply_give_the_sums() {
         // SAFETY: each is called where it is there.
-        unsafe {
-            if pairs::are_there() {
-                check(Unit(None));
-            }
-            if amx::is_there() {
-                check(Unit::start());
-            }
-        }
+        for_each_unit(|unit| unsafe { check(unit) });
     }
 }

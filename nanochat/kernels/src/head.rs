@@ -4,10 +4,12 @@
 //! time. With l = cap tanh(x / cap) at most cap, exp(l) needs no maximum taken off, so a row's sum
 //! Z can grow while its products with the head's weights are added up: what is added is
 //! u = exp(l) dl/dx, and 1 / Z is a factor of the row that waits until the end:
-//!     dhidden = f (sum over v of u_v w_v / Z - dl_y/dx w_y),
+//!     dhidden = f (sum over v other than y of u_v w_v / Z - (1 - p_y) dl_y/dx w_y),
 //!     dw_v    = sum over rows of u_v (f hidden / Z) - [v = y] f dl_y/dx hidden,
-//! f being the weight of the row's loss. With 8-bit operands it is hidden rows, weights and, for
-//! dhidden alone, each group of u_v that are rounded; none of these is negative.
+//! f being the weight of the row's loss, and p_y = exp(l_y) / Z. With 8-bit operands hidden rows
+//! and weights are rounded and, for dhidden alone, each group of u_v, which are never negative. The
+//! target's own u, often the largest of all, is not among them: what would be left of it, after
+//! what the target takes off, is mostly rounding.
 
 use std::arch::x86_64::*;
 use std::cell::RefCell;
@@ -15,7 +17,7 @@ use std::cell::RefCell;
 use crate::blocks::{pack_pairs, round, widen, Unit, View, BLOCK, STEP_LEN};
 use crate::linear::round_row;
 use crate::memory::{with_local, Buffer, Shared};
-use crate::operands::{Format, From};
+use crate::operands::{Format, Side};
 use crate::team;
 use crate::wide::{exp, tanh};
 
@@ -162,11 +164,11 @@ unsafe fn loss_in(room: &mut Room, threads: usize, s: Sizes, data: Data) -> f64 
         let view = weight.rows_from(group * GROUP, GROUP);
         for panel in 0..GROUP_PANELS {
             let out = places.for_logits.at((group * GROUP_PANELS + panel) * s.logit_bytes());
-            s.format.pack_right(&view, From::Rows, s.width, panel * BLOCK, out);
+            s.format.pack_right(&view, Side::Rows, s.width, panel * BLOCK, out);
         }
         for panel in 0..s.steps() {
             let out = places.for_gradients.at((group * s.steps() + panel) * s.gradient_bytes());
-            s.format.pack_right(&view, From::Columns, GROUP, panel * BLOCK, out);
+            s.format.pack_right(&view, Side::Columns, GROUP, panel * BLOCK, out);
         }
     });
     let mut total = 0.0;
@@ -222,7 +224,7 @@ unsafe fn rows_of_chunk(
         let mut at_target = [(0.0f32, 0.0f32); TASK_ROWS];
         let hidden = View::new(data.hidden.at((first + rows.start) * s.width), count, s.width);
         let blocks_of_rows: Vec<_> = (0..blocks)
-            .map(|i| s.format.ready(&hidden, i * BLOCK, hidden_room.add(i * hidden_bytes)))
+            .map(|i| s.format.prepare(&hidden, i * BLOCK, hidden_room.add(i * hidden_bytes)))
             .collect();
         for group in 0..s.groups() {
             let for_logits = places.for_logits.at(group * GROUP_PANELS * s.logit_bytes());
@@ -254,7 +256,13 @@ unsafe fn rows_of_chunk(
                     let place = (group * GROUP_PANELS + panel) * (chunk_rows / BLOCK) + step;
                     unit.pack_columns(&view, panel * BLOCK, places.u.at(place * STEP_LEN));
                 }
-                let left = s.format.ready_positive(&view, 0, u_room);
+                for row in block * BLOCK..count.min((block + 1) * BLOCK) {
+                    let target = *data.targets.at(first + rows.start + row) as usize;
+                    if target / GROUP == group {
+                        *u.add(row % BLOCK * GROUP + target % GROUP) = 0;
+                    }
+                }
+                let left = s.format.prepare_positive(&view, 0, u_room);
                 for panel in 0..steps {
                     let right = for_gradients.add(panel * s.gradient_bytes());
                     let out = gradient.add(block * BLOCK * s.width + panel * BLOCK);
@@ -267,15 +275,18 @@ unsafe fn rows_of_chunk(
             let factor = if data.factors.is_null() { 1.0 } else { *data.factors.add(place) };
             let (logit, slope) = at_target[row];
             let (total, pull) = (totals[row], factor * slope);
+            let loss = total.ln() - logit;
+            let others = -(-loss).exp_m1(); // the probability of all tokens but the target
             let target = *data.targets.at(place) as usize;
             let at = place * s.width;
             let (h, w) = (data.hidden.at(at), data.weight.at(target * s.width));
             let line = gradient.add(row * s.width);
-            scale_and_pull((line, w), (factor / total, pull), data.hidden_gradient.at(at), s.width);
+            let scales = (factor / total, others * pull);
+            scale_and_pull((line, w), scales, data.hidden_gradient.at(at), s.width);
             let in_chunk = rows.start + row;
             scaled_row(h, factor / total, places.scaled.at(in_chunk * s.width), s.width);
             *places.pull.at(in_chunk) = pull;
-            *places.losses.at(in_chunk) = (factor * (total.ln() - logit)) as f64;
+            *places.losses.at(in_chunk) = (factor * loss) as f64;
         }
     });
 }

@@ -1,22 +1,21 @@
-//! Linear layers for training in bf16: the product, and both of its gradients.
+//! Linear layers for training: the product, and both of its gradients.
 //!
 //! Legend: M = rows of activations, N = outputs, K = inputs. Weights are (N, K), as PyTorch keeps
-//! them. Operands are packed anew at every call, which costs a small part of the product. The product and
-//! the gradient of inputs can be made of operands rounded to 8 bits, as SwitchBack does
-//! (arXiv:2304.13013).
+//! them. In memory operands are bf16; for the products they can be rounded to 8 bits (`operands`).
+//! They are packed anew at every call, which costs a small part of the product.
 
 use std::arch::x86_64::*;
 
-use crate::blocks::{round, widen, Unit, View, BLOCK};
+use crate::blocks::{first_lanes, round, widen, Unit, View, BLOCK};
 use crate::memory::{with_local, with_shared, Shared};
-use crate::operands::{Format, From};
+use crate::operands::{Format, Side};
 use crate::team;
 
 /// Rows that a task multiplies with all weights: 128 x 256 numbers and their sums fit the cache.
 const TASK_ROWS: usize = 128;
 /// Rows of a weight gradient that are packed and multiplied at once: with 1,024 outputs and 256
 /// inputs, they and the sums fill the cache.
-const CHUNK_ROWS: usize = 256;
+pub const CHUNK_ROWS: usize = 256;
 /// Parts of the rows for each thread: more even out threads that are interrupted.
 const PARTS_PER_THREAD: usize = 2;
 
@@ -40,7 +39,7 @@ unsafe fn finish(
     at: usize,
     stride: usize,
 ) {
-    let mask = if columns >= BLOCK { u32::MAX } else { (1u32 << columns) - 1 };
+    let mask = first_lanes(columns);
     let zero = _mm512_setzero_ps();
     for r in 0..rows.min(BLOCK) {
         let line = sums.add(r * BLOCK);
@@ -88,7 +87,7 @@ pub unsafe fn forward(
     y: Shared<u16>,
     then: Then,
 ) {
-    product(threads, format, &[(x, w)], From::Rows, w.rows, y, then);
+    product(threads, format, &[(x, w)], Side::Rows, w.rows, y, then);
 }
 
 /// `dx` (M, K) = the sum over pairs of dy (M, N) w, then `then`. Every N is a multiple of 32.
@@ -102,7 +101,7 @@ pub unsafe fn backward_input(
     dx: Shared<u16>,
     then: Then,
 ) {
-    product(threads, format, pairs, From::Columns, pairs[0].1.columns, dx, then);
+    product(threads, format, pairs, Side::Columns, pairs[0].1.columns, dx, then);
 }
 
 /// The sum over pairs of left (M, contraction) and right: (M, outputs).
@@ -110,7 +109,7 @@ unsafe fn product(
     threads: usize,
     format: Format,
     pairs: &[(View, View)],
-    from: From,
+    side: Side,
     outputs: usize,
     out: Shared<u16>,
     then: Then,
@@ -124,22 +123,22 @@ unsafe fn product(
         team::run(threads, panels, &|panel| unsafe {
             let mut place = packed.at(panel * panel_bytes);
             for (left, right) in pairs {
-                format.pack_right(right, from, left.columns, panel * BLOCK, place);
+                format.pack_right(right, side, left.columns, panel * BLOCK, place);
                 place = place.add(format.right_bytes(left.columns));
             }
         });
         team::run(threads, rows.div_ceil(TASK_ROWS), &|task| unsafe {
             let unit = Unit::start();
-            let mut ready = Vec::with_capacity(pairs.len());
+            let mut lefts = Vec::with_capacity(pairs.len());
             with_local(BLOCK * BLOCK * 4 + left_bytes, |scratch: *mut u8| {
                 let sums = scratch as *mut f32;
                 let (first, last) = (task * TASK_ROWS, rows.min((task + 1) * TASK_ROWS));
                 // A block of rows at a time: its outputs are written line after line.
                 for row in (first..last).step_by(BLOCK) {
                     let mut room = scratch.add(BLOCK * BLOCK * 4);
-                    ready.clear();
+                    lefts.clear();
                     for (left, _) in pairs {
-                        ready.push(format.ready(left, row, room));
+                        lefts.push(format.prepare(left, row, room));
                         room = room.add(format.left_bytes(left.columns));
                     }
                     for panel in 0..panels {
@@ -150,7 +149,7 @@ unsafe fn product(
                             }
                         }
                         let mut right = packed.at(panel * panel_bytes) as *const u8;
-                        for (i, ((left, _), rows)) in pairs.iter().zip(&ready).enumerate() {
+                        for (i, ((left, _), rows)) in pairs.iter().zip(&lefts).enumerate() {
                             rows.multiply(&unit, right, left.columns, (sums, BLOCK), i > 0);
                             right = right.add(format.right_bytes(left.columns));
                         }
@@ -183,17 +182,17 @@ pub unsafe fn backward_weight(threads: usize, format: Format, dy: View, x: View,
             let unit = Unit::start();
             let sums = sums.at(part * height * width);
             let (start, end) = (part * per_part, rows.min((part + 1) * per_part));
-            let mut ready = Vec::with_capacity(blocks);
+            let mut lefts = Vec::with_capacity(blocks);
             with_local(blocks * left_bytes + panels * right_bytes, |left: *mut u8| {
                 let right = left.add(blocks * left_bytes);
                 for first in (start..end).step_by(CHUNK_ROWS) {
                     let count = CHUNK_ROWS.min(end - first);
                     let (dy, x) = (dy.rows_from(first, count), x.rows_from(first, count));
-                    ready.clear();
-                    format.ready_columns(&unit, &dy, left, left_bytes, &mut ready);
+                    lefts.clear();
+                    format.prepare_columns(&unit, &dy, left, left_bytes, &mut lefts);
                     format.pack_right_columns(&x, right, right_bytes);
                     let contraction = count.next_multiple_of(BLOCK);
-                    for (block, rows) in ready.iter().enumerate() {
+                    for (block, rows) in lefts.iter().enumerate() {
                         for panel in 0..panels {
                             let right = right.add(panel * right_bytes);
                             let c = sums.add((block * panels + panel) * BLOCK * BLOCK);
@@ -231,8 +230,7 @@ unsafe fn add_row(sums: *mut f32, more: *const f32, len: usize) {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 pub unsafe fn round_row(sums: *const f32, len: usize, out: *mut u16) {
     for i in (0..len).step_by(32) {
-        let left = len - i;
-        let mask = if left >= 32 { u32::MAX } else { (1u32 << left) - 1 };
+        let mask = first_lanes(len - i);
         let low = _mm512_maskz_loadu_ps(mask as u16, sums.add(i));
         let high = _mm512_maskz_loadu_ps((mask >> 16) as u16, sums.wrapping_add(i + 16));
         _mm512_mask_storeu_epi16(out.add(i) as *mut i16, mask, round(low, high));

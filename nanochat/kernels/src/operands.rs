@@ -11,17 +11,17 @@ pub enum Format {
     Int8,
 }
 
-/// What a right operand (contraction, outputs) is packed from.
+/// Which of a matrix in memory are the columns of a right operand (contraction, outputs).
 #[derive(Clone, Copy)]
-pub enum From {
-    /// Its transpose, the way weights lie.
+pub enum Side {
+    /// Its rows, the way weights lie.
     Rows,
     Columns,
 }
 
-/// 32 rows of a left operand, ready to be multiplied.
+/// 32 rows of a left operand, as they are multiplied.
 #[derive(Clone, Copy)]
-pub enum Ready {
+pub enum Prepared {
     Bf16(Left),
     Int8(int8::Rounded),
 }
@@ -43,28 +43,28 @@ impl Format {
         }
     }
 
-    /// Pack outputs `first` to `first` + 31 of a right operand, with zeros behind it up to the whole
-    /// contraction, a multiple of 32.
+    /// Pack outputs `first` to `first` + 31 of a right operand. `contraction`: that of the product,
+    /// a multiple of 32; columns may have fewer numbers, the others are 0 then.
     ///
     /// # Safety
     /// A `Unit` is there; `out` has room for `right_bytes`.
     pub unsafe fn pack_right(
         self,
         right: &View,
-        from: From,
+        side: Side,
         contraction: usize,
         first: usize,
         out: *mut u8,
     ) {
-        match (self, from) {
-            (Self::Bf16, From::Rows) => pack_rows(right, first, out as *mut u16),
-            (Self::Bf16, From::Columns) => {
+        match (self, side) {
+            (Self::Bf16, Side::Rows) => pack_rows(right, first, out as *mut u16),
+            (Self::Bf16, Side::Columns) => {
                 let packed = right.rows.div_ceil(BLOCK) * STEP_LEN * 2;
                 std::ptr::write_bytes(out.add(packed), 0, self.right_bytes(contraction) - packed);
                 pack_pairs(right, first, out as *mut u16)
             }
-            (Self::Int8, From::Rows) => int8::pack_rows(right, first, out),
-            (Self::Int8, From::Columns) => int8::pack_columns(right, contraction, first, out),
+            (Self::Int8, Side::Rows) => int8::pack_rows(right, first, out),
+            (Self::Int8, Side::Columns) => int8::pack_columns(right, contraction, first, out),
         }
     }
 
@@ -72,38 +72,36 @@ impl Format {
     ///
     /// # Safety
     /// A `Unit` is there; `row` is one of the rows; the number of columns is a multiple of 32.
-    pub unsafe fn ready(self, left: &View, row: usize, room: *mut u8) -> Ready {
+    pub unsafe fn prepare(self, left: &View, row: usize, room: *mut u8) -> Prepared {
         match self {
-            Self::Bf16 => Ready::Bf16(left.left(row, room as *mut u16)),
-            Self::Int8 => Ready::Int8(int8::pack_left::<true>(left, row, room)),
+            Self::Bf16 => Prepared::Bf16(left.left(row, room as *mut u16)),
+            Self::Int8 => Prepared::Int8(int8::pack_left::<true>(left, row, room)),
         }
     }
 
-    /// As `ready`, of a left operand that is never negative.
+    /// As `prepare`, of a left operand that is never negative.
     ///
     /// # Safety
-    /// As `ready`.
-    pub unsafe fn ready_positive(self, left: &View, row: usize, room: *mut u8) -> Ready {
+    /// As `prepare`.
+    pub unsafe fn prepare_positive(self, left: &View, row: usize, room: *mut u8) -> Prepared {
         match self {
-            Self::Bf16 => self.ready(left, row, room),
-            Self::Int8 => Ready::Int8(int8::pack_left::<false>(left, row, room)),
+            Self::Bf16 => self.prepare(left, row, room),
+            Self::Int8 => Prepared::Int8(int8::pack_left::<false>(left, row, room)),
         }
     }
-}
 
-impl Format {
     /// All columns of a left operand's transpose (contraction, rows), 32 rows of the product each;
     /// `room` has `bytes` for each of them, `left_bytes` or more.
     ///
     /// # Safety
     /// A `Unit` is there.
-    pub unsafe fn ready_columns(
+    pub unsafe fn prepare_columns(
         self,
         unit: &Unit,
         x: &View,
         room: *mut u8,
         bytes: usize,
-        out: &mut Vec<Ready>,
+        out: &mut Vec<Prepared>,
     ) {
         let blocks = x.columns.div_ceil(BLOCK);
         if self == Self::Bf16 {
@@ -119,9 +117,9 @@ impl Format {
         for block in 0..blocks {
             let place = room.add(block * bytes);
             out.push(match self {
-                Self::Bf16 => Ready::Bf16(unit.left(place as *const u16)),
+                Self::Bf16 => Prepared::Bf16(unit.left(place as *const u16)),
                 Self::Int8 => {
-                    Ready::Int8(int8::pack_left_columns(unit, x, x.rows, block * BLOCK, place))
+                    Prepared::Int8(int8::pack_left_columns(unit, x, block * BLOCK, place))
                 }
             });
         }
@@ -149,9 +147,9 @@ impl Format {
     }
 }
 
-impl Ready {
-    /// `out` (32 x 32, `stride` numbers from row to row) = these rows times 32 packed columns, added to
-    /// what is in `out` if `add`.
+impl Prepared {
+    /// `out` (32 x 32, `stride` numbers from row to row) = these rows times 32 packed columns,
+    /// added to what is in `out` if `add`.
     ///
     /// # Safety
     /// Both have this contraction; `out` has its 32 rows.

@@ -1,5 +1,4 @@
-//! A block of sums with AVX-512's dot products of bf16 pairs or of four bytes, for processors without
-//! AMX.
+//! A block of sums with AVX-512's dot products of bf16 pairs or of four bytes, where AMX is not.
 
 use std::arch::x86_64::*;
 

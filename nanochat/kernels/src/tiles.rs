@@ -7,7 +7,7 @@
 
 use crate::amx;
 use std::arch::asm;
-use std::arch::x86_64::{__cpuid_count, _mm_prefetch, _MM_HINT_T0};
+use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
 
 /// Rows of a tile, and its outputs.
 pub const ROWS: usize = 16;
@@ -19,9 +19,7 @@ pub const AHEAD: usize = 8192;
 
 /// Whether this process may use tiles of bf16 and of bytes.
 pub fn are_there() -> bool {
-    // Leaf 7, sub-leaf 0, edx (Intel SDM, volume 2A, CPUID).
-    const BYTES: u32 = 1 << 25;
-    amx::is_there() && __cpuid_count(7, 0).edx & BYTES != 0
+    amx::is_there()
 }
 
 /// Shapes of the eight tiles (Intel SDM, volume 1, section 18.3).

@@ -36,9 +36,9 @@ fn shared<T>(start: *const T) -> Shared<T> {
     Shared::new(start as *mut T)
 }
 
-/// What operands are multiplied in: bf16, or (1) 8-bit integers over at most `contraction` numbers.
-fn format(int8: u64, contraction: usize) -> Result<Format, String> {
-    if int8 == 0 {
+/// bf16, or with 1 8-bit integers, of which sums over `contraction` numbers must fit 32 bits.
+fn format_of(int8: u64, contraction: usize) -> Result<Format, String> {
+    if int8 != 1 {
         return Ok(Format::Bf16);
     }
     if contraction > int8::MAX_CONTRACTION {
@@ -68,7 +68,7 @@ pub unsafe extern "C" fn nck_linear(
         let then = if relu2 == 1 { Then::Relu2 } else { Then::Round };
         let x = View::new(x, rows as usize, inputs as usize);
         let w = View::new(w, outputs as usize, inputs as usize);
-        let format = format(int8, inputs as usize)?;
+        let format = format_of(int8, inputs as usize)?;
         linear::forward(threads as usize, format, (x, w), shared(y), then);
         Ok(())
     })
@@ -102,13 +102,13 @@ pub unsafe extern "C" fn nck_linear_input_gradient(
             .collect();
         let then = if h.is_null() { Then::Round } else { Then::Relu2Gradient(shared(h)) };
         let widest = pairs.iter().map(|(dy, _)| dy.columns).max().unwrap_or(0);
-        let format = format(int8, widest)?;
+        let format = format_of(int8, widest)?;
         linear::backward_input(threads as usize, format, &pairs, shared(dx), then);
         Ok(())
     })
 }
 
-/// `dw` (outputs, inputs) = dy^T (outputs, rows) x (rows, inputs).
+/// `dw` (outputs, inputs) = dy^T (outputs, rows) x (rows, inputs). int8: as in `nck_linear`.
 ///
 /// # Safety
 /// The arrays have these sizes.
@@ -124,7 +124,7 @@ pub unsafe extern "C" fn nck_linear_weight_gradient(
     int8: u64,
 ) -> i32 {
     guarded(|| {
-        let format = if int8 == 1 { Format::Int8 } else { Format::Bf16 };
+        let format = format_of(int8, linear::CHUNK_ROWS)?;
         let dy = View::new(dy, rows as usize, outputs as usize);
         let x = View::new(x, rows as usize, inputs as usize);
         linear::backward_weight(threads as usize, format, dy, x, shared(dw));
@@ -311,7 +311,7 @@ pub unsafe extern "C" fn nck_head_loss(
             vocabulary: vocabulary as usize,
             used: used as usize,
             cap,
-            format: format(int8, width as usize)?,
+            format: format_of(int8, width as usize)?,
         };
         let targets_are = std::slice::from_raw_parts(targets, sizes.rows);
         if let Some(bad) = targets_are.iter().find(|&&t| t < 0 || t as usize >= sizes.used) {
