@@ -131,6 +131,7 @@ main_job() {
     fi
     if [ "$CHECK" = 1 ]; then
         ensure_venv "$DEVICES"
+        require_int8
         check_files
         return
     fi
@@ -139,6 +140,7 @@ main_job() {
     take_turns
     SECONDS=0
     ensure_venv "$DEVICES"
+    require_int8
     if [ "${NANOCHAT_OFFLINE:-0}" = 1 ]; then
         check_files || exit 1
     fi
@@ -152,6 +154,11 @@ main_job() {
         echo "  as a page:   source .venv/bin/activate && python -m scripts.chat_web"
         open_chat
     fi
+}
+
+# What training cannot have is said before the first stage, not behind the tokenizer.
+require_int8() {
+    [ "$INT8" = 0 ] || python -c 'import sys; from nanochat import int8; sys.exit(int8.lacking_kernels())'
 }
 
 # Serve the page where a script has CHAT_AFTERWARDS=1 and somebody is there to talk.

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nanochat import fused_native, int8
+from nanochat import fused_native, int8, kernels
 from nanochat.common import UserError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kernels import training
@@ -291,10 +291,13 @@ def test_what_cannot_train_in_int8_is_refused(
         int8.check_possible(sizes, torch.device(device), dtype)
 
 
-def test_a_processor_without_kernels_is_told_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(training, "load", lambda: None)
+def test_a_machine_is_told_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = Runtime(torch.device("cpu"), torch.bfloat16, World(), 0)
-    with pytest.raises(UserError, match="--int8 needs a CPU with AMX or AVX-512 BF16"):
-        tiny_run.make_trainer(tmp_path, runtime, steps=1, int8=True)
+    monkeypatch.setattr(training, "load", lambda: None)
+    for library, lacking in (
+        (object(), "a CPU with AMX or AVX-512 BF16"),
+        (None, "the compiled kernels, which are not built here"),
+    ):
+        monkeypatch.setattr(kernels, "load", lambda library=library: library)
+        with pytest.raises(UserError, match=f"--int8 needs {lacking}"):
+            tiny_run.make_trainer(tmp_path, runtime, steps=1, int8=True)

@@ -138,6 +138,23 @@ def test_head_loss(rows: int, width: int, vocabulary: int, used: int, weighted: 
         assert_near(found, leaf.grad)
 
 
+@pytest.mark.parametrize("spread", [1.0, 1.5, 2.0])
+def test_head_loss_of_tokens_that_are_nearly_certain(spread: float) -> None:
+    """Of a probability near 1 the difference from 1 must not be what rounding leaves."""
+    weight, targets = numbers(512, 128), torch.arange(256)
+    noise = numbers(256, 128, seed=1, scale=0.3).float()
+    hidden = (spread * weight[targets].float() + noise).to(torch.bfloat16) * 0.15
+    leaves = [x.float().requires_grad_() for x in (hidden, weight)]
+    expected = F.cross_entropy(softcap(leaves[0] @ leaves[1].t(), 15.0), targets, reduction="sum")
+    expected.backward()  # type: ignore[no-untyped-call]
+    loss, *found = training.head_loss(hidden, weight, targets, None, cap=15.0, vocab_size=512)
+    assert float(expected.detach()) / 256 < 0.1
+    assert loss == pytest.approx(float(expected.detach()), rel=1e-3)
+    for gradient, leaf in zip(found, leaves, strict=True):
+        assert leaf.grad is not None
+        assert_near(gradient, leaf.grad)
+
+
 @pytest.mark.parametrize("coefficients", [NEWTON_SCHULZ, POLAR_EXPRESS])
 @pytest.mark.parametrize("shape", [(1, 32, 32), (3, 32, 160), (2, 96, 96), (5, 64, 256)])
 def test_newton_schulz(

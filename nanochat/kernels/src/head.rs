@@ -5,11 +5,13 @@
 //! Z can grow while its products with the head's weights are added up: what is added is
 //! u = exp(l) dl/dx, and 1 / Z is a factor of the row that waits until the end:
 //!     dhidden = f (sum over v other than y of u_v w_v / Z - (1 - p_y) dl_y/dx w_y),
-//!     dw_v    = sum over rows of u_v (f hidden / Z) - [v = y] f dl_y/dx hidden,
-//! f being the weight of the row's loss, and p_y = exp(l_y) / Z. With 8-bit operands hidden rows
-//! and weights are rounded and, for dhidden alone, each group of u_v, which are never negative. The
-//! target's own u, often the largest of all, is not among them: what would be left of it, after
-//! what the target takes off, is mostly rounding.
+//!     dw_v    = sum over rows of [v other than y] u_v (f hidden / Z)
+//!               - [v = y] f (1 - p_y) dl_y/dx hidden,
+//! f being the weight of the row's loss, and p_y = exp(l_y) / Z. The target's own u, often the
+//! largest of all, is not among what is rounded and added up: of a p_y near 1 the difference from 1
+//! would be mostly rounding. With 8-bit operands hidden rows and weights are rounded and, for
+//! dhidden alone, each group of u_v, which are never negative; there what is below a 510th of the
+//! largest is lost.
 
 use std::arch::x86_64::*;
 use std::cell::RefCell;
@@ -249,18 +251,15 @@ unsafe fn rows_of_chunk(
                         at_target[row] = (s.cap * t, 1.0 - t * t);
                     }
                     totals[row] += exponentials(line, out, used, s.cap);
+                    if target / GROUP == group {
+                        *out.add(target % GROUP) = 0;
+                    }
                 }
                 let view = View::new(u, BLOCK, GROUP);
                 for panel in 0..GROUP_PANELS {
                     let step = rows.start / BLOCK + block;
                     let place = (group * GROUP_PANELS + panel) * (chunk_rows / BLOCK) + step;
                     unit.pack_columns(&view, panel * BLOCK, places.u.at(place * STEP_LEN));
-                }
-                for row in block * BLOCK..count.min((block + 1) * BLOCK) {
-                    let target = *data.targets.at(first + rows.start + row) as usize;
-                    if target / GROUP == group {
-                        *u.add(row % BLOCK * GROUP + target % GROUP) = 0;
-                    }
                 }
                 let left = s.format.prepare_positive(&view, 0, u_room);
                 for panel in 0..steps {
@@ -274,15 +273,14 @@ unsafe fn rows_of_chunk(
             let place = first + rows.start + row;
             let factor = if data.factors.is_null() { 1.0 } else { *data.factors.add(place) };
             let (logit, slope) = at_target[row];
-            let (total, pull) = (totals[row], factor * slope);
+            let total = totals[row];
             let loss = total.ln() - logit;
-            let others = -(-loss).exp_m1(); // the probability of all tokens but the target
+            let pull = factor * slope * -(-loss).exp_m1(); // 1 - p of the target, exactly
             let target = *data.targets.at(place) as usize;
             let at = place * s.width;
             let (h, w) = (data.hidden.at(at), data.weight.at(target * s.width));
             let line = gradient.add(row * s.width);
-            let scales = (factor / total, others * pull);
-            scale_and_pull((line, w), scales, data.hidden_gradient.at(at), s.width);
+            scale_and_pull((line, w), (factor / total, pull), data.hidden_gradient.at(at), s.width);
             let in_chunk = rows.start + row;
             scaled_row(h, factor / total, places.scaled.at(in_chunk * s.width), s.width);
             *places.pull.at(in_chunk) = pull;
