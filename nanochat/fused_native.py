@@ -73,16 +73,21 @@ def takes(*tensors: Tensor) -> bool:
 def takes_layers(x: Tensor, layers: Sequence[nn.Module]) -> bool:
     """Whether these layers on x go through the kernels: plain matrices, none with hooks."""
     for layer in layers:
-        if type(layer) not in (nn.Linear, Int8Linear) or _has_bias_or_hooks(layer):
+        if not (type(layer) is nn.Linear or type(layer) is Int8Linear):
             return False
-        if layer.out_features % training.WIDTH:
+        if _has_bias_or_hooks(layer) or layer.out_features % training.WIDTH:
             return False
     weights: list[Tensor] = [layer.weight for layer in layers]  # type: ignore[misc]
     return takes(x, *weights)
 
 
+def has_bias(layer: nn.Module) -> bool:
+    """Whether the layer adds one; `layer.bias` is a tensor to type checkers, there or not."""
+    return layer._parameters.get("bias") is not None
+
+
 def _has_bias_or_hooks(layer: nn.Module) -> bool:
-    if layer._parameters.get("bias") is not None:
+    if has_bias(layer):
         return True
     forward = layer._forward_hooks or layer._forward_pre_hooks
     return bool(forward or layer._backward_hooks or layer._backward_pre_hooks)

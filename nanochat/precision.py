@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from nanochat.fused_native import has_bias
 from nanochat.gpt import GPT
 
 
@@ -77,7 +78,7 @@ def convert_linears(
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if type(child) is nn.Linear and child.bias is None and takes(name, child)
+        if type(child) is nn.Linear and not has_bias(child) and takes(name, child)
     ]
     for parent, name, child in chosen:
         converted = kind(1, 1, bias=False, device="meta")

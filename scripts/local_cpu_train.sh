@@ -4,6 +4,7 @@
 #   bash scripts/local_cpu_train.sh              the quick run: the embedded world, minutes on two cores
 #   bash scripts/local_cpu_train.sh --full       the long run: FineWeb-Edu, 1 to 3 hours
 #   bash scripts/local_cpu_train.sh --depth=6    any size below, given as a flag instead of edited here
+#   bash scripts/local_cpu_train.sh --int8=1     training in 8-bit integers (CPUs with AMX or AVX-512 BF16)
 #
 # Start it again after an interruption or a change: what is done is skipped, what was interrupted goes on.
 #
@@ -28,7 +29,6 @@ quick_sizes() {
     DEPTH=4                        # layers; width = 64 x depth
     TOKEN_SHIFT=0.5                # each token also sees half of the one before it (0 = none)
     VALUE_EMBEDDINGS=1             # every other layer also reads the token itself (0 = none)
-    INT8=0                         # 1 = training multiplies in 8-bit integers (CPUs with AMX or AVX-512 BF16)
     PACKING=stream                 # how documents fill rows: stream, shuffled, best-fit (data-pipeline.md)
     MAX_SEQ_LEN=256                # tokens of context
     DEVICE_BATCH_SIZE=8            # rows of one forward pass
@@ -68,7 +68,6 @@ full_sizes() {
     DEPTH=4
     TOKEN_SHIFT=0.5
     VALUE_EMBEDDINGS=1
-    INT8=0
     PACKING=shuffled               # the text has no order to keep, unlike the embedded lessons
     MAX_SEQ_LEN=1024
     DEVICE_BATCH_SIZE=8
