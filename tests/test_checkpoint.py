@@ -629,3 +629,10 @@ def test_a_locked_run_is_refused_by_all_ranks(tmp_path):
         first, second = run_ranks(lock_on_rank, 2, str(tmp_path))
     assert first == second
     assert f"in use by process {os.getpid()}" in first
+
+
+@pytest.mark.parametrize("tag", ["", "*", "../d2"])
+def test_a_tag_that_is_no_run_is_named(tag: str, tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    with pytest.raises(UserError, match="no base checkpoint in"):
+        find_checkpoint("base", tag)
