@@ -129,40 +129,40 @@ def test_a_stage_that_has_failed_keeps_its_last_checkpoint_where_none_takes_it(
     assert not [*run_dir.glob("rejected.*")]
 
 
-def test_a_run_that_goes_back_before_a_rejected_step_does_not_return_to_it(
-    tmp_path: Path,
-) -> None:
-    runtime = Runtime(torch.device("cpu"), torch.float32, World(), 42)
-    facts = {"stage": "base", "config": {}}
-    trainer = make_trainer(tmp_path, runtime, steps=4, save_every=2)
-    trainer.facts = facts
+FACTS: dict[str, Any] = {"stage": "base", "config": {}}
+
+
+def rejected_run(folder: Path, runtime: Runtime) -> Path:
+    """A run of four steps whose last one was rejected; there is a sound one of step 2."""
+    trainer = make_trainer(folder, runtime, steps=4, save_every=2)
+    trainer.facts = FACTS
     trainer.run()
-    run_dir = tmp_path / "run"
-    run_folder.reject_step(run_dir, 4)
+    run_folder.reject_step(folder / "run", 4)
+    return folder / "run"
+
+
+def test_a_run_that_goes_back_before_a_rejected_step_does_not_return_to_it(
+    runtime: Runtime, tmp_path: Path
+) -> None:
+    run_dir = rejected_run(tmp_path, runtime)
     with pytest.raises(UserError, match=r"no step 4 in .*; there is 2$"):
-        resuming.previous_run(run_dir, facts, resume=True, world=World(), step=4)
-    assert resuming.previous_run(run_dir, facts, resume=True, world=World(), step=2) is not None
-    found = resuming.previous_run(run_dir, facts, resume=True, world=World())
+        resuming.previous_run(run_dir, FACTS, resume=True, world=World(), step=4)
+    assert resuming.previous_run(run_dir, FACTS, resume=True, world=World(), step=2) is not None
+    found = resuming.previous_run(run_dir, FACTS, resume=True, world=World())
     assert found is not None
     assert (found.step, found.is_rejected) == (2, False)
     assert (run_dir / "later.rejected.step_000004").is_dir()
 
 
 def test_a_damaged_rejected_step_is_passed_over_and_a_dry_run_leaves_a_sound_one(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    runtime: Runtime, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    runtime = Runtime(torch.device("cpu"), torch.float32, World(), 42)
-    facts = {"stage": "base", "config": {}}
-    trainer = make_trainer(tmp_path, runtime, steps=4, save_every=2)
-    trainer.facts = facts
-    trainer.run()
-    run_dir = tmp_path / "run"
-    run_folder.reject_step(run_dir, 4)
+    run_dir = rejected_run(tmp_path, runtime)
     make_trainer(tmp_path, runtime, steps=1, write=False).run()
     weights = run_folder.rejected_folder(run_dir, 4) / "model.safetensors"
     with weights.open("r+b") as file:
         file.write(b"damage")
-    found = resuming.previous_run(run_dir, facts, resume=True, world=World())
+    found = resuming.previous_run(run_dir, FACTS, resume=True, world=World())
     assert found is not None
     assert found.step == 2
     assert "rejected.step_000004 is damaged" in caplog.text
